@@ -33,12 +33,12 @@ check: $(READY)
 	$(BIN)lint-imports --no-logo
 
 bench: $(READY)
-	$(PY) benchmarks/decode.py
-	$(PY) benchmarks/store.py
+	$(PY) -m benchmarks.decode
+	$(PY) -m benchmarks.store
 
 gpu: $(READY)
 	$(PY) -m pytest -m gpu tests/gpu
-	$(PY) benchmarks/gpu.py
+	$(PY) -m benchmarks.gpu
 
 clean:
 	rm -rf runs build *.egg-info .pytest_cache .ruff_cache .import_linter_cache .hypothesis

@@ -1,6 +1,7 @@
 """Decode speed at forced depths beside transformers' generate, interleaved in one process.
 
-    python benchmarks/decode.py [--prompts 6] [--tokens 32] [--rounds 3] [--device cpu] [--dtype float32] [--out FILE]
+    python -m benchmarks.decode [--model smollm2] [--prompts 6] [--tokens 32] [--rounds 3] [--device cpu]
+                                [--dtype float32] [--threads N] [--out FILE]
 
 Greedy, batch 1. Each contender decodes each prompt in turn, round after round. The floor of a depth
 is the matrix products of its blocks and of the output matrix, nothing else.
@@ -20,21 +21,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from benchmarks.models import CONTESTANTS, load
 from dynamax.backbones.hf import HFBackbone
-from dynamax.backbones.sources import SmolLM2
-from dynamax.data.prompts import questions
 from dynamax.decoding.early_exit import EarlyExit
 from dynamax.decoding.full import Full
 from dynamax.heads.bank import Exit, ExitBank
 from dynamax.metrics.environment import environment
 from dynamax.policies.schedule import AtDepth
 
-DEPTHS = (10, 15, 20, 25)
+Depths = tuple[int, ...]
 
 
-def contenders(backbone: HFBackbone, tokens: int) -> dict[str, Callable[[Tensor], object]]:
+def contenders(backbone: HFBackbone, depths: Depths, tokens: int) -> dict[str, Callable[[Tensor], object]]:
     """Name to a function that decodes ``tokens`` tokens after a prompt."""
-    bank = ExitBank({depth: Exit(lens=None, gates=[]) for depth in DEPTHS}, backbone.site)
+    bank = ExitBank({depth: Exit(lens=None, gates=[]) for depth in depths}, backbone.site)
 
     def generate(prompt_1T: Tensor) -> Tensor:
         return backbone.model.generate(  # pyright: ignore[reportCallIssue]
@@ -49,7 +49,7 @@ def contenders(backbone: HFBackbone, tokens: int) -> dict[str, Callable[[Tensor]
         return lambda prompt_1T: list(decoder.decode(prompt_1T, limit=tokens))
 
     full = {"transformers generate": generate, f"dynamax, all {backbone.spec.depth}": ours(Full(backbone))}
-    return {**full, **{f"dynamax, depth {d}": ours(EarlyExit(backbone, bank, AtDepth(d))) for d in DEPTHS}}
+    return {**full, **{f"dynamax, depth {d}": ours(EarlyExit(backbone, bank, AtDepth(d))) for d in depths}}
 
 
 def floor(backbone: HFBackbone, depth: int) -> Callable[[], None]:
@@ -83,11 +83,13 @@ def _wait() -> None:
 
 
 @torch.inference_mode()
-def measure(backbone: HFBackbone, prompts: list[Tensor], *, tokens: int, rounds: int) -> dict[str, dict[str, float]]:
+def measure(
+    backbone: HFBackbone, prompts: list[Tensor], depths: Depths, *, tokens: int, rounds: int
+) -> dict[str, dict[str, float]]:
     """Milliseconds a token: decode alone, the prefill's time taken off by a one-token run of the same prompt."""
-    longer, shorter = contenders(backbone, tokens), contenders(backbone, 1)
+    longer, shorter = contenders(backbone, depths, tokens), contenders(backbone, depths, 1)
     times: dict[str, list[float]] = {name: [] for name in longer}
-    floors: dict[int, list[float]] = {depth: [] for depth in (*DEPTHS, backbone.spec.depth)}
+    floors: dict[int, list[float]] = {depth: [] for depth in (*depths, backbone.spec.depth)}
     for number in range(rounds + 1):
         for prompt_1T in prompts if number else prompts[:1]:
             for name in longer:
@@ -110,12 +112,12 @@ def _summary(values: list[float]) -> dict[str, float]:
     return {"median": statistics.median(values), "min": min(values), "max": max(values), "n": len(values)}
 
 
-def table(rows: dict[str, dict[str, float]], depth: int) -> str:
+def table(rows: dict[str, dict[str, float]], depths: Depths, depth: int) -> str:
     """The rows as text, with the speed-up over generate and the distance from the floor."""
     base = rows["transformers generate"]["median"]
     lines = [f"{'':24}{'ms/token':>10}{'min':>8}{'max':>8}{'speed-up':>10}{'x floor':>9}"]
     for name, row in rows.items():
-        known = next((d for d in DEPTHS if name.endswith(f"depth {d}")), depth)
+        known = next((d for d in depths if name.endswith(f" depth {d}")), depth)
         ratio = row["median"] / rows[f"floor, depth {known}"]["median"]
         lines.append(
             f"{name:24}{row['median']:>10.2f}{row['min']:>8.2f}{row['max']:>8.2f}"
@@ -127,6 +129,7 @@ def table(rows: dict[str, dict[str, float]], depth: int) -> str:
 def main() -> None:
     """Measure, print a table, write one JSON file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=CONTESTANTS, default="smollm2")
     parser.add_argument("--prompts", type=int, default=6)
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=3)
@@ -137,22 +140,20 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     report = measured(args)
-    print(table(report["ms"], report["depth"]))
+    print(table(report["ms"], CONTESTANTS[args.model].depths, report["depth"]))
     if args.out is not None:
         args.out.write_text(json.dumps(report, indent=1) + "\n")
 
 
 def measured(args: argparse.Namespace) -> dict[str, Any]:
-    """Load SmolLM2 and measure; the report with all that the figures must come with."""
-    source = SmolLM2()
-    backbone, tokenizer = source.load(dtype=args.dtype, device=args.device), source.tokenizer()
-    texts = [question.question for question in questions()[: args.prompts]]
-    prompts = [torch.tensor([tokenizer(text)["input_ids"]], device=args.device) for text in texts]
+    """Load the model and measure; the report with all that the figures must come with."""
+    backbone, prompts = load(args.model, dtype=args.dtype, device=args.device, prompts=args.prompts)
+    depths = CONTESTANTS[args.model].depths
     return {
         "environment": environment(args.device, dtype=args.dtype, batch=1),
-        "options": {"prompts": args.prompts, "tokens": args.tokens, "rounds": args.rounds},
+        "options": {"model": args.model, "prompts": args.prompts, "tokens": args.tokens, "rounds": args.rounds},
         "depth": backbone.spec.depth,
-        "ms": measure(backbone, prompts, tokens=args.tokens, rounds=args.rounds),
+        "ms": measure(backbone, prompts, depths, tokens=args.tokens, rounds=args.rounds),
     }
 
 

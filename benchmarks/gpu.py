@@ -1,6 +1,6 @@
-"""What a GPU shows: decode speed in float32 and bfloat16, and the latency of every exit by CUDA events.
+"""What a GPU shows: decode speed of SmolLM2 and of Codestral-7B's shape, and the latency of every exit by CUDA events.
 
-python benchmarks/gpu.py [--out benchmarks/results/gpu.json]
+python -m benchmarks.gpu [--out benchmarks/results/gpu.json]
 """
 
 from __future__ import annotations
@@ -12,26 +12,25 @@ from typing import Any
 
 import torch
 
-from benchmarks.decode import DEPTHS, measured, table
-from dynamax.backbones.sources import SmolLM2
+from benchmarks.decode import measured, table
+from benchmarks.models import CONTESTANTS, load
 from dynamax.decoding.early_exit import EarlyExit
 from dynamax.decoding.full import Full
 from dynamax.decoding.probe import CudaEvents
 from dynamax.heads.bank import Exit, ExitBank
 from dynamax.policies.schedule import AtDepth
 
-DTYPES = ("float32", "bfloat16")
+RUNS = [("smollm2", "float32"), ("smollm2", "bfloat16"), ("codestral-7b", "bfloat16")]
 
 
-def latencies(dtype: str, *, tokens: int = 64) -> dict[str, dict[str, float]]:
+def latencies(model: str, dtype: str, *, tokens: int = 64) -> dict[str, dict[str, float]]:
     """Milliseconds of a step that leaves at each depth: median and 95th percentile, by CUDA events."""
-    source = SmolLM2()
-    backbone, tokenizer = source.load(dtype=dtype, device="cuda"), source.tokenizer()
-    bank = ExitBank({depth: Exit() for depth in DEPTHS}, backbone.site)
-    prompt_1T = torch.tensor([tokenizer("Why is the sky blue?")["input_ids"]], device="cuda")
+    backbone, (prompt_1T,) = load(model, dtype=dtype, device="cuda", prompts=1)
+    depths = CONTESTANTS[model].depths
+    bank = ExitBank({depth: Exit() for depth in depths}, backbone.site)
     found = {}
-    for depth in (*DEPTHS, backbone.spec.depth):
-        decoder = EarlyExit(backbone, bank, AtDepth(depth)) if depth in DEPTHS else Full(backbone)
+    for depth in (*depths, backbone.spec.depth):
+        decoder = EarlyExit(backbone, bank, AtDepth(depth)) if depth in depths else Full(backbone)
         clock = CudaEvents(warmup=8)
         for _ in decoder.decode(prompt_1T, limit=tokens, probe=clock):
             pass
@@ -49,10 +48,12 @@ def main() -> None:
     if not torch.cuda.is_available():
         parser.error("this benchmark needs a CUDA device; none was found")
     report: dict[str, Any] = {}
-    for dtype in DTYPES:
-        options = argparse.Namespace(device="cuda", dtype=dtype, prompts=6, tokens=64, rounds=3)
-        report[dtype] = measured(options) | {"exit_latency_ms": latencies(dtype)}
-        print(dtype, table(report[dtype]["ms"], report[dtype]["depth"]), sep="\n")
+    for model, dtype in RUNS:
+        options = argparse.Namespace(model=model, device="cuda", dtype=dtype, prompts=6, tokens=64, rounds=3)
+        found = measured(options)
+        found["exit_latency_ms"] = latencies(model, dtype)
+        print(model, dtype, table(found["ms"], CONTESTANTS[model].depths, found["depth"]), sep="\n")
+        report[f"{model}, {dtype}"] = found
     args.out.write_text(json.dumps(report, indent=1) + "\n")
 
 

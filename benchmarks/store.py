@@ -1,6 +1,6 @@
 """The store on SmolLM2: cost of filling beside the bare forward pass, speed of reading, survival of kill -9.
 
-    python benchmarks/store.py [--rounds 7] [--kills 3] [--dtype float32] [--out benchmarks/results/store.json]
+    python -m benchmarks.store [--rounds 7] [--kills 3] [--dtype float32] [--out benchmarks/results/store.json]
 
 Filling and the bare pass (all blocks, and float32 logits of every token) run in turn, on the same
 batches of the shipped passages. Reading hands out padded batches of 8 documents in random order;

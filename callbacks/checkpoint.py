@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, cast
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
@@ -12,6 +12,9 @@ from callbacks import watch
 
 class HeadsCheckpoint(Callback):
     """Saves the heads after each validation and at the end of ``fit``, as safetensors and JSON.
+
+    A checkpoint of the trainer holds the best figure, so that a resumed run does not put worse heads in their place.
+    With ``trainer.fast_dev_run`` nothing is saved.
 
     Args:
         folder: Where the best heads go; the newest go to ``last`` inside it.
@@ -28,13 +31,26 @@ class HeadsCheckpoint(Callback):
         self.mode = mode
         self.best: float | None = None
 
+    @property
+    def state_key(self) -> str:
+        """Its place in checkpoints: figures of another monitor are not compared."""
+        return self._generate_state_key(folder=str(self.folder), monitor=self.monitor, mode=self.mode)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The best figure."""
+        return {"best": self.best}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from the best figure."""
+        self.best = state_dict["best"]
+
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse a model that has no heads to save."""
         watch.heads(pl_module, self)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save the newest heads, and the best if these are."""
-        if trainer.sanity_checking or trainer.state.fn != "fit":
+        if trainer.sanity_checking or trainer.state.fn != "fit" or _trial(trainer):
             return
         self._save(trainer, pl_module, "last")
         figure = trainer.callback_metrics.get(self.monitor)
@@ -48,6 +64,8 @@ class HeadsCheckpoint(Callback):
         Raises:
             ValueError: If the monitored figure was never logged, so that no heads were the best.
         """
+        if _trial(trainer):
+            return
         self._save(trainer, pl_module, "last")
         if self.best is None:
             raise ValueError(
@@ -67,3 +85,7 @@ class HeadsCheckpoint(Callback):
         if trainer.is_global_zero:
             module = watch.heads(pl_module, self)
             module.bank.save(self.folder / name, module.spec)
+
+
+def _trial(trainer: Trainer) -> bool:
+    return bool(cast(Any, trainer).fast_dev_run)

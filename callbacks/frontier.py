@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from callbacks import watch
+from dynamax.atomic import write_atomically
 from dynamax.modules.results import DecodingResults
 
 FIGURES = (
@@ -65,13 +65,7 @@ def report(found: DecodingResults) -> dict[str, Any]:
 
 def write(content: Mapping[str, Any], path: Path) -> None:
     """Write JSON whole or not at all; figures that are not finite become null."""
-    part = path.with_name(path.name + ".part")
-    with part.open("w", encoding="utf-8") as file:
-        json.dump(_finite(content), file, indent=2, allow_nan=False)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
+    write_atomically(path, f"{json.dumps(_finite(content), indent=2, allow_nan=False)}\n".encode())
 
 
 def _finite(value: Any) -> Any:  # noqa: ANN401 - any JSON value

@@ -33,6 +33,7 @@ COMMANDS = {
     "test": Command(RUNS, "decode a task with policies over thresholds; report and picture"),
     "predict": Command(RUNS, "answer a task's examples"),
     "cache": Command(RUNS, "fill the hidden-state store only; goes on where it was stopped"),
+    "train": Command(RUNS, "train a small language model from the start, with exits built in"),
     "generate": Command("dynamax.commands.generate", "answer a prompt, each token coloured by the depth it left at"),
     "info": Command("dynamax.commands.info", "versions, device, kernels, installed classes"),
 }
@@ -83,7 +84,7 @@ def overview() -> str:
             *lines,
             "",
             "A later -c lies over an earlier one, and options lie over both:",
-            "  dynamax fit -c configs/demo/fit.yaml -c mine.yaml --trainer.max_epochs 3",
+            "  dynamax fit -c configs/demo/fit.yaml -c mine.yaml --trainer.max_epochs 12",
             "",
             "dynamax COMMAND --help lists a command's options; --print_config prints all that a run would use.",
             "--debug shows where an error was raised; --version, the version.",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from difflib import get_close_matches
 from importlib.metadata import EntryPoint, entry_points
 from typing import Generic, TypeVar
@@ -49,12 +50,25 @@ class Registry(Generic[T]):
         """The class of that name, imported now if it was not yet.
 
         Raises:
-            ValueError: If the name is unknown; near names are listed.
+            ValueError: If the name is unknown, near names are listed; if its class cannot be imported.
         """
         points = self.points()
         if name not in points:
             raise ValueError(self.unknown(name))
-        return points[name].load()
+        try:
+            return points[name].load()
+        except (ImportError, AttributeError) as error:
+            raise ValueError(self.unloadable(points[name], error)) from error
+
+    def unloadable(self, point: EntryPoint, error: Exception) -> str:
+        """The message for a class that cannot be imported: where it should be, and what Python found there."""
+        top = point.module.split(".")[0]
+        found = getattr(sys.modules.get(top), "__file__", None) or "no file"
+        return (
+            f"The {self.kind} {point.name} cannot be imported from {point.value}: {error}. For {top}, Python found "
+            f"{found}. If that is another package, rename or remove it; if not, install again the package that offers "
+            f"{point.name}."
+        )
 
     def unknown(self, name: str) -> str:
         """The message for an unknown name: given, near, known."""

@@ -222,6 +222,8 @@ class BlockShape:
         keys: Values kept for each position.
         window: Most positions attended to; None for all.
         write: Weights used to write a position's state without running the block.
+        state: Values of recurrent state, read and written by every call; kept in float32 at least.
+        scan: Multiply-adds a position spends on recurrence beside the weights.
     """
 
     weights: int
@@ -230,6 +232,8 @@ class BlockShape:
     keys: int
     window: int | None
     write: int
+    state: int = 0
+    scan: int = 0
 
 
 @dataclass(frozen=True)

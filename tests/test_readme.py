@@ -8,7 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from dynamax.cli import COMMANDS
+from callbacks import HeadsCheckpoint
+from dynamax.cli import COMMANDS, main
+from dynamax.commands.runs import DynamaxCLI
+from dynamax.modules.heads import HeadsModule
 
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "README.md").read_text()
@@ -42,6 +45,36 @@ def test_commands_are_known_and_their_files_there(line: str) -> None:
     for word in words:
         if word.startswith("configs/"):
             assert (ROOT / word).is_file()
+
+
+def test_the_file_of_ones_own_lies_over_the_demo(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (text,) = [body for kind, body in BLOCKS if kind == "yaml" and body.startswith("# mine.yaml")]
+    (tmp_path / "mine.yaml").write_text(text.replace("configs/", f"{ROOT}/configs/"))
+    built: list[DynamaxCLI] = []
+    monkeypatch.setattr(DynamaxCLI, "_run_subcommand", lambda self, _: built.append(self))
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(SystemExit) as ended:
+        main(["fit", "-c", "configs/demo/fit.yaml", "-c", str(tmp_path / "mine.yaml")])
+    assert ended.value.code == 0
+    model, trainer = built[0].model, built[0].trainer
+    assert isinstance(model, HeadsModule)
+    assert vars(model.backbone)["name"] == "Qwen/Qwen3-0.6B"
+    assert [each.folder for each in trainer.callbacks if isinstance(each, HeadsCheckpoint)] == [Path("runs/mine/heads")]
+
+
+def words_of_a_run() -> list[str]:
+    return [line for line in LINES if line.startswith(("dynamax fit ", "dynamax test ")) and "mine.yaml" not in line]
+
+
+@pytest.mark.parametrize("line", words_of_a_run())
+def test_runs_are_built(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    built: list[DynamaxCLI] = []
+    monkeypatch.setattr(DynamaxCLI, "_run_subcommand", lambda self, _: built.append(self))
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(SystemExit) as ended:
+        main(shlex.split(line)[1:])
+    assert ended.value.code == 0
+    assert len(built) == 1
 
 
 @pytest.mark.parametrize("command", re.findall(r"^\| `dynamax (\w+)` \|", TEXT, re.M))

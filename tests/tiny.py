@@ -22,17 +22,109 @@ class Variant:
         options: Configuration beside the common sizes.
         cycle: Layer types, repeated up to the depth; empty for types without.
         attention: Attention implementation.
+        types: What the configuration calls its layer types.
     """
 
     model_type: str
     options: dict[str, Any] = field(default_factory=dict)
     cycle: tuple[str, ...] = ()
     attention: str = "sdpa"
+    types: str = "layer_types"
 
 
 SLIDING, FULL = "sliding_attention", "full_attention"
 ROPE_PARTIAL = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
 YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 16}
+
+LINEAR, HYBRID, CONV = "linear_attention", "hybrid", "conv"
+MAMBA1 = {"state_size": 4, "conv_kernel": 4, "expand": 2, "time_step_rank": 3}
+MAMBA2 = {"state_size": 8, "n_groups": 2, "num_heads": 8, "head_dim": 8, "expand": 2, "chunk_size": 4}
+HEADS = {"mamba_n_heads": 8, "mamba_n_groups": 2, "mamba_d_state": 8, "mamba_d_head": 8, "mamba_expand": 2}
+NEMOTRON = {
+    "mamba_num_heads": 8,
+    "mamba_head_dim": 8,
+    "n_groups": 2,
+    "ssm_state_size": 8,
+    "head_dim": 8,
+    "n_routed_experts": 4,
+    "moe_intermediate_size": 16,
+    "moe_shared_expert_intermediate_size": 16,
+}
+
+RECURRENT: dict[str, Variant] = {
+    "mamba": Variant("mamba", MAMBA1, attention="eager"),
+    "mamba2": Variant("mamba2", MAMBA2, attention="eager"),
+    "falcon_mamba": Variant("falcon_mamba", MAMBA1, attention="eager"),
+    "jamba": Variant(
+        "jamba",
+        {
+            "mamba_d_state": 4,
+            "mamba_dt_rank": 3,
+            "attn_layer_period": 3,
+            "attn_layer_offset": 1,
+            "expert_layer_period": 2,
+            "expert_layer_offset": 1,
+            "num_experts": 4,
+        },
+    ),
+    "bamba": Variant("bamba", {**HEADS, "attn_layer_indices": [1, 4]}),
+    "zamba2": Variant(
+        "zamba2",
+        {
+            "mamba_d_state": 8,
+            "mamba_ngroups": 2,
+            "n_mamba_heads": 8,
+            "mamba_headdim": 8,
+            "attention_head_dim": 16,
+            "num_key_value_heads": 4,
+            "num_mem_blocks": 2,
+            "use_shared_attention_adapter": True,
+            "adapter_rank": 4,
+            "use_mem_rope": True,
+        },
+        (LINEAR, HYBRID),
+        types="layers_block_type",
+    ),
+    "zamba2-norope": Variant(
+        "zamba2",
+        {"mamba_d_state": 8, "n_mamba_heads": 8, "mamba_headdim": 8},
+        (HYBRID, LINEAR),
+        types="layers_block_type",
+    ),
+    "granitemoehybrid": Variant(
+        "granitemoehybrid",
+        {**HEADS, "num_local_experts": 4, "shared_intermediate_size": 32, "position_embedding_type": None},
+        (LINEAR, LINEAR, FULL),
+    ),
+    "granitemoehybrid-dense": Variant(
+        "granitemoehybrid",
+        {
+            **HEADS,
+            "num_local_experts": 0,
+            "num_experts_per_tok": 0,
+            "shared_intermediate_size": 64,
+            "position_embedding_type": "rope",
+            "embedding_multiplier": 3.0,
+            "logits_scaling": 2.0,
+            "residual_multiplier": 0.5,
+        },
+        (LINEAR, FULL),
+    ),
+    "falcon_h1": Variant(
+        "falcon_h1",
+        {
+            **HEADS,
+            "mamba_d_ssm": 64,
+            "embedding_multiplier": 2.0,
+            "lm_head_multiplier": 0.5,
+            "ssm_multipliers": [0.5, 1.5, 0.7, 1.2, 0.9],
+            "ssm_in_multiplier": 1.3,
+        },
+    ),
+    "falcon_h1-normed": Variant("falcon_h1", {**HEADS, "mamba_d_ssm": 64, "mamba_rms_norm": True}),
+    "nemotron_h": Variant("nemotron_h", NEMOTRON, (LINEAR, FULL, LINEAR, "moe", "mlp")),
+    "lfm2": Variant("lfm2", {"conv_L_cache": 3}, (CONV, CONV, FULL)),
+}
 
 FAMILIES: dict[str, Variant] = {
     "llama": Variant("llama"),
@@ -70,6 +162,7 @@ FAMILIES: dict[str, Variant] = {
     "olmo2": Variant("olmo2"),
     "starcoder2": Variant("starcoder2", {"sliding_window": WINDOW}),
     "starcoder2-nowindow": Variant("starcoder2", {"sliding_window": None}),
+    **RECURRENT,
 }
 """Variants by name; every row of the family table is among them."""
 
@@ -108,12 +201,12 @@ def tiny(
         "bos_token_id": None,
         "eos_token_id": None,
         "pad_token_id": None,
-        **({"layer_types": [variant.cycle[i % len(variant.cycle)] for i in range(depth)]} if variant.cycle else {}),
+        **({variant.types: [variant.cycle[i % len(variant.cycle)] for i in range(depth)]} if variant.cycle else {}),
         **variant.options,
     }
     config = AutoConfig.for_model(variant.model_type, **{**options, **overrides})
     model = AutoModelForCausalLM.from_config(config, attn_implementation=variant.attention, dtype=dtype)
-    if variant.model_type == "mixtral":
+    if model.config.to_dict().get("num_experts_per_tok"):
         model.set_experts_implementation("eager")  # the grouped product knows no float64
     redraw(model, seed)
     return model.to(dtype).eval()

@@ -5,14 +5,16 @@ from __future__ import annotations
 import contextlib
 import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import final
 
 import torch
 from torch import Tensor, nn
 
-from dynamax.backbones.cache import Cache, Peek, Store, WriteOnly, Written
+from dynamax.backbones.cache import Cache
+from dynamax.backbones.cells import Part
 from dynamax.backbones.chunk import Chunk
+from dynamax.backbones.stores import Pass, Peek, Store, WriteOnly, Written
 from dynamax.types import BlockShape, Site, Span, Spec
 
 Visit = Callable[[int, Tensor], object]
@@ -41,8 +43,8 @@ class Backbone(nn.Module, ABC):
         """Tokens to ``h_BTD``, the input of block 0, at the positions that follow the cache's."""
 
     @abstractmethod
-    def block(self, index: int, h_BTD: Tensor, chunk: Chunk, store: Store | None) -> Tensor:
-        """One block over one chunk. ``store`` takes its keys and values; None where nothing is kept."""
+    def block(self, index: int, h_BTD: Tensor, chunk: Chunk, store: Store) -> Tensor:
+        """One block over one chunk. ``store`` takes its keys and values, and advances its recurrent state."""
 
     @abstractmethod
     def window(self, index: int) -> int | None:
@@ -68,6 +70,10 @@ class Backbone(nn.Module, ABC):
     def shift_keys(self, k_BHTD: Tensor, index: int) -> Tensor:
         """Keys of one block as they would stand one position later; unchanged without rotary positions."""
 
+    def parts(self, index: int) -> Collection[Part]:
+        """What the block keeps of the positions it has seen: keys and values, a recurrent state, both or neither."""
+        return ("keys",)
+
     # -- the verb -----------------------------------------------------------------------------------
 
     @final
@@ -88,7 +94,7 @@ class Backbone(nn.Module, ABC):
         if cache is None:
             chunk = self.chunk(h_BTD, 0)
             for index in range(*span):
-                h_BTD = self.block(index, h_BTD, chunk, None)
+                h_BTD = self.block(index, h_BTD, chunk, Pass(chunk.live_BT))
             return h_BTD
         if span.start == cache.span.start:
             cache.balance()
@@ -100,7 +106,7 @@ class Backbone(nn.Module, ABC):
             if chunk is None:
                 chunk = self.chunk(h_BTD, cache.filled[index], cache.pad_B)
             assert cache.filled[index] == chunk.start, "blocks of one stretch continue at one position"
-            store = Store(cache.cells[index], chunk.first_key(self.window(index)))
+            store = Store(cache.cells[index], chunk.first_key(self.window(index)), chunk.live_BT)
             h_BTD = self.block(index, h_BTD, chunk, store)
             cache.count(index, h_BTD.shape[1])
         if h_BTD.shape[1] > mine and span.stop < cache.span.stop:
@@ -116,17 +122,21 @@ class Backbone(nn.Module, ABC):
         chunk = self.chunk(h_BTD, cache.length - h_BTD.shape[1], cache.pad_B, past=cache.filled[index])
         cache.calls[index] += 1
         cache.rows[index] += h_BTD.shape[1]
-        return self.block(index, h_BTD, chunk, Peek(cache.cells[index], chunk.first_key(self.window(index))))
+        store = Peek(cache.cells[index], chunk.first_key(self.window(index)), chunk.live_BT)
+        return self.block(index, h_BTD, chunk, store)
 
     @final
     def write(self, h_BTD: Tensor, index: int, cache: Cache) -> None:
-        """Write one block's keys and values for these positions, as if they had come in as ``h_BTD``.
+        """Write one block's state for these positions, as if they had come in as ``h_BTD``.
 
-        The block is stopped as soon as it has written: norm and projections run, the rest does not.
+        The block is stopped as soon as it has written: norm and projections run, the rest does not. A block
+        that keeps nothing is not run at all.
         """
         chunk = self.chunk(h_BTD, cache.filled[index], cache.pad_B)
-        with contextlib.suppress(Written):
-            self.block(index, h_BTD, chunk, WriteOnly(cache.cells[index], 0))
+        store = WriteOnly(cache.cells[index], chunk.first_key(self.window(index)), chunk.live_BT)
+        if self.parts(index):
+            with contextlib.suppress(Written):
+                self.block(index, h_BTD, chunk, store)
         cache.filled[index] += h_BTD.shape[1]
         cache.writes[index] += h_BTD.shape[1]
 
@@ -175,4 +185,5 @@ class Backbone(nn.Module, ABC):
     @final
     def new_cache(self, capacity: int = 256, pad_B: Tensor | None = None, span: Span | None = None) -> Cache:
         """An empty cache for this backbone, or for a span of its blocks."""
-        return Cache(span or Span(0, self.spec.depth), capacity, pad_B)
+        span = span or Span(0, self.spec.depth)
+        return Cache(span, capacity, pad_B, [self.parts(index) for index in range(span.stop)])

@@ -55,6 +55,14 @@ class Chunk:
             return positions_1T
         return (positions_1T - self.pad_B[:, None]).clamp_min(0)
 
+    @cached_property
+    def live_BT(self) -> Tensor | None:
+        """False on padding; None if nothing is padded."""
+        if self.pad_B is None:
+            return None
+        rows_T = torch.arange(self.start, self.start + self.length, device=self._like.device)
+        return rows_T >= self.pad_B[:, None]
+
     def angles(self, kind: str | None = None) -> tuple[Tensor, Tensor] | None:
         """Cosine and sine of the rotary embedding, for one kind of layer; None for a model without."""
         if self._rotary is None:

@@ -1,134 +1,23 @@
 """The family table: what differs between transformers' model types, one row a type.
 
 Rows are explicit: a type is in the table because its logits were compared with transformers' own,
-never because its modules have familiar names. Strategies are small functions named in a row.
-Knows configurations and modules, neither caches nor weights.
+never because its modules have familiar names. A row names small functions of ``traits``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
+from dynamax.backbones import shapes, traits
+from dynamax.backbones.cells import Part
 from dynamax.backbones.chunk import Chunk, Rotary
-from dynamax.types import BlockShape
-
-Kinds = list[str | None]
-Windows = list[int | None]
-
-# -- windows: positions each block sees ------------------------------------------------------------
-
-
-def unbounded(config: PretrainedConfig) -> Windows:
-    """Every block sees everything."""
-    return [None] * config.num_hidden_layers
-
-
-def same_window(config: PretrainedConfig) -> Windows:
-    """Every block slides if the configuration names a window; there are no layer types."""
-    return [config.sliding_window] * config.num_hidden_layers
-
-
-def windows_by_type(config: PretrainedConfig) -> Windows:
-    """Blocks of type ``sliding_attention`` slide."""
-    return [config.sliding_window if kind == "sliding_attention" else None for kind in config.layer_types]
-
-
-# -- rotary positions: one set of angles for all blocks, or one for each layer type ---------------------
-
-
-def one_kind(config: PretrainedConfig) -> Kinds:
-    """All blocks share their angles."""
-    return [None] * config.num_hidden_layers
-
-
-def kinds_by_type(config: PretrainedConfig) -> Kinds:
-    """Each layer type has its own angles."""
-    return list(config.layer_types)
-
-
-def shared_rotary(base: nn.Module) -> Rotary:
-    """Angles from the model's ``rotary_emb``."""
-    rotary = base.get_submodule("rotary_emb")
-    return lambda h_BTD, positions_BT, _: rotary(h_BTD, positions_BT)
-
-
-def rotary_by_type(base: nn.Module) -> Rotary:
-    """Angles from the model's ``rotary_emb``, which wants the layer type."""
-    rotary = base.get_submodule("rotary_emb")
-    return lambda h_BTD, positions_BT, kind: rotary(h_BTD, positions_BT, kind)
-
-
-def no_rotary(base: nn.Module) -> None:
-    """Positions come in at the embedding; blocks know none."""
-
-
-# -- what stands between the embedding matrix and block 0, and behind the output matrix ---------------
-
-
-def tokens_only(base: nn.Module, h_BTD: Tensor, chunk: Chunk) -> Tensor:
-    """The word embeddings as they are."""
-    return h_BTD
-
-
-def learned_positions(base: nn.Module, h_BTD: Tensor, chunk: Chunk) -> Tensor:
-    """Word embeddings plus GPT-2's learned positions."""
-    return h_BTD + base.get_submodule("wpe")(chunk.positions_BT)
-
-
-def plain_logits(config: PretrainedConfig, logits: Tensor) -> Tensor:
-    """Logits as the output matrix gives them."""
-    return logits
-
-
-def capped_logits(config: PretrainedConfig, logits: Tensor) -> Tensor:
-    """Logits squashed into (-cap, cap) if the configuration names a cap (Gemma 2)."""
-    cap = config.final_logit_softcapping
-    return logits if cap is None else cap * torch.tanh(logits / cap)
-
-
-# -- what a block costs -------------------------------------------------------------------------------
-
-
-def dense(config: PretrainedConfig) -> float:
-    """There are no experts."""
-    return 1.0
-
-
-def routed(config: PretrainedConfig) -> float:
-    """A position is routed to some of the experts."""
-    return config.num_experts_per_tok / config.num_local_experts
-
-
-def attention_shape(config: PretrainedConfig, block: nn.Module, window: int | None, share: float) -> BlockShape:
-    """Counts of an attention block: products only; norms and biases are left out.
-
-    Args:
-        config: Gives the heads.
-        block: Gives the weights. Experts stand in matrices of three dimensions.
-        window: Most positions attended to.
-        share: Part of the experts that a position uses.
-    """
-    known = config.to_dict()
-    queries = config.num_attention_heads
-    keys = known.get("num_key_value_heads") or queries
-    size = known.get("head_dim") or config.hidden_size // queries
-    plain = sum(p.numel() for p in block.parameters() if p.ndim == 2)
-    experts = sum(p.numel() for p in block.parameters() if p.ndim == 3)
-    return BlockShape(
-        weights=plain + experts,
-        active=plain + round(experts * share),
-        scores=2 * queries * size,
-        keys=2 * keys * size,
-        window=window,
-        write=config.hidden_size * size * (queries + 2 * keys),  # queries are made before anything is written
-    )
-
+from dynamax.backbones.mixers import Mixer
 
 # -- the table --------------------------------------------------------------------------------------
 
@@ -149,6 +38,12 @@ class Row:
         place: What is added to word embeddings.
         logits: What is done to raw logits.
         experts: Part of the experts that a position uses.
+        parts: What each block keeps: keys, a recurrent state, both, neither.
+        mixer: What continues the recurrent state of a block; None for a block without.
+        call: How a block is called.
+        residual: The part of a block's rows that is the residual stream.
+        used: Whether a block uses a parameter that it holds.
+        first: What a block that keeps both writes first.
     """
 
     embedding: str = "embed_tokens"
@@ -156,27 +51,86 @@ class Row:
     norm: str = "norm"
     cache: str = "past_key_values"
     attention: str = "sdpa"
-    windows: Callable[[PretrainedConfig], Windows] = unbounded
-    kinds: Callable[[PretrainedConfig], Kinds] = one_kind
-    rotary: Callable[[nn.Module], Rotary | None] = shared_rotary
-    place: Callable[[nn.Module, Tensor, Chunk], Tensor] = tokens_only
-    logits: Callable[[PretrainedConfig, Tensor], Tensor] = plain_logits
-    experts: Callable[[PretrainedConfig], float] = dense
+    windows: Callable[[PretrainedConfig], traits.Windows] = traits.unbounded
+    kinds: Callable[[PretrainedConfig], traits.Kinds] = traits.one_kind
+    rotary: Callable[[nn.Module], Rotary | None] = traits.shared_rotary
+    place: Callable[[nn.Module, Tensor, Chunk], Tensor] = traits.tokens_only
+    logits: Callable[[PretrainedConfig, Tensor], Tensor] = traits.plain_logits
+    experts: Callable[[PretrainedConfig], float] = shapes.dense
+    parts: Callable[[PretrainedConfig], traits.Parts] = traits.only_keys
+    mixer: Callable[[nn.Module], Mixer | None] = traits.no_mixer
+    call: Callable[[nn.Module, Tensor, int, dict[str, Any]], Tensor] = traits.plainly
+    residual: Callable[[PretrainedConfig, Tensor], Tensor] = traits.whole
+    used: Callable[[PretrainedConfig, int, str], bool] = shapes.all_used
+    first: Part = "keys"
 
+
+PURE = Row(
+    embedding="embeddings",
+    norm="norm_f",
+    cache="cache_params",
+    attention="eager",
+    rotary=traits.no_rotary,
+    parts=traits.parts_by_type,
+)
+"""Blocks of a recurrent mixer and nothing else."""
+
+HYBRID = Row(parts=traits.parts_by_type, mixer=traits.ssd)
+"""Attention in some blocks, Mamba-2 in others, or both in one."""
 
 FAMILIES: dict[str, Row] = {
     "llama": Row(),
-    "mistral": Row(windows=same_window),
-    "mixtral": Row(windows=same_window, experts=routed),
-    "qwen2": Row(windows=windows_by_type),
-    "qwen3": Row(windows=windows_by_type),
-    "gemma2": Row(attention="eager", windows=windows_by_type, logits=capped_logits),
-    "gemma3_text": Row(windows=windows_by_type, kinds=kinds_by_type, rotary=rotary_by_type, logits=capped_logits),
-    "phi3": Row(windows=same_window),
+    "mistral": Row(windows=traits.same_window),
+    "mixtral": Row(windows=traits.same_window, experts=shapes.routed),
+    "qwen2": Row(windows=traits.windows_by_type),
+    "qwen3": Row(windows=traits.windows_by_type),
+    "gemma2": Row(attention="eager", windows=traits.windows_by_type, logits=traits.capped_logits),
+    "gemma3_text": Row(
+        windows=traits.windows_by_type,
+        kinds=traits.kinds_by_type,
+        rotary=traits.rotary_by_type,
+        logits=traits.capped_logits,
+    ),
+    "phi3": Row(windows=traits.same_window),
     "gpt_neox": Row(embedding="embed_in", norm="final_layer_norm", cache="layer_past"),
-    "gpt2": Row(embedding="wte", blocks="h", norm="ln_f", rotary=no_rotary, place=learned_positions),
+    "gpt2": Row(embedding="wte", blocks="h", norm="ln_f", rotary=traits.no_rotary, place=traits.learned_positions),
     "olmo2": Row(),
-    "starcoder2": Row(windows=same_window),
+    "starcoder2": Row(windows=traits.same_window),
+    "mamba": replace(PURE, mixer=traits.selective),
+    "mamba2": replace(PURE, mixer=traits.ssd),
+    "falcon_mamba": replace(PURE, mixer=traits.normed_selective),
+    "jamba": replace(
+        HYBRID, norm="final_layernorm", rotary=traits.no_rotary, experts=shapes.routed, mixer=traits.normed_selective
+    ),
+    "bamba": replace(HYBRID, norm="final_layernorm"),
+    "zamba2": replace(
+        HYBRID,
+        norm="final_layernorm",
+        rotary=traits.rotary_if_wanted,
+        place=traits.twice,
+        call=traits.beside_embedding,
+        residual=traits.first_half,
+        used=shapes.own_adapter,
+    ),
+    "granitemoehybrid": replace(
+        HYBRID,
+        rotary=traits.rotary_if_wanted,
+        place=traits.multiplied,
+        logits=traits.divided_logits,
+        experts=shapes.routed,
+    ),
+    "falcon_h1": replace(
+        HYBRID,
+        norm="final_layernorm",
+        place=traits.multiplied,
+        logits=traits.multiplied_logits,
+        mixer=traits.scaled_ssd,
+        first="recurrent",
+    ),
+    "nemotron_h": replace(
+        HYBRID, embedding="embeddings", norm="norm_f", rotary=traits.no_rotary, experts=shapes.routed
+    ),
+    "lfm2": replace(HYBRID, norm="embedding_norm", mixer=traits.short_convolution),
 }
 
 

@@ -32,6 +32,22 @@ FACTS = (
     "hidden_act",
     "hidden_activation",
     "activation_function",
+    "time_step_limit",
+    "n_groups",
+    "mamba_n_groups",
+    "mamba_ngroups",
+    "embedding_multiplier",
+    "residual_multiplier",
+    "attention_multiplier",
+    "logits_scaling",
+    "lm_head_multiplier",
+    "key_multiplier",
+    "mlp_multipliers",
+    "ssm_multipliers",
+    "ssm_in_multiplier",
+    "ssm_out_multiplier",
+    "attention_in_multiplier",
+    "attention_out_multiplier",
 )
 """Entries of a configuration that change results and no shape, where a family has them."""
 
@@ -62,7 +78,7 @@ def facts(config: PretrainedConfig) -> dict[str, object]:
     return {
         "family": config.model_type,
         "depth": config.num_hidden_layers,
-        "heads": config.num_attention_heads,
+        "heads": getattr(config, "num_attention_heads", None),
         "windows": family(config.model_type).windows(config),
         **{key: known[key] for key in FACTS if key in known},
     }

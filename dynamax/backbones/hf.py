@@ -14,10 +14,15 @@ from torch.nn import functional as F
 from transformers import PretrainedConfig, PreTrainedModel
 
 from dynamax.backbones.base import Backbone
-from dynamax.backbones.cache import Cache, Store
+from dynamax.backbones.cache import Cache
+from dynamax.backbones.cells import Part
 from dynamax.backbones.chunk import Chunk, Rotary
-from dynamax.backbones.families import Row, attention_shape, family
+from dynamax.backbones.families import Row, family
 from dynamax.backbones.fingerprint import fingerprint_of
+from dynamax.backbones.repairs import repair
+from dynamax.backbones.shapes import block_shape
+from dynamax.backbones.stores import Store
+from dynamax.kernels.backend import at_least_float32
 from dynamax.types import BlockShape, Spec
 
 
@@ -25,7 +30,8 @@ from dynamax.types import BlockShape, Spec
 class HFBackbone(Backbone):
     """A transformers causal language model whose depth is an argument.
 
-    The model is frozen and used as it is: no weight is copied, no module replaced.
+    The model is frozen and used as it is: no weight is copied, no module replaced. Recurrent mixers are
+    taught to continue (``mixers``), and what transformers gets wrong is put right (``repairs``).
 
     Args:
         model: The model, loaded with the attention implementation its family asks for.
@@ -44,6 +50,12 @@ class HFBackbone(Backbone):
         self._blocks = tuple(getattr(model.base_model, self.row.blocks))  # a tuple is not registered a second time
         self._windows = self.row.windows(model.config)
         self._kinds = self.row.kinds(model.config)
+        self._parts = self.row.parts(model.config)
+        self._mixers = tuple(self.row.mixer(block) for block in self._blocks)
+        for mixer in self._mixers:
+            if mixer is not None:
+                repair(mixer.module)
+                mixer.install()
         self._additive = model.config._attn_implementation == "eager"
         if fingerprint is None:
             fingerprint = fingerprint_of(model.config, model.state_dict())
@@ -70,16 +82,20 @@ class HFBackbone(Backbone):
         chunk = self.chunk(h_BTD, 0) if cache is None else self.chunk(h_BTD, cache.length, cache.pad_B)
         return self.row.place(self.model.base_model, h_BTD, chunk)
 
-    def block(self, index: int, h_BTD: Tensor, chunk: Chunk, store: Store | None) -> Tensor:
-        """One block over one chunk. ``store`` takes its keys and values; None where nothing is kept."""
-        holes = frozenset() if store is None else frozenset(store.cell.holes)
-        return self._blocks[index](
-            h_BTD,
-            attention_mask=chunk.mask(self._windows[index], holes),
-            position_ids=chunk.positions_BT,
-            position_embeddings=chunk.angles(self._kinds[index]),
-            **{self.row.cache: store},
-        )
+    def block(self, index: int, h_BTD: Tensor, chunk: Chunk, store: Store) -> Tensor:
+        """One block over one chunk. ``store`` takes its keys and values, and advances its recurrent state."""
+        attends = "keys" in self._parts[index]
+        options = {
+            "attention_mask": chunk.mask(self._windows[index], store.holes) if attends else None,
+            "position_ids": chunk.positions_BT,
+            "position_embeddings": chunk.angles(self._kinds[index]),
+            self.row.cache: store,
+        }
+        return self.row.call(self._blocks[index], h_BTD, index, options)
+
+    def parts(self, index: int) -> tuple[Part, ...]:
+        """What the block keeps."""
+        return self._parts[index]
 
     def window(self, index: int) -> int | None:
         """Positions a row of this block sees, its own included; None for all."""
@@ -87,7 +103,7 @@ class HFBackbone(Backbone):
 
     def normalize(self, h_BTD: Tensor) -> Tensor:
         """The final norm."""
-        return getattr(self.model.base_model, self.row.norm)(h_BTD)
+        return getattr(self.model.base_model, self.row.norm)(self.row.residual(self.model.config, h_BTD))
 
     def project(self, u_BTD: Tensor, tokens_C: Tensor | None = None) -> Tensor:
         """Normalised states to logits, over the vocabulary or over candidate tokens.
@@ -95,13 +111,21 @@ class HFBackbone(Backbone):
         The product is taken in the model's dtype; the logits are float32, or float64 for a float64 model.
         """
         matrix_VD = self.output_matrix
-        logits = F.linear(u_BTD, matrix_VD if tokens_C is None else matrix_VD[tokens_C])
+        logits = F.linear(u_BTD.to(matrix_VD.dtype), matrix_VD if tokens_C is None else matrix_VD[tokens_C])
         return self.row.logits(self.model.config, at_least_float32(logits))
 
     def shape(self, index: int) -> BlockShape:
         """What the block costs."""
-        config = self.model.config
-        return attention_shape(config, self._blocks[index], self._windows[index], self.row.experts(config))
+        config, held = self.model.config, self._blocks[index].named_parameters()
+        return block_shape(
+            config,
+            {name: parameter for name, parameter in held if self.row.used(config, index, name)},
+            self._parts[index],
+            mixer=self._mixers[index],
+            window=self._windows[index],
+            share=self.row.experts(config),
+            first=self.row.first,
+        )
 
     def chunk(self, h_BTD: Tensor, start: int, pad_B: Tensor | None = None, past: int | None = None) -> Chunk:
         """Positions, rotary angles and masks of a chunk that begins at ``start``, behind ``past`` held keys."""
@@ -122,11 +146,6 @@ class HFBackbone(Backbone):
         return torch.cat([turned, kept], -1).to(k_BHTD.dtype)
 
 
-def at_least_float32(x: Tensor) -> Tensor:
-    """Half precisions in float32; float64 stays what it is."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
 def spec_of(config: PretrainedConfig, *, vocab: int, fingerprint: str) -> Spec:
     """What a configuration tells of a backbone."""
     return Spec(
@@ -145,10 +164,15 @@ def context_of(config: PretrainedConfig) -> int:
     LongRoPE turns *all* keys by other angles once a sequence outgrows the original context, and keys in
     a cache are turned already; so the original context is where exactness ends.
     """
-    rope = config.to_dict().get("rope_parameters") or {}
+    known = config.to_dict()
+    rope = known.get("rope_parameters") or {}
     if rope.get("rope_type") == "longrope":
         return rope["original_max_position_embeddings"]
-    return config.max_position_embeddings
+    return known.get("max_position_embeddings") or UNBOUNDED
+
+
+UNBOUNDED = 1 << 30
+"""Context of a model that has no positions to run out of."""
 
 
 def check_attention(config: PretrainedConfig, row: Row) -> None:

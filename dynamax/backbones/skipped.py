@@ -14,6 +14,7 @@ from torch import Tensor
 
 from dynamax.backbones.base import Backbone
 from dynamax.backbones.cache import Cache
+from dynamax.backbones.cells import Keys
 
 
 class SkippedState(ABC):
@@ -21,11 +22,27 @@ class SkippedState(ABC):
 
     Attributes:
         exact: True if the state is what full decoding of the same tokens leaves.
+        copies_keys: True if the rule is about keys and values, which recurrent blocks have none of.
         gates_read_exit: True if gates above read the exit's hidden state in place of their own.
     """
 
     exact: ClassVar[bool] = False
+    copies_keys: ClassVar[bool] = False
     gates_read_exit: ClassVar[bool] = False
+
+    def validate(self, backbone: Backbone) -> None:
+        """Refuse a backbone that the rule says nothing about.
+
+        Raises:
+            ValueError: If keys would be copied and a block keeps a recurrent state.
+        """
+        recurrent = [index for index in range(backbone.spec.depth) if "recurrent" in backbone.parts(index)]
+        if self.copies_keys and recurrent:
+            raise ValueError(
+                f"The rule {type(self).__name__} copies keys and values, but {len(recurrent)} of the "
+                f"{backbone.spec.depth} blocks of this {backbone.spec.family} keep a recurrent state. "
+                f"Use Exact, Propagate or Skip."
+            )
 
     def leave(self, backbone: Backbone, cache: Cache, depth: int, h_BTD: Tensor, *, last_block_ran: bool) -> None:
         """Positions ``h_BTD`` leave after ``depth`` blocks.
@@ -63,7 +80,9 @@ class Exact(SkippedState):
 
 
 class Propagate(SkippedState):
-    """Keys and values from the exit's hidden state, by each block's own norm and projections.
+    """Keys and values, or window and recurrent state, from the exit's hidden state, by each block's own projections.
+
+    A recurrent block projects all but its gate: its window holds C's channels too.
 
     Source: CALM (arXiv 2207.07061); DYNAMAX's "recompute".
     """
@@ -71,7 +90,7 @@ class Propagate(SkippedState):
     gates_read_exit = True
 
     def fill(self, backbone: Backbone, cache: Cache, block: int, h_BTD: Tensor) -> None:
-        """Write keys and values as if ``h_BTD`` had come in here."""
+        """Write the block's state as if ``h_BTD`` had come in here."""
         backbone.write(h_BTD, block, cache)
 
 
@@ -81,11 +100,14 @@ class CopyToken(SkippedState):
     Source: the code that DYNAMAX's authors published.
     """
 
+    copies_keys = True
+
     def fill(self, backbone: Backbone, cache: Cache, block: int, h_BTD: Tensor) -> None:
         """Append the last position's keys and values, once for each position of ``h_BTD``."""
         for _ in range(h_BTD.shape[1]):
-            k_BHTD, v_BHTD = cache.cells[block].read(cache.filled[block] - 1)
-            cache.cells[block].append(backbone.shift_keys(k_BHTD, block), v_BHTD)
+            keys = keys_of(cache, block)
+            k_BHTD, v_BHTD = keys.read(cache.filled[block] - 1)
+            keys.append(backbone.shift_keys(k_BHTD, block), v_BHTD)
             cache.filled[block] += 1
 
 
@@ -95,16 +117,28 @@ class CopyLayer(SkippedState):
     Source: DYNAMAX as others describe it.
     """
 
+    copies_keys = True
+
     def fill(self, backbone: Backbone, cache: Cache, block: int, h_BTD: Tensor) -> None:
         """Append the keys and values that the block below holds for these positions."""
-        cache.cells[block].append(*cache.cells[block - 1].read(cache.filled[block]))
+        keys_of(cache, block).append(*keys_of(cache, block - 1).read(cache.filled[block]))
         cache.filled[block] += h_BTD.shape[1]
 
 
 class Skip(SkippedState):
-    """State left as it is: the positions stay empty in the skipped blocks and no later one attends to them."""
+    """State left as it is: no later position attends to the skipped ones, and a recurrent state never saw them.
+
+    Source: DYNAMAX's "no recompute" on Mamba.
+    """
 
     def fill(self, backbone: Backbone, cache: Cache, block: int, h_BTD: Tensor) -> None:
-        """Leave holes."""
+        """Leave holes, and nothing in a recurrent state."""
         cache.cells[block].skip(h_BTD.shape[1])
         cache.filled[block] += h_BTD.shape[1]
+
+
+def keys_of(cache: Cache, block: int) -> Keys:
+    """Keys and values of a block that has them."""
+    keys = cache.cells[block].keys
+    assert keys is not None, "the rule has been validated against the backbone"
+    return keys

@@ -103,6 +103,7 @@ class Hub(FolderSource):
     """
 
     FILES = ("*.json", "*.safetensors", "*.jinja", "*.txt", "*.model")
+    COPIES = ("consolidated*",)  # Mistral's models bring all weights a second time, under other names
 
     def __init__(self, name: str, revision: str | None = None) -> None:
         self.name = name
@@ -111,7 +112,12 @@ class Hub(FolderSource):
     def folder(self) -> Path:
         """The hub's snapshot."""
         try:
-            found = snapshot_download(self.name, revision=self.revision, allow_patterns=list(self.FILES))
+            found = snapshot_download(
+                self.name,
+                revision=self.revision,
+                allow_patterns=list(self.FILES),
+                ignore_patterns=list(self.COPIES),
+            )
         except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
             at = "" if self.revision is None else f" at {self.revision}"
             raise ValueError(

@@ -60,8 +60,8 @@ def load_top(folder: Path, *, dtype: str, device: str) -> Top:
     config = config_of(folder)
     row = family(config.model_type)
     tensors = Checkpoint(folder)
-    names, matrix = top_names(config, row, tensors)
     kind_of_model: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    names, matrix = top_names(config, row, tensors, ties=bool(kind_of_model._tied_weights_keys))
     model, report = kind_of_model.from_pretrained(
         None,
         config=one_block(config),
@@ -80,27 +80,48 @@ def one_block(config: PretrainedConfig) -> PretrainedConfig:
     """The configuration cut down to the last block, the output matrix tied to the embedding's place.
 
     Raises:
-        ValueError: If blocks differ by their index in a way that a single block would lose.
+        ValueError: If the block is what it is by its index, or by weights of others, which a single block would lose.
     """
     known: dict[str, Any] = config.to_dict()
-    if known.get("scale_attn_by_inverse_layer_idx"):
+    if known.get("scale_attn_by_inverse_layer_idx") or kind_of_last(config) == "zamba2 hybrid":
         raise ValueError(
-            "The top of a GPT-2 with scale_attn_by_inverse_layer_idx cannot stand alone: its scale is lost. "
-            "Load the whole backbone instead."
+            f"The top of this {config.model_type} cannot stand alone: its last block is scaled by its index, or shares "
+            f"its weights with others. Load the whole backbone instead."
         )
     single = copy.deepcopy(config)
     single.num_hidden_layers = 1
-    if known.get("layer_types"):
-        single.layer_types = known["layer_types"][-1:]
+    for name, value in like_last(config, known).items():
+        setattr(single, name, value)
     single.tie_word_embeddings = True
     return single
 
 
-def top_names(config: PretrainedConfig, row: Row, tensors: Checkpoint) -> tuple[Mapping[str, str], str]:
+def kind_of_last(config: PretrainedConfig) -> str:
+    """Model type and layer type of the last block."""
+    kinds = getattr(config, "layer_types", None)
+    return f"{config.model_type} {kinds[-1]}" if kinds else config.model_type
+
+
+def like_last(config: PretrainedConfig, known: dict[str, Any]) -> dict[str, Any]:
+    """Entries by which block 0 of a configuration becomes what the last block of this one is."""
+    last = config.num_hidden_layers - 1
+    told = {name: known[name][-1:] for name in ("layer_types", "layers_block_type") if known.get(name)}
+    if "attn_layer_indices" in known:
+        told["attn_layer_indices"] = [0] if last in (known["attn_layer_indices"] or []) else []
+    for kind in ("attn", "expert"):
+        period, offset = f"{kind}_layer_period", f"{kind}_layer_offset"
+        if period in known:  # every block is such a one, or every other from the second on
+            told[period], told[offset] = (1, 0) if last % known[period] == known[offset] else (2, 1)
+    if "hybrid_layer_ids" in known:
+        told["hybrid_layer_ids"] = []
+    return told
+
+
+def top_names(config: PretrainedConfig, row: Row, tensors: Checkpoint, *, ties: bool) -> tuple[Mapping[str, str], str]:
     """What to read: names in a one-block model to names on disk, and the name of the output matrix on disk.
 
-    The output matrix is read in the embedding's place, where it is tied from, so that an embedding of
-    its own is never read.
+    The output matrix is read in the embedding's place, where it is tied from (a type that ``ties`` nothing
+    reads it twice), so that an embedding of its own is never read.
     """
     numbered = re.compile(rf"(^|\.){row.blocks}\.(\d+)\.")
     last = config.num_hidden_layers - 1
@@ -117,5 +138,7 @@ def top_names(config: PretrainedConfig, row: Row, tensors: Checkpoint) -> tuple[
     matrix = embedding
     for twin in twins:  # lm_head, embed_out: whatever it is called on disk
         old = names.pop(twin)
-        matrix = matrix if config.tie_word_embeddings else old
+        matrix = matrix if config.tie_word_embeddings and ties else old
+        if not ties:
+            names[twin] = matrix
     return {**names, embedding: matrix}, matrix

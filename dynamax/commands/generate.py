@@ -6,6 +6,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from os.path import commonprefix
 from typing import Literal
 
 import torch
@@ -13,9 +14,11 @@ from transformers import PreTrainedTokenizerBase
 
 from dynamax.backbones.skipped import SkippedState
 from dynamax.backbones.sources import Source
+from dynamax.commands.messages import UsageError
 from dynamax.commands.painting import Palette, coloured
 from dynamax.commands.parsing import Parser, one_screen, prepare
 from dynamax.decoding.sampling import Greedy, Sampled, Sampler
+from dynamax.device import chosen
 from dynamax.heads.bank import Exit
 from dynamax.metrics.cost import CostModel
 from dynamax.modules.answers import encode
@@ -23,6 +26,7 @@ from dynamax.modules.decoding import DecodingModule, Sweep
 from dynamax.policies.base import TerminationPolicy
 from dynamax.types import Step
 
+DEMO = "runs/demo/heads"
 SHORT = {"--threshold": "--policy.threshold"}
 DEFAULTS = {
     "backbone": {"class_path": "SmolLM2"},
@@ -55,7 +59,7 @@ def generate(
     backbone: Source,
     policy: TerminationPolicy,
     *,
-    heads: str | None = "runs/demo/heads",
+    heads: str | None = None,
     exits: dict[int, Exit] | None = None,
     rule: SkippedState | None = None,
     mode: Literal["early-exit", "lossless"] = "early-exit",
@@ -63,8 +67,8 @@ def generate(
     limit: int = 64,
     temperature: float | None = None,
     top_k: int | None = None,
-    top_p: float = 1.0,
-    seed: int = 0,
+    top_p: float | None = None,
+    seed: int | None = None,
     chat: bool = True,
     dtype: str = "float32",
     device: Literal["auto", "cpu", "cuda"] = "auto",
@@ -75,7 +79,7 @@ def generate(
         prompt: What to answer.
         backbone: Where the model comes from.
         policy: When to leave; --threshold is short for --policy.threshold.
-        heads: Folder of trained heads, as fit leaves it.
+        heads: Folder of trained heads, as fit leaves it; where neither these nor exits are given, runs/demo/heads.
         exits: Untrained exits in place of heads, such as '{20: {lens: LogitLens}}'.
         rule: What becomes of the state of skipped blocks; Exact by default.
         mode: early-exit says what exits say; lossless verifies every draft at the top.
@@ -84,35 +88,39 @@ def generate(
         temperature: Sample at this temperature; left out, the most likely token is taken.
         top_k: Sampling: keep only the k most likely tokens.
         top_p: Sampling: keep the fewest most likely tokens whose mass reaches this.
-        seed: Sampling: of the generator.
+        seed: Sampling: of the generator; 0 if left out.
         chat: Wrap the prompt as a user's turn in the chat template.
         dtype: Of the backbone, such as float32 or bfloat16.
         device: Where to run; auto takes a GPU where there is one.
     """
-    sampler: Sampler = Greedy()
-    if temperature is not None:
-        sampler = Sampled(temperature, top_k=top_k, top_p=top_p, seed=seed)
     module = DecodingModule(
         backbone,
         [Sweep(policy)],
-        heads=heads if exits is None else None,
+        heads=DEMO if heads is None and exits is None else heads,
         exits=exits,
         rule=rule,
-        sampler=sampler,
+        sampler=_sampler(temperature, top_k, top_p, seed),
         mode=mode,
         draft_limit=draft_limit,
         chat=chat,
         dtype=dtype,
     )
     module.configure_model()
-    module.to(_device(device))
+    module.to(torch.device(chosen(device)))
     speak(module, prompt, limit=limit)
 
 
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(name)
+def _sampler(temperature: float | None, top_k: int | None, top_p: float | None, seed: int | None) -> Sampler:
+    if temperature is not None:
+        return Sampled(temperature, top_k=top_k, top_p=1.0 if top_p is None else top_p, seed=seed or 0)
+    given = {"top_k": top_k, "top_p": top_p, "seed": seed}
+    idle = [name for name, value in given.items() if value is not None]
+    if idle:
+        raise UsageError(
+            f"{' and '.join(idle)} without a temperature would change nothing: the most likely token is taken. "
+            f"Add --temperature 1.0 to sample, or leave them out."
+        )
+    return Greedy()
 
 
 def speak(module: DecodingModule, prompt: str, *, limit: int) -> None:
@@ -141,16 +149,20 @@ def _kept(steps: Iterator[Step], kept: list[Step]) -> Iterator[Step]:
 def pieces(steps: Iterator[Step], tokenizer: PreTrainedTokenizerBase, stop: Sequence[int]) -> Iterator[tuple[str, int]]:
     """Printable text as it becomes whole, with the depth of the token that completed it."""
     tokens: list[int] = []
-    shown = ""
+    shown = text = ""
+    depth = 0
     for step in steps:
         token = int(step.token_B[0])
         if token in stop:
             continue  # the end; the decoder stops by itself
         tokens.append(token)
+        depth = step.depth
         text = str(tokenizer.decode(tokens))
         if not text.endswith("\ufffd"):  # half a character; the next token completes it
-            yield text[len(shown) :], step.depth
+            yield text[len(commonprefix([shown, text])) :], depth
             shown = text
+    if text != shown:  # it ended within a character
+        yield text[len(commonprefix([shown, text])) :], depth
 
 
 def balance(costs: CostModel, steps: Sequence[Step], prompt: int, seconds: float) -> str:

@@ -5,22 +5,28 @@ from __future__ import annotations
 from collections.abc import Sequence
 from importlib.util import find_spec
 
-import torch
-
 from dynamax import __version__
+from dynamax.device import chosen
+from dynamax.kernels.backend import PACKAGES, backend
 from dynamax.metrics.environment import environment
 from dynamax.registry import ALL
 
 
 def main(arguments: Sequence[str]) -> None:
     """Print versions, device, kernels and the installed classes of each kind."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    facts = {"dynamax": __version__, **environment(device, dtype="float32", batch=1)}
+    facts = {"dynamax": __version__, **environment(chosen("auto"), dtype="float32", batch=1)}
     for name in ("dtype", "batch"):
         facts.pop(name)
-    for package in ("mamba_ssm", "causal_conv1d"):
-        facts[package] = "installed" if find_spec(package) else "not installed; plain PyTorch is used"
+    for package in PACKAGES:
+        there = find_spec(package) is not None
+        facts[package] = f"installed; {kernel_use(package)}" if there else "not installed; plain PyTorch is used"
     for registry in ALL:
         facts[registry.group.removeprefix("dynamax.")] = ", ".join(registry.names())
     for name, value in facts.items():
         print(f"{name:<14}{value}")
+
+
+def kernel_use(package: str) -> str:
+    """What runs here, on the device that ``auto`` chooses."""
+    device = chosen("auto")
+    return f"{backend(package, device).replace('torch', 'plain PyTorch')} runs on {device}"

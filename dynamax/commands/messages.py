@@ -13,6 +13,7 @@ from typing import NamedTuple
 KEY = re.compile(r'Parser key "([^"]+)"')
 NESTED = re.compile(r"NestedArg\(key='([\w.]+)'")
 LONGEST = 12
+DEMOS = {"fit": "fit", "cache": "fit", "validate": "fit", "test": "test", "predict": "test"}
 
 
 class UsageError(Exception):
@@ -86,7 +87,11 @@ def _unrecognized(where: str, given: str, known: Known, lines: Sequence[str]) ->
 
 
 def _missing(where: str, given: str, known: Known, lines: Sequence[str]) -> str:
-    return f"{where} lacks {given}. Give it in a file (-c) or as an option."
+    command, _, name = given.rpartition(".")
+    if name == "prompt":
+        return 'There is no prompt. Write what to answer: dynamax generate "What is the capital of France?"'
+    start = f", or start from a whole run: -c configs/demo/{DEMOS[command]}.yaml" if command in DEMOS else ""
+    return f"{where} lacks {given}. Give it in a file (-c) or as an option{start}."
 
 
 def _no_config(where: str, given: str, known: Known, lines: Sequence[str]) -> str:

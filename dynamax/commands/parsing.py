@@ -18,23 +18,36 @@ from transformers.utils.logging import disable_progress_bar
 from dynamax.backbones.skipped import SkippedState
 from dynamax.backbones.sources import Source
 from dynamax.commands.messages import Known, UsageError, explain
-from dynamax.data import corpora, generated, hidden, tasks
-from dynamax.data.text import TextSource
+from dynamax.data import answers, corpora, generated, glosses, hidden, language, tasks
+from dynamax.data.text import Corpus, TextSource
 from dynamax.decoding.sampling import Sampler
 from dynamax.heads.base import Gate, Lens
-from dynamax.modules import decoding, heads
+from dynamax.modules import decoding, heads, pretraining
 from dynamax.objectives.base import Objective
+from dynamax.objectives.early_exit import LanguageObjective
 from dynamax.policies.base import TerminationPolicy
 from dynamax.registry import ALL, Registry, packages
 from dynamax.tasks.base import Task
 
 CALLBACKS: Registry = Registry("dynamax.callbacks", "callback")
-COMPOSED = (corpora, decoding, generated, heads, hidden, tasks)  # imported, so that their classes go by short names
+COMPOSED = (
+    answers,
+    corpora,
+    decoding,
+    generated,
+    glosses,
+    heads,
+    hidden,
+    language,
+    pretraining,
+    tasks,
+)  # imported, so that their classes go by short names
 
 LOAD_YAML = get_loader("yaml")
 NOISE = (
     ".*LeafSpec",  # Lightning 2.6 beside torch 2.13
     ".*does not have many workers",  # batches come from memory maps: workers would only copy
+    "Found \\d+ module\\(s\\) in eval mode",  # a backbone is always in eval mode: it has no dropout to train with
     "You have overridden `on_before_batch_transfer`",  # on purpose
 )
 
@@ -46,8 +59,11 @@ KINDS: dict[str, type] = {
     "policies": TerminationPolicy,
     "lens_objective": Objective,
     "gate_objective": Objective,
+    "objective": LanguageObjective,
     "task": Task,
     "text": TextSource,
+    "corpus": Corpus,
+    "writer": Source,
     "rule": SkippedState,
     "sampler": Sampler,
     "callbacks": Callback,

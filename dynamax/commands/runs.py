@@ -1,17 +1,21 @@
-"""``fit validate test predict cache``: LightningCLI over our modules. Knows parsers, not models."""
+"""``fit validate test predict cache train``: LightningCLI over our modules. Knows parsers, not models."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, cast
 
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
 from dynamax.backbones.sources import Source
+from dynamax.commands.messages import UsageError
 from dynamax.commands.parsing import Parser, one_screen, prepare
 from dynamax.modules.heads import HeadsModule
+from dynamax.modules.limits import one_device
+from dynamax.modules.pretraining import PretrainingModule
 
 
 class StoreTrainer(Trainer):
@@ -21,14 +25,27 @@ class StoreTrainer(Trainer):
         """Fill the hidden-state store only; a run that was stopped goes on."""
         datamodule.prepare_data()
 
+    def train(
+        self, model: LightningModule, datamodule: LightningDataModule, ckpt_path: str | Path | None = None
+    ) -> None:
+        """Train a language model from the start.
+
+        Args:
+            model: The model.
+            datamodule: Its text.
+            ckpt_path: Checkpoint to go on from; ``last`` finds the newest, where there is one.
+        """
+        self.fit(model, datamodule=datamodule, ckpt_path=ckpt_path)
+
 
 class DynamaxCLI(LightningCLI):
-    """LightningCLI with the command ``cache``; a store of hidden states follows the heads it is for."""
+    """LightningCLI with the commands ``cache`` and ``train``; a store of hidden states follows the heads it is for."""
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         """Commands, and the arguments of their methods that are not options."""
-        return {**LightningCLI.subcommands(), "cache": {"model", "datamodule"}}
+        own = {"model", "datamodule"}
+        return {**LightningCLI.subcommands(), "cache": own, "train": own}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Tell the store whose states are wanted, and at which depths, from the model."""
@@ -41,16 +58,47 @@ class DynamaxCLI(LightningCLI):
             parser.set_defaults({"verbose": False})  # Lightning's table has a line for each figure of each threshold
         return parser
 
+    def _add_subcommands(self, parser: LightningArgumentParser, **kwargs: Any) -> None:  # noqa: ANN401
+        super()._add_subcommands(parser, **kwargs)
+        for name, subparser in self._subcommand_parsers.items():
+            subparser.prog = f"dynamax {name}"  # options stand behind the command, not before it
+
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parse; mistakes are told in one screen."""
         with one_screen(parser):
             self.config = parser.parse_args(cast(Sequence[str], args))
 
-    def before_fit(self) -> None:
+    def before_cache(self) -> None:
         """Build the heads before the store is filled: a mistake in them shows now, not minutes later."""
+        if isinstance(self.model, PretrainingModule):
+            raise UsageError("fit trains exit heads, but the model is PretrainingModule. Use: dynamax train ...")
         self.model.configure_model()
 
-    before_cache = before_fit
+    def before_fit(self) -> None:
+        """The same, for mistakes in the trainer too."""
+        self.before_cache()
+        one_device(self.trainer, self.model)
+        if isinstance(self.model, HeadsModule):
+            self.model.check_epochs(self.trainer)
+
+    def before_validate(self) -> None:
+        """Refuse to score heads that nobody trained."""
+        if not isinstance(self.model, HeadsModule):
+            return
+        self.model.configure_model()
+        fresh = self.model.saved is None and self.config.validate.ckpt_path is None
+        if fresh and list(self.model.bank.parameters()):
+            raise UsageError(
+                "validate was given no trained heads, so it would score fresh ones. Name the folder that fit wrote, "
+                "such as --model.heads runs/demo/heads, or a checkpoint of the trainer, --ckpt_path FILE."
+            )
+
+    def before_train(self) -> None:
+        """Refuse what ``fit`` is for, and mistakes that would show after the text has been written only."""
+        if not isinstance(self.model, PretrainingModule):
+            given = type(self.model).__name__
+            raise UsageError(f"train trains a language model, but the model is {given}. Use: dynamax fit ...")
+        self.model.check(self.trainer)
 
     def predict(self, **options: Any) -> None:  # noqa: ANN401 - those of Trainer.predict
         """Print each answer as a line of JSON."""
@@ -71,7 +119,7 @@ def main(arguments: Sequence[str]) -> None:
     prepare()
     DynamaxCLI(
         trainer_class=StoreTrainer,
-        trainer_defaults={"enable_checkpointing": False, "default_root_dir": "runs"},
+        trainer_defaults={"enable_checkpointing": False, "default_root_dir": "runs", "devices": 1},
         seed_everything_default=0,
         save_config_kwargs={"overwrite": True},
         parser_class=Parser,

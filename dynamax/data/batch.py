@@ -85,3 +85,8 @@ def collate(documents: Sequence[StoredDocument], numbers: Sequence[int]) -> Hidd
         documents_B=torch.tensor(numbers),
         origins_B=torch.tensor([document.origin for document in documents]),
     )
+
+
+def as_it_is(batch: Any) -> Any:  # noqa: ANN401 - whatever a sampler or a data set hands out
+    """A loader's ``collate_fn`` where each item is a batch already."""
+    return batch

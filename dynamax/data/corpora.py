@@ -12,14 +12,14 @@ from transformers import PreTrainedTokenizerBase
 
 from dynamax.backbones.base import Backbone
 from dynamax.data.files import SampleBy, checked_file, read_file, text_of
-from dynamax.data.text import Document, TextSource, check_length, check_positive, windows
+from dynamax.data.text import Corpus, Document, Text, TextSource, check_length, check_positive, windows
 
 GROUP = 64
 Rows = datasets.Dataset | datasets.IterableDataset
 T = TypeVar("T")
 
 
-class RowText(TextSource):
+class RowText(TextSource, Corpus):
     """Rows with a text field; 64 rows are a group. Rows of white space alone are passed over."""
 
     field: str
@@ -34,6 +34,14 @@ class RowText(TextSource):
     @abstractmethod
     def name(self) -> str:
         """What the data set is called in messages."""
+
+    @final
+    def texts(self) -> Iterator[Text]:
+        """See ``Corpus.texts``."""
+        for number, row in enumerate(stretch(self.load(), 0, self.rows), 1):
+            text = text_of(row, self.field, number=number, name=self.name)
+            if text.strip():
+                yield Text(text, origin=text)
 
     @final
     def groups(

@@ -26,7 +26,14 @@ class Encoded(NamedTuple):
     """A prompt in tokens."""
 
     tokens: list[int]
-    origin: str
+    prompt: Prompt
+
+
+class Answered(NamedTuple):
+    """A prompt in tokens and the tokens of its answer, the one that ended it included."""
+
+    asked: Encoded
+    answer: list[int]
 
 
 @final
@@ -94,6 +101,13 @@ class SelfGenerated(TextSource):
         self, tokenizer: PreTrainedTokenizerBase, backbone: Backbone, *, skip: int = 0
     ) -> Iterator[list[Document]]:
         """See ``TextSource.groups``."""
+        for group in self.answers(tokenizer, backbone, skip=skip):
+            yield [Document(asked.tokens + answer, len(asked.tokens), asked.prompt.origin) for asked, answer in group]
+
+    def answers(
+        self, tokenizer: PreTrainedTokenizerBase, backbone: Backbone, *, skip: int = 0
+    ) -> Iterator[list[Answered]]:
+        """The groups again, with each document's prompt; see ``TextSource.groups``."""
         encoded = [self._encode(prompt, tokenizer, backbone) for prompt in self._prompts]
         end = cast(int | None, tokenizer.eos_token_id)
         stop = () if end is None else (end,)
@@ -123,11 +137,11 @@ class SelfGenerated(TextSource):
                 f"A prompt of {len(tokens)} tokens and an answer of up to {self.length} do not fit the context of "
                 f"{backbone.spec.context}: {prompt.plain!r:.80}. Shorten the prompt, or lower length."
             )
-        return Encoded(tokens, prompt.origin)
+        return Encoded(tokens, prompt)
 
     def _answer(
         self, batch: Sequence[Encoded], backbone: Backbone, stop: tuple[int, ...], index: int
-    ) -> list[Document]:
+    ) -> list[Answered]:
         device = next(backbone.parameters()).device
         longest = max(len(prompt.tokens) for prompt in batch)
         pads = [longest - len(prompt.tokens) for prompt in batch]
@@ -137,10 +151,7 @@ class SelfGenerated(TextSource):
         sampler = Sampled(self.temperature, top_k=self.top_k, top_p=self.top_p, seed=derived_seed(self.seed, index))
         steps = Full(backbone, sampler).decode(prompt_BT, limit=self.length, stop=stop, pad_B=pad_B)
         answers = torch.stack([step.token_B for step in steps], 1).tolist()
-        return [
-            Document(prompt.tokens + until(answer, stop), len(prompt.tokens), prompt.origin)
-            for prompt, answer in zip(batch, answers, strict=True)
-        ]
+        return [Answered(asked, until(answer, stop)) for asked, answer in zip(batch, answers, strict=True)]
 
 
 def encode(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, *, form: Form) -> list[int]:

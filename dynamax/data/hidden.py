@@ -6,18 +6,18 @@ from collections.abc import Sequence
 from functools import cached_property
 from typing import Any, Literal, final
 
-import torch
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from dynamax.backbones.sources import Source
-from dynamax.data.batch import HiddenBatch, collate
+from dynamax.data.batch import HiddenBatch, as_it_is, collate
 from dynamax.data.buckets import LengthBuckets
 from dynamax.data.fill import fill_store, find_store, store_folder, store_inputs
 from dynamax.data.states import StoreDtype
 from dynamax.data.store import Store
 from dynamax.data.text import TextSource
+from dynamax.device import chosen
 from dynamax.types import Site
 
 Compute = Literal["float32", "bfloat16", "float16"]
@@ -98,7 +98,7 @@ class HiddenStates(LightningDataModule):
 
     def fill(self) -> Store:
         """Load the backbone, make the store whole, and let the backbone go."""
-        device = self.device if self.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+        device = chosen(self.device)
         return fill_store(
             self.folder,
             self.backbone.load(dtype=self.compute, device=device),
@@ -144,7 +144,7 @@ class HiddenStates(LightningDataModule):
             documents,
             batch_size=None,  # each position the sampler gives is a batch already
             sampler=buckets,
-            collate_fn=_as_it_is,
+            collate_fn=as_it_is,
             num_workers=self.workers,
             persistent_workers=self.workers > 0,
         )
@@ -176,7 +176,3 @@ def held_out(origins_N: Tensor, part: float) -> Tensor:
         part: Part of the origins, in [0, 1].
     """
     return origins_N.double() / 2.0**64 + 0.5 < part
-
-
-def _as_it_is(batch: Any) -> Any:  # noqa: ANN401 - the loader's types know lists alone
-    return batch

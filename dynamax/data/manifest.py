@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import zlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+
+from dynamax.atomic import write_atomically
 
 FORMAT = 1
 NAME = "manifest.json"
@@ -148,31 +149,3 @@ def checksum_of_file(file: Path) -> str:
         while piece := stream.read(1 << 22):
             value = checksum_of(piece, value)
     return f"{value:08x}"
-
-
-def write_atomically(file: Path, content: bytes) -> None:
-    """Write a file so that at every moment either all of it or nothing stands under its name.
-
-    The content reaches the disk before the name does. Nothing is left behind if the disk is full.
-    """
-    part = file.with_name(file.name + ".part")
-    try:
-        with part.open("wb", buffering=0) as stream:
-            rest = memoryview(content)
-            while rest:
-                rest = rest[stream.write(rest) :]
-            os.fsync(stream.fileno())
-        part.replace(file)
-    except OSError:
-        part.unlink(missing_ok=True)
-        raise
-    sync_folder(file.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make the folder's names durable."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

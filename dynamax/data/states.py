@@ -84,7 +84,7 @@ class StateReader:
         for start, stop in pairwise((0, *self.exits, self.backbone.spec.depth)):
             h_BTD = self.backbone.run(h_BTD, Span(start, stop))
             if stop in self.exits:
-                hidden[stop] = self._kept(h_BTD[live_BT], stop).split(lengths)
+                hidden[stop] = self._kept(h_BTD[live_BT][:, : self.backbone.spec.width], stop).split(lengths)
         columns = [column.split(lengths) for column in self._labels(h_BTD[live_BT])]
         for index, document in enumerate(documents):
             yield StoredDocument(

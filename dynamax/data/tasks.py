@@ -8,6 +8,7 @@ import torch
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 
+from dynamax.data.batch import as_it_is
 from dynamax.tasks.base import Task
 
 
@@ -29,7 +30,7 @@ class TaskData(LightningDataModule):
 
     def test_dataloader(self) -> DataLoader:
         """One example a batch."""
-        return DataLoader(self._examples, batch_size=None, collate_fn=_as_is)  # type: ignore[arg-type]
+        return DataLoader(self._examples, batch_size=None, collate_fn=as_it_is)  # type: ignore[arg-type]
 
     def predict_dataloader(self) -> DataLoader:
         """The same examples."""
@@ -38,7 +39,3 @@ class TaskData(LightningDataModule):
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:  # noqa: ANN401
         """Examples are text; nothing moves."""
         return batch
-
-
-def _as_is(example: Any) -> Any:  # noqa: ANN401 - examples are of the task's own class
-    return example

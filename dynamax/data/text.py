@@ -6,7 +6,7 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
@@ -27,6 +27,30 @@ class Document:
     tokens: list[int]
     prompt: int = 0
     origin: str = ""
+
+
+class Text(NamedTuple):
+    """A text before any tokenizer.
+
+    Attributes:
+        text: The characters.
+        origin: What the text goes back to; texts of one origin never stand on both sides of a split.
+    """
+
+    text: str
+    origin: str
+
+
+class Corpus(ABC):
+    """Where texts come from: the same ones in the same order each time. A tokenizer can be trained on them."""
+
+    @abstractmethod
+    def identity(self) -> dict[str, Any]:
+        """All that the texts depend on, as JSON values; file contents as hashes."""
+
+    @abstractmethod
+    def texts(self) -> Iterator[Text]:
+        """All texts."""
 
 
 class TextSource(ABC):
@@ -77,7 +101,7 @@ def check_length(length: int, backbone: Backbone, *, option: str = "length") -> 
         )
 
 
-def check_positive(source: TextSource, **options: int | None) -> None:
+def check_positive(source: TextSource | Corpus, **options: int | None) -> None:
     """Refuse counts below 1; None passes.
 
     Raises:

@@ -20,7 +20,8 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from dynamax.data.manifest import NAME, Manifest, Shard, checksum_of, write_atomically
+from dynamax.atomic import write_atomically
+from dynamax.data.manifest import NAME, Manifest, Shard, checksum_of
 from dynamax.data.store import StoredDocument
 
 LOCK = "lock"

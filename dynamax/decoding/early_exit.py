@@ -43,6 +43,7 @@ class EarlyExit(Decoder):
         self.bank = bank.listening(policy.gates)
         self.policy = policy
         self.rule = rule or Exact()
+        self.rule.validate(backbone)
         self.sampler = sampler or Greedy()
 
     @torch.inference_mode()
@@ -63,21 +64,14 @@ class EarlyExit(Decoder):
         clock = probe or Probe()
 
         def step(tokens_BT: Tensor, index: int, ended_B: Tensor) -> Step:
-            clock.begin(prefill=index == 0)
             if index == 0:
-                return self._prefill(ascent, tokens_BT, clock)
+                return prefilled(ascent, tokens_BT, self.sampler, clock)
             return self._step(ascent, tokens_BT, index, ended_B, clock)
 
         yield from drive(step, prompt_BT, limit=limit, stop=stop, forced_BT=forced_BT)
 
-    def _prefill(self, ascent: Ascent, tokens_BT: Tensor, clock: Probe) -> Step:
-        h_BTD = ascent.climb(self.backbone.embed(tokens_BT, ascent.cache), Span(0, ascent.total))
-        logits_BV = self.backbone.unembed(h_BTD[:, -1:])[:, 0]
-        token_B = self.sampler(logits_BV)
-        clock.end(ascent.total)
-        return Step(token_B, ascent.total, logits_BV, logits_read=(ascent.total,), work=ascent.work(), prefill=True)
-
     def _step(self, ascent: Ascent, tokens_BT: Tensor, index: int, ended_B: Tensor, clock: Probe) -> Step:
+        clock.begin(prefill=False)
         arrival = ascent.ask(tokens_BT, self.policy, ended_B, step=index, probe=clock)
         if arrival.left:
             depth, logits_BV = arrival.depth, arrival.trail[-1].logits_BV
@@ -88,6 +82,16 @@ class EarlyExit(Decoder):
         token_B = self.sampler(logits_BV)
         clock.end(depth)
         return told(arrival, token_B, logits_BV, depth, ascent)
+
+
+def prefilled(ascent: Ascent, prompt_BT: Tensor, sampler: Sampler, clock: Probe) -> Step:
+    """The prompt, run at full depth, and the first token."""
+    clock.begin(prefill=True)
+    h_BTD = ascent.climb(ascent.backbone.embed(prompt_BT, ascent.cache), Span(0, ascent.total))
+    logits_BV = ascent.backbone.unembed(h_BTD[:, -1:])[:, 0]
+    token_B = sampler(logits_BV)
+    clock.end(ascent.total)
+    return Step(token_B, ascent.total, logits_BV, logits_read=(ascent.total,), work=ascent.work(), prefill=True)
 
 
 def told(arrival: Arrival, token_B: Tensor, logits_BV: Tensor, depth: int, ascent: Ascent) -> Step:

@@ -26,8 +26,16 @@ def drive(
         prompt_BT: What the first step reads.
         limit: Most steps.
         stop: Token ids that end a row; an ended row repeats the first of them.
-        forced_BT: Tokens to go on with in place of the step's own.
+        forced_BT: Tokens to go on with in place of the step's own; what follows the last step is not needed.
+
+    Raises:
+        ValueError: If there are too few forced tokens for the limit.
     """
+    if forced_BT is not None and forced_BT.shape[1] < limit - 1:
+        raise ValueError(
+            f"{forced_BT.shape[1]} forced tokens were given for {limit} steps; wanted: at least {limit - 1}, one to go "
+            f"on with after each step but the last. Lower the limit, or force more tokens."
+        )
     feed_BT = prompt_BT
     stop_S = torch.tensor(stop, device=prompt_BT.device, dtype=torch.long)
     ended_B = torch.zeros(prompt_BT.shape[0], dtype=torch.bool, device=prompt_BT.device)
@@ -38,7 +46,7 @@ def drive(
             taken = replace(taken, token_B=token_B)
             ended_B = ended_B | torch.isin(token_B, stop_S)
         yield taken
-        if ended_B.all():
+        if index + 1 == limit or ended_B.all():
             return
         feed_BT = (taken.token_B if forced_BT is None else forced_BT[:, index])[:, None]
 

@@ -24,6 +24,10 @@ class Sampler(ABC):
     def uniform(self, like_B: Tensor) -> Tensor:
         """One number in [0, 1) a row, for acceptance tests; 0 accepts whatever has any probability."""
 
+    @abstractmethod
+    def restart(self, turn: int) -> None:
+        """Draw from here on as in turn ``turn``, whatever was drawn before: the same numbers each time."""
+
     @final
     def __call__(self, logits_BV: Tensor) -> Tensor:
         """Draw ``token_B`` from logits."""
@@ -44,6 +48,9 @@ class Greedy(Sampler):
     def uniform(self, like_B: Tensor) -> Tensor:
         """Any number serves: a drafted token has probability 0 or 1."""
         return torch.full_like(like_B, 0.5, dtype=torch.float32)
+
+    def restart(self, turn: int) -> None:
+        """Nothing is drawn by chance."""
 
 
 class Sampled(Sampler):
@@ -69,6 +76,7 @@ class Sampled(Sampler):
         self.top_k = top_k
         self.top_p = top_p
         self.seed = seed
+        self._start = seed
         self._generators: dict[torch.device, torch.Generator] = {}
 
     def distribution(self, logits_BV: Tensor) -> Tensor:
@@ -98,7 +106,12 @@ class Sampled(Sampler):
         """Uniform numbers from the sampler's own generator."""
         return torch.rand(like_B.shape, device=like_B.device, generator=self._generator(like_B.device))
 
+    def restart(self, turn: int) -> None:
+        """Begin anew with a seed of this turn's own."""
+        self._start = hash((self.seed, turn)) % 2**63
+        self._generators = {}
+
     def _generator(self, device: torch.device) -> torch.Generator:
         if device not in self._generators:
-            self._generators[device] = torch.Generator(device).manual_seed(self.seed)
+            self._generators[device] = torch.Generator(device).manual_seed(self._start)
         return self._generators[device]

@@ -14,12 +14,12 @@ from torch import Tensor
 from dynamax.backbones.base import Backbone
 from dynamax.decoding.ascent import Ascent
 from dynamax.decoding.base import Decoder, Probe
-from dynamax.decoding.early_exit import told
+from dynamax.decoding.early_exit import prefilled, told
 from dynamax.decoding.loop import checked_prompt
 from dynamax.decoding.sampling import Greedy, Sampler
 from dynamax.heads.bank import ExitBank
 from dynamax.policies.base import TerminationPolicy
-from dynamax.types import Span, Step
+from dynamax.types import Step
 
 
 class SelfSpeculative(Decoder):
@@ -74,7 +74,7 @@ class SelfSpeculative(Decoder):
         clock = probe or Probe()
         stop_S = torch.tensor(stop, device=prompt_BT.device, dtype=torch.long)
         ended_B = torch.zeros(prompt_BT.shape[0], dtype=torch.bool, device=prompt_BT.device)
-        steps = [self._prefill(ascent, prompt_BT, clock)]
+        steps = [prefilled(ascent, prompt_BT, self.sampler, clock)]
         token_B, given = steps[0].token_B, 0
         while True:
             for step in steps:
@@ -86,14 +86,6 @@ class SelfSpeculative(Decoder):
                     return
             drafts = min(self.draft_limit, limit - given - 1)
             steps = self._round(ascent, token_B, ended_B, drafts, given, clock)
-
-    def _prefill(self, ascent: Ascent, prompt_BT: Tensor, clock: Probe) -> Step:
-        clock.begin(prefill=True)
-        h_BTD = ascent.climb(self.backbone.embed(prompt_BT, ascent.cache), Span(0, ascent.total))
-        logits_BV = self.backbone.unembed(h_BTD[:, -1:])[:, 0]
-        token_B = self.sampler(logits_BV)
-        clock.end(ascent.total)
-        return Step(token_B, ascent.total, logits_BV, logits_read=(ascent.total,), work=ascent.work(), prefill=True)
 
     def _round(
         self, ascent: Ascent, token_B: Tensor, ended_B: Tensor, drafts: int, index: int, clock: Probe

@@ -33,10 +33,18 @@ class Survey:
         bank: Its exits.
         tokens_1T: A known text.
         start: First position surveyed; it is decided at the top, as the prompt's last position is.
+
+    Raises:
+        ValueError: If the text is longer than the backbone's context.
     """
 
     @torch.inference_mode()
     def __init__(self, backbone: Backbone, bank: ExitBank, tokens_1T: Tensor, *, start: int) -> None:
+        if tokens_1T.shape[1] > backbone.spec.context:
+            raise ValueError(
+                f"A text of {tokens_1T.shape[1]} tokens is to be read in one pass, but the backbone's context holds "
+                f"{backbone.spec.context}. Lower the task's window, or shorten its prompts."
+            )
         self.total = backbone.spec.depth
         self.exits: list[Evidence] = []
         h_BTD, at = backbone.embed(tokens_1T), 0
@@ -53,7 +61,7 @@ class Survey:
         logits_TV = self.logits_TV.clone()
         depth_T = torch.full(logits_TV.shape[:1], self.total, device=logits_TV.device)
         stays_T = torch.ones_like(depth_T, dtype=torch.bool)
-        stays_T[0] = False
+        stays_T[:1] = False
         for evidence in self.exits:
             leaves_T = policy(evidence) & stays_T
             if leaves_T.any():
@@ -69,10 +77,11 @@ def _evidence(bank: ExitBank, site: Site, h_BTD: Tensor, start: int, step_T: Ten
         site.depth,
         site.spec.depth,
         step_T,
-        rows_1TD[0],
+        bank.stream(rows_1TD)[0],
         logits=lambda: _logits(bank, site, h_BTD, start),
         gates={
-            name: (lambda gate=gate: gate.confidence(h_BTD)[0, start:]) for name, gate in bank.gates(site.depth).items()
+            name: (lambda gate=gate: gate.confidence(bank.stream(h_BTD))[0, start:])
+            for name, gate in bank.gates(site.depth).items()
         },
         trail=trail,
     )

@@ -5,7 +5,6 @@ from dynamax.heads.base import ExitHead, Gate, Lens
 from dynamax.heads.exits import Exit
 from dynamax.heads.gates import AttentionGate, FFNGate, LinearGate, MambaGate, MLPGate
 from dynamax.heads.lenses import LastBlockLens, LogitLens, LowRankLens, TunedLens
-from dynamax.heads.mamba import scan_backend
 
 __all__ = [
     "AttentionGate",
@@ -22,5 +21,4 @@ __all__ = [
     "MLPGate",
     "MambaGate",
     "TunedLens",
-    "scan_backend",
 ]

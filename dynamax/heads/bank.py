@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol, Self, cast
+from typing import Any, Protocol, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -50,7 +50,9 @@ class ExitBank(nn.Module):
 
     def __init__(self, exits: Mapping[int, Exit], sites: Callable[[int], Site]) -> None:
         super().__init__()
-        check_depths(exits, sites(1).spec.depth)
+        spec = sites(1).spec
+        check_depths(exits, spec.depth)
+        self._width = spec.width
         self.depths = tuple(sorted(exits))
         self.exits = nn.ModuleDict({str(depth): built(exits[depth], sites(depth)) for depth in self.depths})
         self.recurrent_depths = recurrent_depths(self)
@@ -100,6 +102,10 @@ class ExitBank(nn.Module):
             )
         return cast(nn.ModuleDict, self.exits[str(depth)])
 
+    def stream(self, h_BTD: Tensor) -> Tensor:
+        """The residual stream alone, which gates read: rows of some backbones carry more behind it."""
+        return h_BTD[..., : self._width]
+
     # -- while decoding ---------------------------------------------------------------------------
 
     def catch_up(self, depth: int, h_BTD: Tensor, cache: Books) -> dict[str, Tensor]:
@@ -125,7 +131,7 @@ class ExitBank(nn.Module):
             owed_BTD = cache.owed(depth) if unread else None
             whole_BTD = h_BTD if owed_BTD is None else torch.cat([owed_BTD[:, -unread:], h_BTD], 1)
             memory.read = passed - whole_BTD.shape[1]
-            confidences[name] = gate.confidence(whole_BTD, memory)[:, -rows:]
+            confidences[name] = gate.confidence(self.stream(whole_BTD), memory)[:, -rows:]
             memory.read = passed
         return confidences
 
@@ -138,7 +144,7 @@ class ExitBank(nn.Module):
             return
         for name, gate in self._recurrent(depth):
             memory = remembered(cache, depth, name)
-            gate.score(h_BTD, memory)
+            gate.score(self.stream(h_BTD), memory)
             memory.read += h_BTD.shape[1]
 
     def _recurrent(self, depth: int) -> list[tuple[str, Gate]]:
@@ -174,13 +180,14 @@ class ExitBank(nn.Module):
         def confidence(name: str, gate: Gate) -> Callable[[], Tensor]:
             if name in known:
                 return lambda: known[name][:, -1]
-            return lambda: gate.confidence(newest_B1D)[:, 0]
+            return lambda: gate.confidence(self.stream(newest_B1D))[:, 0]
 
         def logits() -> Tensor:
             return site.project(self.lens(depth).translate(newest_B1D, site))[:, 0]
 
         gates = {name: confidence(name, gate) for name, gate in self.gates(depth).items()}
-        return Evidence(depth, total, step, newest_B1D[:, 0], logits=logits, gates=gates, trail=trail)
+        hidden_BD = self.stream(newest_B1D)[:, 0]
+        return Evidence(depth, total, step, hidden_BD, logits=logits, gates=gates, trail=trail)
 
     # -- on disk ----------------------------------------------------------------------------------
 
@@ -191,8 +198,11 @@ class ExitBank(nn.Module):
             folder: Where to; made if it is missing.
             spec: The backbone the heads belong to.
         """
-        heads = {d: (self.lens(d), list(self.gates(d).values())) for d in self.depths}
-        saved.write(Path(folder), saved.record(spec, heads), self.state_dict())
+        saved.write(Path(folder), self.record(spec), self.state_dict())
+
+    def record(self, spec: Spec) -> dict[str, Any]:
+        """What ``save`` writes beside the weights: the backbone, and class and options of each head by depth."""
+        return saved.record(spec, {d: (self.lens(d), list(self.gates(d).values())) for d in self.depths})
 
     @classmethod
     def load(cls, folder: str | Path, sites: Callable[[int], Site]) -> Self:

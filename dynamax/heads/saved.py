@@ -7,7 +7,6 @@ together is noticed. Knows how heads are named and built, not what they do.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
@@ -18,6 +17,7 @@ import safetensors
 import safetensors.torch
 from torch import Tensor
 
+from dynamax.atomic import write_atomically
 from dynamax.heads.base import ExitHead
 from dynamax.registry import HEADS
 from dynamax.types import Site, Spec
@@ -105,21 +105,8 @@ def write(folder: Path, record: Mapping[str, Any], tensors: Mapping[str, Tensor]
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps(record, indent=2)
     own = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    replace(folder / WEIGHTS, safetensors.torch.save(own, {"record": text}))
-    replace(folder / RECORD, text.encode())
-
-
-def replace(path: Path, content: bytes) -> None:
-    """Write a file so that at every moment either the old or the new one is there, whole."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with beside.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
+    write_atomically(folder / WEIGHTS, safetensors.torch.save(own, {"record": text}))
+    write_atomically(folder / RECORD, text.encode())
 
 
 def read(folder: Path, spec: Spec) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -2,7 +2,7 @@
 
 Counted, not timed. A multiply-add is two FLOPs. Norms, activations, softmax and sampling are left
 out: they are linear in the width, below a percent of the products. Bytes are weights read once a
-call and keys and values read and written; activations are left out.
+call, keys and values read and written, and recurrent state read and written once a call; activations are left out.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class CostModel:
             if step.work.calls[index]:
                 cost += self._block(shape, step.work.rows[index], context)
             if step.work.writes[index]:
-                cost += self._weights(shape.write, step.work.writes[index])
+                cost += self._write(shape, step.work.writes[index])
         return cost + self._reads(step) + self._recurrent(step)
 
     def tokens(self, steps: Iterable[Step], prompt: int) -> list[Cost]:
@@ -67,9 +67,17 @@ class CostModel:
 
     def _block(self, shape: BlockShape, rows: int, context: int) -> Cost:
         seen = context + 1 if shape.window is None else min(context + 1, shape.window)
-        flops = rows * 2.0 * (shape.active + shape.scores * seen)
+        flops = rows * 2.0 * (shape.active + shape.scores * seen + shape.scan)
         weights = min(shape.weights, shape.active * rows * self.batch)
-        return Cost(flops, self.size * (weights / self.batch + shape.keys * (seen + rows)))
+        return Cost(flops, self.size * (weights / self.batch + shape.keys * (seen + rows)) + self._state(shape))
+
+    def _write(self, shape: BlockShape, rows: int) -> Cost:
+        weights = self._weights(shape.write, rows)
+        return weights + Cost(2.0 * shape.scan * rows, self.size * shape.keys * rows + self._state(shape))
+
+    def _state(self, shape: BlockShape) -> float:
+        """Bytes of recurrent state, read once and written once."""
+        return 2.0 * max(self.size, 4) * shape.state
 
     def _output(self) -> Cost:
         return self._weights(self.spec.vocab * self.spec.width, 1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -21,7 +22,8 @@ from dynamax.metrics.cost import CostModel
 from dynamax.metrics.environment import environment
 from dynamax.modules.answers import answer, encode, forced, unforced
 from dynamax.modules.evaluation import Bench, Evaluation, Generation, Point, evaluation
-from dynamax.modules.results import DecodingResults, Tally
+from dynamax.modules.limits import one_device
+from dynamax.modules.results import DecodingResults, Tally, named
 from dynamax.policies.base import TerminationPolicy
 from dynamax.policies.schedule import Never
 from dynamax.tasks.base import Example, GenerationTask
@@ -81,12 +83,14 @@ class DecodingModule(LightningModule):
         if (heads is None) == (exits is None):
             raise ValueError(
                 f"DecodingModule was given heads: {heads} and exits: {exits}; it wants exactly one of the two. "
-                f"Name the folder that `dynamax fit` wrote (heads), or untrained exits such as LogitLens (exits)."
+                f"Name the folder that `dynamax fit` wrote (heads), or untrained exits such as LogitLens (exits), and "
+                "set the other to null."
             )
         if mode == "lossless" and not isinstance(rule or Exact(), Exact):
             raise ValueError(f"Lossless decoding was given the rule {type(rule).__name__}; it needs Exact.")
+        self.policies = [policy for sweep in policies for policy in sweep.points()]
+        check_names(self.policies)
         self.source = backbone
-        self.policies = policies
         self.heads = heads
         self.exits = exits
         self.rule = rule or Exact()
@@ -104,20 +108,24 @@ class DecodingModule(LightningModule):
         """Let a probe watch every policy's decoding. Call before testing starts."""
         self.probes.append(probe)
 
+    def setup(self, stage: str) -> None:
+        """Refuse several devices."""
+        one_device(self.trainer, self)
+
     def configure_model(self) -> None:
         """Load backbone and heads, once."""
         if self._bench is not None:
             return
         self.backbone = self.source.load(dtype=self.dtype_name)
         self.bank = self._load_bank()
-        policies = [policy for sweep in self.policies for policy in sweep.points()]
         full = Point(Full(self.backbone, self.sampler), CostModel(self.backbone), Tally("Full", None), Never())
         self._bench = Bench(
             backbone=self.backbone,
             tokenizer=self.source.tokenizer(),
             bank=self.bank,
             full=full,
-            points=[self._point(policy) for policy in policies],
+            points=[self._point(policy) for policy in self.policies],
+            sampler=self.sampler,
             chat=self.chat,
             timed=self.timed if self.surveyable else sys.maxsize,
             probes=self.probes,
@@ -183,10 +191,10 @@ class DecodingModule(LightningModule):
             rows=rows,
         )
         for row in rows:
-            at = "" if row["threshold"] is None else f"@{row['threshold']}"
+            point = named(row["policy"], row["threshold"])
             for name in ("agreement", "blocks_per_token", "flops_fraction", "speed_up", "score"):
                 if row[name] is not None:
-                    self.log(f"test/{row['policy']}{at}/{name}", float(row[name]))
+                    self.log(f"test/{point}/{name}", float(row[name]))
 
     def predict_step(self, example: Example, index: int) -> dict[str, Any]:
         """Answer one example with the first policy: text, tokens, and the depth each token left at."""
@@ -196,6 +204,7 @@ class DecodingModule(LightningModule):
         tokenizer = self.bench.tokenizer
         prompt_1T = encode(tokenizer, example.prompt, chat=self.chat, device=self.device)
         decoder = self.bench.points[0].decoder
+        self.sampler.restart(index)
         said = answer(decoder, tokenizer, prompt_1T, limit=example.limit, stop=example.stop)
         return {
             "id": example.id,
@@ -227,3 +236,19 @@ class DecodingModule(LightningModule):
             "flops": sum(head["flops"] for head in told.values()),
             "heads": told,
         }
+
+
+def check_names(policies: Sequence[TerminationPolicy]) -> None:
+    """Refuse policies that logs and tables could not tell apart.
+
+    Raises:
+        ValueError: Naming one that stands twice.
+    """
+    seen: set[str] = set()
+    for name in (named(policy.label, policy.threshold) for policy in policies):
+        if name in seen:
+            raise ValueError(
+                f"Two policies go by the name {name}, and their figures could not be told apart. Remove one, or run "
+                f"them one after the other."
+            )
+        seen.add(name)

@@ -19,6 +19,7 @@ from dynamax.backbones.base import Backbone
 from dynamax.decoding.base import Decoder, Probe
 from dynamax.decoding.early_exit import EarlyExit
 from dynamax.decoding.probe import Together, clock
+from dynamax.decoding.sampling import Greedy, Sampler
 from dynamax.decoding.survey import Survey
 from dynamax.heads.bank import ExitBank
 from dynamax.metrics.cost import CostModel
@@ -52,6 +53,7 @@ class Bench:
         bank: Its exits.
         full: The full model.
         points: Policies at thresholds.
+        sampler: What all of them draw with; each answer begins it anew, so that all have the same chances.
         chat: Wrap prompts in the chat template.
         timed: Examples that are decoded along the full model's answer, and so timed and charged; the
             others are followed on a survey, which says the same of agreement and depth.
@@ -63,6 +65,7 @@ class Bench:
     bank: ExitBank
     full: Point
     points: list[Point]
+    sampler: Sampler
     chat: bool
     timed: int
     probes: list[Probe] = field(default_factory=list)
@@ -92,49 +95,56 @@ class Generation(Evaluation):
         self.task = task
         self.bench = bench
         self.along = along
+        # lossless draws are the full model's too, but not the same ones, and then the texts part
+        self.comparable = along is forced or isinstance(bench.sampler, Greedy)
         self._done = 0
 
     def add(self, example: Example) -> None:
         """Answer in full, follow every point along that answer, and let it answer on its own."""
         bench = self.bench
         prompt_1T = encode(bench.tokenizer, example.prompt, chat=bench.chat, device=bench.device)
-        whole = self._answer(bench.full.decoder, example, prompt_1T)
+        whole = self._answer(bench.full, example, prompt_1T)
         self._count(bench.full.tally, example, whole.text, whole.text)
         target_1T = whole.tokens_1T
+        top_T = torch.cat([step.logits_BV.argmax(-1) for step in whole.steps])
+        bench.full.tally.decoded(whole.steps[1:], top_T[1:])
         timed = self._done < bench.timed
-        survey = self._survey(prompt_1T, target_1T)
+        survey = self._survey(prompt_1T, target_1T, top_T)
         for point in bench.points:
             if timed:
                 self._along(bench.full, prompt_1T, target_1T)
-                self._along(point, prompt_1T, target_1T, bench.probes)
+                steps = self._along(point, prompt_1T, target_1T, bench.probes)
+                point.tally.decoded(steps, top_T[1:] if self.comparable else None)
             else:
-                point.tally.played(survey.play(point.policy), target_1T[0])
-            own = self._answer(point.decoder, example, prompt_1T)
+                point.tally.played(survey.play(point.policy), top_T)
+            own = self._answer(point, example, prompt_1T)
             self._count(point.tally, example, own.text, whole.text)
         if timed:
             self._time_exits(prompt_1T, target_1T)
         self._done += 1
 
-    def _answer(self, decoder: Decoder, example: Example, prompt_1T: Tensor) -> Answer:
-        return answer(decoder, self.bench.tokenizer, prompt_1T, limit=example.limit, stop=example.stop)
+    def _answer(self, point: Point, example: Example, prompt_1T: Tensor) -> Answer:
+        self.bench.sampler.restart(self._done)
+        return answer(point.decoder, self.bench.tokenizer, prompt_1T, limit=example.limit, stop=example.stop)
 
     def _count(self, tally: Tally, example: Example, text: str, whole: str) -> None:
         tally.scores.append(self.task.score(example, text))
         tally.same_answers.append(text.strip() == whole.strip())
 
-    def _along(self, point: Point, prompt_1T: Tensor, target_1T: Tensor, probes: Sequence[Probe] = ()) -> None:
+    def _along(self, point: Point, prompt_1T: Tensor, target_1T: Tensor, probes: Sequence[Probe] = ()) -> list[Step]:
         watch = clock(self.bench.device, warmup=0)
         steps = self.along(point.decoder, prompt_1T, target_1T, Together([watch, *probes]))[1:]
-        point.tally.ms += sum(ms for times in watch.read().get("end", {}).values() for ms in times)
+        ms = sum(ms for times in watch.read().get("end", {}).values() for ms in times)
         start = prompt_1T.shape[1]
         costs = [point.costs.step(step, start + index) for index, step in enumerate(steps)]
         full = [point.costs.full(start + index) for index in range(len(steps))]
-        point.tally.decoded(steps, target_1T[0, 1:], costs, full)
+        point.tally.charged(ms, costs, full)
+        return steps
 
-    def _survey(self, prompt_1T: Tensor, target_1T: Tensor) -> Survey:
+    def _survey(self, prompt_1T: Tensor, target_1T: Tensor, top_T: Tensor) -> Survey:
         text_1T = torch.cat([prompt_1T, target_1T[:, :-1]], 1)
         survey = Survey(self.bench.backbone, self.bench.bank, text_1T, start=prompt_1T.shape[1] - 1)
-        tally_exits(self.bench, survey, target_1T[0])
+        tally_exits(self.bench, survey, top_T)
         return survey
 
     def _time_exits(self, prompt_1T: Tensor, target_1T: Tensor) -> None:
@@ -172,6 +182,12 @@ class Likelihood(Evaluation):
         prompt_1T = encode(self.bench.tokenizer, example.prompt, chat=False, device=self.bench.device)
         whole_1T = encode(self.bench.tokenizer, example.prompt + candidate, chat=False, device=self.bench.device)
         start = prompt_1T.shape[1]
+        if whole_1T.shape[1] <= start or not whole_1T[:, :start].equal(prompt_1T):
+            raise ValueError(
+                f"Example {example.id}: the tokens of the prompt with {candidate!r:.80} are not those of the prompt "
+                f"and at least one more, so the candidate has no likelihood of its own. Begin candidates with a space, "
+                f"and end the prompt without one."
+            )
         return self._survey(whole_1T, start)
 
     def _document(self, example: Document) -> tuple[int, list[tuple[Survey, Tensor]]]:
@@ -208,11 +224,11 @@ def evaluation(task: Task, bench: Bench, along: Along) -> Evaluation:
     return Likelihood(task, bench)
 
 
-def tally_exits(bench: Bench, survey: Survey, target_T: Tensor) -> None:
-    """What each exit said of the tokens the full model chose."""
+def tally_exits(bench: Bench, survey: Survey, top_T: Tensor) -> None:
+    """What each exit said, beside the full model's most likely tokens."""
     for evidence in survey.exits:
         tally = bench.exits[evidence.depth]
-        tally.right.append((evidence.token_B == target_T).cpu())
+        tally.right.append((evidence.token_B == top_T).cpu())
         for name in bench.bank.gates(evidence.depth):
             tally.confidences.setdefault(name, []).append(evidence.confidence(name).float().cpu())
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any, Self, cast
+from typing import Any, Self
 
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
@@ -17,10 +17,12 @@ from dynamax.backbones.top import Top
 from dynamax.data.batch import HiddenBatch
 from dynamax.heads.bank import Exit, ExitBank
 from dynamax.heads.base import ExitHead
-from dynamax.modules.phases import Phase, resting, share
+from dynamax.modules.assembly import assembled, check_phases, check_taught, trained
+from dynamax.modules.limits import epochs_for_gates, one_device
+from dynamax.modules.phases import resting, share
 from dynamax.modules.schedule import Part, adamw
 from dynamax.modules.scores import GateAUROCs
-from dynamax.objectives.base import Objective, counted
+from dynamax.objectives.base import Objective, Phase, counted
 from dynamax.objectives.readout import Reader, within
 from dynamax.types import Site, Spec
 
@@ -40,6 +42,8 @@ class HeadsModule(LightningModule):
     Args:
         backbone: Where the model comes from; its last block, final norm and output matrix are loaded.
         exits: What stands at each depth, in blocks completed.
+        heads: Folder of saved heads to begin with, or to validate; they must be those of ``exits``. Left out, heads
+            begin anew.
         lens_objective: What lenses are trained towards; None where no lens has anything to learn.
         gate_objective: What gates are trained towards; None where there are no gates.
         lens_epochs: Epochs for the lenses; the gates get the rest of ``trainer.max_epochs``.
@@ -55,7 +59,8 @@ class HeadsModule(LightningModule):
 
     Raises:
         ValueError: If an option is out of range; while configuring, if an objective has nothing to train or heads
-            have no objective; when fitting, if no epoch is left for the gates.
+            have no objective, or saved heads are not those of the exits; when fitting, if no epoch is left for the
+            gates; if there are several devices.
     """
 
     bank: ExitBank
@@ -65,6 +70,7 @@ class HeadsModule(LightningModule):
         backbone: Source,
         exits: dict[int, Exit],
         *,
+        heads: str | None = None,
         lens_objective: Objective | None = None,
         gate_objective: Objective | None = None,
         lens_epochs: int = 4,
@@ -84,7 +90,9 @@ class HeadsModule(LightningModule):
             )
         self.backbone = backbone
         self.exits = exits
+        self.saved = heads
         self.objectives: dict[Phase, Objective | None] = {"lenses": lens_objective, "gates": gate_objective}
+        check_phases(self.objectives)
         self.lens_epochs = lens_epochs if lens_objective is not None else 0
         self.gate_share = gate_share
         self.rates = rates
@@ -102,11 +110,10 @@ class HeadsModule(LightningModule):
             return
         top = self.backbone.top().eval().requires_grad_(False)
         self._top = (top,)
-        self.bank = ExitBank(self.exits, top.site)
+        self.bank = assembled(self.exits, self.saved, top)
         self.sites: dict[int, Site] = {depth: top.site(depth) for depth in self.bank.depths}
         self.aurocs = GateAUROCs(self.bank)
-        self._check("lenses", "lens_objective")
-        self._check("gates", "gate_objective")
+        check_taught(self.bank, self.objectives)
 
     @property
     def spec(self) -> Spec:
@@ -115,18 +122,22 @@ class HeadsModule(LightningModule):
 
     def heads(self, phase: Phase) -> Iterator[ExitHead]:
         """The heads that one phase trains."""
-        for depth in self.bank.depths:
-            yield from [self.bank.lens(depth)] if phase == "lenses" else self.bank.gates(depth).values()
+        return trained(self.bank, phase)
 
-    def _check(self, phase: Phase, option: str) -> None:
-        learn = any(True for head in self.heads(phase) for _ in head.parameters())
-        if learn and self.objectives[phase] is None:
-            raise ValueError(f"The exits have {phase} to train, but no {option} was given. Give one.")
-        if not learn and self.objectives[phase] is not None:
-            raise ValueError(
-                f"A {option} was given, but no exit has {phase} with anything to learn. "
-                f"Add such heads to the exits, or set {option} to null."
-            )
+    def setup(self, stage: str) -> None:
+        """Refuse a trainer that cannot do what was asked."""
+        one_device(self.trainer, self)
+        if stage == "fit":
+            self.check_epochs(self.trainer)
+
+    def check_epochs(self, trainer: Trainer) -> None:
+        """Refuse a trainer that ends before the gates' turn.
+
+        Raises:
+            ValueError: If no epoch is left for them.
+        """
+        if self.objectives["gates"] is not None:
+            epochs_for_gates(trainer, self.lens_epochs)
 
     # -- phases -------------------------------------------------------------------------------------
 
@@ -190,17 +201,11 @@ class HeadsModule(LightningModule):
 
     def _steps(self) -> tuple[int, int]:
         """Optimiser steps until the lenses are done, and in all."""
-        total, epochs = self.trainer.estimated_stepping_batches, self.trainer.max_epochs
-        if total == math.inf or epochs is None:
+        total = self.trainer.estimated_stepping_batches
+        if total == math.inf or self.trainer.max_epochs is None:
             raise ValueError("HeadsModule needs to know when training ends. Set trainer.max_epochs.")
         if self.objectives["gates"] is None:
             return int(total), int(total)
-        trial = cast(Any, self.trainer).fast_dev_run  # a smoke test of one epoch sees no gate
-        if not trial and 0 < epochs <= self.lens_epochs:
-            raise ValueError(
-                f"lens_epochs is {self.lens_epochs} and trainer.max_epochs is {epochs}, so no epoch is left for the "
-                f"gates. Raise trainer.max_epochs, lower lens_epochs, or leave out gates and gate_objective."
-            )
         batches = math.ceil(self.trainer.num_training_batches / self.trainer.accumulate_grad_batches)
         return batches * self.lens_epochs, int(total)
 

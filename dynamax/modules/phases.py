@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Literal
 
 import torch
 
 from dynamax.data.batch import HiddenBatch
-
-Phase = Literal["lenses", "gates"]
+from dynamax.objectives.base import Phase
 
 PARTS = 1 << 16
 """Parts of the prompts that shares are counted in: by the low bits of their hash, as validation goes by the high."""

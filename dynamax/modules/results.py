@@ -23,13 +23,17 @@ class Tally:
     """Sums over the tokens and answers of one policy at one threshold.
 
     Attributes:
-        policy: Class name, with the gate it listens to.
+        policy: Its label.
         threshold: None for a policy without.
+        tokens: Tokens decoded along the full model's answers, or surveyed.
+        compared: Those of them at which the most likely token can be compared with the full model's.
+        timed: Tokens that were timed and charged. The full model's are timed anew beside every policy.
     """
 
     policy: str
     threshold: float | Mapping[int, float] | None
     tokens: int = 0
+    compared: int = 0
     agreed: int = 0
     calls: int = 0
     flops: float = 0.0
@@ -42,24 +46,38 @@ class Tally:
     scores: list[Mapping[str, float]] = field(default_factory=list)
     same_answers: list[bool] = field(default_factory=list)
 
-    def decoded(self, steps: Sequence[Step], target_T: Tensor, costs: Sequence[Cost], full: Sequence[Cost]) -> None:
-        """Add decoded steps (no prefill among them) beside the full model's tokens and costs."""
-        for step, target, cost, whole in zip(steps, target_T.tolist(), costs, full, strict=True):
-            self.tokens += 1
+    def decoded(self, steps: Sequence[Step], top_T: Tensor | None) -> None:
+        """Add decoded steps (no prefill among them).
+
+        Args:
+            steps: The steps.
+            top_T: The full model's most likely token at each of their positions; None where they stand at positions
+                of their own, so that nothing can be compared.
+        """
+        self.tokens += len(steps)
+        self.calls += sum(sum(step.work.calls) for step in steps)
+        self.depths.update(step.depth for step in steps)
+        if top_T is not None:
+            self.compared += len(steps)
+            own = [int(step.logits_BV[0].argmax()) for step in steps]
+            self.agreed += sum(said == top for said, top in zip(own, top_T.tolist(), strict=True))
+
+    def charged(self, ms: float, costs: Sequence[Cost], full: Sequence[Cost]) -> None:
+        """Add time and cost of decoded steps, beside the full model's cost."""
+        self.ms += ms
+        for cost, whole in zip(costs, full, strict=True):
             self.timed += 1
-            self.agreed += int(step.token_B[0] == target)
-            self.calls += sum(step.work.calls)
             self.flops += cost.flops
             self.bytes += cost.bytes
             self.full_flops += whole.flops
             self.full_bytes += whole.bytes
-            self.depths[step.depth] += 1
 
-    def played(self, played: Played, target_T: Tensor) -> None:
+    def played(self, played: Played, top_T: Tensor) -> None:
         """Add what a survey says of a text; its first position is decided at the top and left out."""
         depths = played.depth_T[1:].tolist()
         self.tokens += len(depths)
-        self.agreed += int((played.logits_TV.argmax(-1) == target_T)[1:].sum())
+        self.compared += len(depths)
+        self.agreed += int((played.logits_TV.argmax(-1) == top_T)[1:].sum())
         self.calls += sum(depths)
         self.depths.update(depths)
 
@@ -71,7 +89,7 @@ class Tally:
         return {
             "policy": self.policy,
             "threshold": self.threshold,
-            "agreement": _ratio(self.agreed, self.tokens),
+            "agreement": _ratio(self.agreed, self.compared),
             "answer_agreement": statistics.fmean(self.same_answers) if self.same_answers else None,
             "blocks_per_token": _ratio(self.calls, self.tokens),
             "flops_fraction": _ratio(self.flops, self.full_flops),
@@ -84,6 +102,19 @@ class Tally:
             "timed_tokens": self.timed,
             "depth_counts": dict(sorted(self.depths.items())),
         }
+
+
+def named(policy: str, threshold: float | Mapping[int, float] | None) -> str:
+    """What logs call a policy at a threshold.
+
+    >>> named("MaxProb", 0.5), named("MaxProb", {15: 0.5, 19: 0.75}), named("Never", None)
+    ('MaxProb@0.5', 'MaxProb@15=0.5,19=0.75', 'Never')
+    """
+    if threshold is None:
+        return policy
+    if isinstance(threshold, Mapping):
+        return f"{policy}@" + ",".join(f"{depth}={level:g}" for depth, level in sorted(threshold.items()))
+    return f"{policy}@{threshold}"
 
 
 @dataclass

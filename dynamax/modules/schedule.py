@@ -59,3 +59,23 @@ def warm_cosine(start: int, stop: int, warmup: float) -> Callable[[int], float]:
         return 0.5 * (1 + math.cos(math.pi * (done - rise) / max(1, length - rise)))
 
     return factor
+
+
+def warm_flat_linear(length: int, *, warmup: int, flat: float) -> Callable[[int], float]:
+    """Factor of the learning rate by step: a linear rise, a plateau, then a straight line to 0 at the end.
+
+    Args:
+        length: Steps in all.
+        warmup: Steps of the rise.
+        flat: Part of all steps after which the rate falls.
+    """
+    bend = max(warmup, round(flat * length))
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / warmup
+        if step < bend:
+            return 1.0
+        return max(0.0, (length - step) / max(1, length - bend))
+
+    return factor

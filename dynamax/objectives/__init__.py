@@ -1,7 +1,8 @@
-"""What exit heads are trained towards: lenses to say the full model's token, gates to tell where they do."""
+"""What is trained towards: lenses say the full model's token, gates tell where they do, a whole model says the next."""
 
 from dynamax.objectives.base import Objective
+from dynamax.objectives.early_exit import LanguageObjective, LayerSkip, NextToken
 from dynamax.objectives.gate import GateObjective
 from dynamax.objectives.lens import LensDistillation
 
-__all__ = ["GateObjective", "LensDistillation", "Objective"]
+__all__ = ["GateObjective", "LanguageObjective", "LayerSkip", "LensDistillation", "NextToken", "Objective"]

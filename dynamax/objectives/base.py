@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from typing import ClassVar, Literal
 
 from torch import Tensor
 
@@ -11,9 +12,17 @@ from dynamax.data.batch import HiddenBatch
 from dynamax.heads.bank import ExitBank
 from dynamax.types import Site
 
+Phase = Literal["lenses", "gates"]
+
 
 class Objective(ABC):
-    """A loss over the heads of all exits at once. Heads share nothing, so neither do their gradients."""
+    """A loss over the heads of all exits at once. Heads share nothing, so neither do their gradients.
+
+    Attributes:
+        phase: Which heads its loss has a gradient for.
+    """
+
+    phase: ClassVar[Phase]
 
     @abstractmethod
     def loss(self, bank: ExitBank, batch: HiddenBatch, sites: Mapping[int, Site]) -> tuple[Tensor, dict[str, Tensor]]:

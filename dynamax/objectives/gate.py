@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from dynamax.data.batch import HiddenBatch
 from dynamax.heads.bank import ExitBank
-from dynamax.objectives.base import Objective, counted
+from dynamax.objectives.base import Objective, Phase, counted
 from dynamax.objectives.readout import Reader, Through, best_token, within
 from dynamax.types import Site
 
@@ -43,6 +43,8 @@ class GateObjective(Objective):
     Raises:
         ValueError: If ``k`` is not positive, or is given beside ``agreement``.
     """
+
+    phase: ClassVar[Phase] = "gates"
 
     def __init__(
         self,

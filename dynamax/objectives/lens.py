@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from dynamax.data.batch import HiddenBatch
 from dynamax.heads.bank import ExitBank
-from dynamax.objectives.base import Objective, counted
+from dynamax.objectives.base import Objective, Phase, counted
 from dynamax.types import Site
 
 Hard = Literal["full-model", "text"]
@@ -41,6 +41,8 @@ class LensDistillation(Objective):
     Raises:
         ValueError: If an option is out of range.
     """
+
+    phase: ClassVar[Phase] = "lenses"
 
     def __init__(
         self, *, hard: Hard = "full-model", soft: float = 0.5, top: int = 4, candidates: int | None = 1024

@@ -27,6 +27,11 @@ class _Combined(TerminationPolicy):
         asked = [policy.gates for policy in policies]
         self.gates = None if None in asked else {name for names in asked for name in names or ()}
 
+    @property
+    def label(self) -> str:
+        """What tables and logs call it, with the policies it is made of."""
+        return f"{type(self).__name__}({', '.join(policy.label for policy in self.policies)})"
+
     @final
     def at(self, threshold: float) -> Self:
         """The same combination with the swept policy at another threshold."""

@@ -78,6 +78,11 @@ class Decaying(TerminationPolicy):
         self.threshold = policy.threshold
         self.gates = policy.gates
 
+    @property
+    def label(self) -> str:
+        """What tables and logs call it, with the inner policy."""
+        return f"{type(self).__name__}({self.policy.label})"
+
     def __call__(self, evidence: Evidence) -> Tensor:
         """Where the inner policy's score is at least the threshold of this step."""
         step = torch.as_tensor(evidence.step, device=evidence.hidden_BD.device)

@@ -12,7 +12,8 @@ from dynamax.backbones.hf import HFBackbone
 from dynamax.backbones.skipped import CopyLayer, CopyToken, Exact, Propagate, Skip, SkippedState
 from dynamax.types import Span
 from tests.float64 import upcast64
-from tests.tiny import tiny
+from tests.states import State, same, state, told
+from tests.tiny import RECURRENT, tiny
 
 DEPTH, EXIT, LENGTH = 6, 2, 11
 FAMILIES = ["llama", "llama-yarn", "mistral", "gemma3_text", "phi3", "gpt_neox", "gpt2", "olmo2", "qwen3"]
@@ -53,7 +54,7 @@ def test_propagate_writes_what_the_block_would_for_the_exits_state(family: str) 
         assert cache.calls == [2, 2, 1, 1, 1, 1], "no skipped block was run"
         for block in range(EXIT, DEPTH):
             torch.testing.assert_close(
-                cache.cells[block].read(LENGTH), written_by_the_block(backbone, block, h_BTD), **CLOSE
+                cache.cells[block].keys.read(LENGTH), written_by_the_block(backbone, block, h_BTD), **CLOSE
             )
 
 
@@ -73,7 +74,7 @@ def test_copy_token_repeats_the_token_before_at_the_new_position(family: str) ->
         for block in range(EXIT, DEPTH):
             newest_B1D = inputs[block][:, -1:]
             torch.testing.assert_close(
-                cache.cells[block].read(LENGTH), written_by_the_block(backbone, block, newest_B1D), **CLOSE
+                cache.cells[block].keys.read(LENGTH), written_by_the_block(backbone, block, newest_B1D), **CLOSE
             )
 
 
@@ -82,9 +83,11 @@ def test_copy_layer_takes_the_block_below(family: str) -> None:
     with torch.inference_mode():
         backbone = HFBackbone(tiny(family, depth=DEPTH))
         cache, _ = left(backbone, CopyLayer())
-        below = cache.cells[EXIT - 1].read(LENGTH)
+        below = cache.cells[EXIT - 1].keys.read(LENGTH)
         for block in range(EXIT, DEPTH):
-            assert all(mine.equal(theirs) for mine, theirs in zip(cache.cells[block].read(LENGTH), below, strict=True))
+            assert all(
+                mine.equal(theirs) for mine, theirs in zip(cache.cells[block].keys.read(LENGTH), below, strict=True)
+            )
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "gpt2", "llama-eager"])
@@ -96,7 +99,7 @@ def test_skip_leaves_state_as_it_is_and_unseen(family: str) -> None:
         never, _ = left(backbone, Exact())
         never.due(EXIT)
         for block in range(EXIT, DEPTH):
-            for mine, theirs in zip(cache.cells[block].read(), never.cells[block].read(), strict=True):
+            for mine, theirs in zip(cache.cells[block].keys.read(), never.cells[block].keys.read(), strict=True):
                 assert mine[:, :, :LENGTH].equal(theirs)
         chunk = backbone.chunk(h_BTD, LENGTH + 1, past=LENGTH)
         for block in range(EXIT, DEPTH):
@@ -109,7 +112,7 @@ def _beside(backbone: HFBackbone, cache: Cache, block: int, h_BTD: Tensor, chunk
     """One block at position LENGTH + 1 over a plain cache that holds the first LENGTH positions."""
     first = chunk.first_key(backbone.window(block))
     store = DynamicCache()
-    store.update(*cache.cells[block].read(first), block)
+    store.update(*cache.cells[block].keys.read(first), block)
     return backbone._blocks[block](
         h_BTD,
         attention_mask=None,
@@ -126,7 +129,66 @@ def test_a_last_block_that_ran_keeps_what_it_computed(rule: SkippedState) -> Non
         backbone = HFBackbone(tiny("llama", depth=DEPTH))
         cache, h_BTD = left(backbone, rule, ran=True)
         wanted = written_by_the_block(backbone, DEPTH - 1, h_BTD)
-        torch.testing.assert_close(cache.cells[DEPTH - 1].read(LENGTH), wanted, **CLOSE)
+        torch.testing.assert_close(cache.cells[DEPTH - 1].keys.read(LENGTH), wanted, **CLOSE)
+
+
+# -- recurrent and hybrid blocks ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", RECURRENT)
+def test_propagate_advances_a_recurrent_state_as_the_block_would(family: str) -> None:
+    """The reference is transformers' own block, the prompt behind it, run whole on the exit's state."""
+    with upcast64(), torch.inference_mode():
+        backbone = HFBackbone(tiny(family, depth=DEPTH))
+        cache, h_BTD = left(backbone, Propagate())
+        assert cache.filled == [LENGTH + 1] * DEPTH
+        assert cache.calls == [2, 2, 1, 1, 1, 1], "no skipped block was run"
+        for block in range(EXIT, DEPTH):
+            same(state(cache.cells[block]), _by_transformers(backbone, block, h_BTD))
+
+
+def _by_transformers(backbone: HFBackbone, block: int, h_BTD: Tensor) -> State:
+    tokens = torch.randint(0, 61, (1, LENGTH + 1), generator=torch.Generator().manual_seed(0))[:, :LENGTH]
+    held = DynamicCache(config=backbone.model.config)
+    for rows, start in ((backbone.run(backbone.embed(tokens), Span(0, block)), 0), (h_BTD, LENGTH)):
+        chunk = backbone.chunk(rows, start)
+        options = {"attention_mask": None, "position_ids": chunk.positions_BT, "position_embeddings": chunk.angles()}
+        backbone.row.call(backbone._blocks[block], rows, block, {**options, backbone.row.cache: held})
+    return told(held.layers[block])
+
+
+@pytest.mark.parametrize("family", ["mamba", "mamba2", "granitemoehybrid", "falcon_h1", "lfm2", "nemotron_h", "zamba2"])
+def test_skip_leaves_a_recurrent_state_bit_for_bit(family: str) -> None:
+    with torch.inference_mode():
+        backbone = HFBackbone(tiny(family, depth=DEPTH))
+        cache, _ = left(backbone, Skip())
+        never, _ = left(backbone, Exact())
+        for block in range(EXIT, DEPTH):
+            mine, theirs = cache.cells[block].recurrent, never.cells[block].recurrent
+            if mine is not None and theirs is not None:
+                assert mine.past is not None
+                assert theirs.past is not None
+                assert mine.fill == LENGTH + 1
+                assert all(x.equal(y) for x, y in zip(mine.past, theirs.past, strict=True))
+
+
+@pytest.mark.parametrize("ran", [False, True])
+def test_the_last_block_advances_once(ran: bool) -> None:
+    """DYNAMAX's published code advanced the exit's block twice; here each block reads each position once."""
+    with upcast64(), torch.inference_mode():
+        backbone = HFBackbone(tiny("mamba2", depth=DEPTH))
+        cache, h_BTD = left(backbone, Propagate(), ran=ran)
+        assert [cell.recurrent.fill for cell in cache.cells] == [LENGTH + 1] * DEPTH
+        for block in (EXIT, DEPTH - 1):
+            same(state(cache.cells[block]), _by_transformers(backbone, block, h_BTD))
+
+
+@pytest.mark.parametrize("rule", [CopyToken(), CopyLayer()])
+@pytest.mark.parametrize("family", ["mamba2", "granitemoehybrid", "falcon_h1"])
+def test_copies_are_refused_where_there_are_no_keys(rule: SkippedState, family: str) -> None:
+    backbone = HFBackbone(tiny(family, depth=DEPTH))
+    with pytest.raises(ValueError, match="copies keys and values, but .* keep a recurrent state. Use Exact, Propagate"):
+        rule.validate(backbone)
 
 
 def test_exact_owes() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from lightning.pytorch import Callback, Trainer
@@ -51,7 +52,14 @@ def evaluated(
 
 
 def trained(
-    source: Folder, folder: Path, callbacks: Sequence[Callback], loggers: Sequence[Logger] = (), *, gates: bool = True
+    source: Folder,
+    folder: Path,
+    callbacks: Sequence[Callback],
+    loggers: Sequence[Logger] = (),
+    *,
+    gates: bool = True,
+    ckpt_path: Path | None = None,
+    **options: Any,
 ) -> tuple[Trainer, HeadsModule]:
     """Three epochs on a few lines of text: one for the lenses, two for the gates."""
     text = folder / "text.txt"
@@ -68,12 +76,12 @@ def trained(
         source, LocalText(str(text), length=48), list(standing), folder=str(folder / "store"), validation=0.25
     )
     trainer = Trainer(
-        max_epochs=3,
         logger=list(loggers),
         callbacks=list(callbacks),
         default_root_dir=folder,
         log_every_n_steps=1,
         **QUIET,
+        **{"max_epochs": 3, **options},
     )
-    trainer.fit(module, datamodule=data)
+    trainer.fit(module, datamodule=data, ckpt_path=ckpt_path, weights_only=True)
     return trainer, module

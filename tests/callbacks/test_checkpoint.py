@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger
 
 from callbacks import ExitAccuracy, HeadsCheckpoint
@@ -28,13 +29,56 @@ def test_the_newest_heads_come_back_as_they_were(tiny_source: Folder, tmp_path: 
     assert not any("backbone" in name or "norm" in name for name in saved)
 
 
-def test_the_best_are_those_of_the_least_monitored_loss(tiny_source: Folder, tmp_path: Path) -> None:
-    checkpoint = HeadsCheckpoint(str(tmp_path / "heads"))
-    trained(tiny_source, tmp_path, [checkpoint], [CSVLogger(tmp_path)])
+class Snapshots(Callback):
+    """The heads after each validation, with a monitored figure."""
+
+    def __init__(self, monitor: str) -> None:
+        self.monitor = monitor
+        self.taken: list[tuple[float, dict[str, torch.Tensor]]] = []
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not trainer.sanity_checking and self.monitor in trainer.callback_metrics:
+            weights = {name: tensor.clone() for name, tensor in pl_module.bank.state_dict().items()}  # type: ignore[union-attr]
+            self.taken.append((float(trainer.callback_metrics[self.monitor]), weights))
+
+
+@pytest.mark.parametrize(("monitor", "mode"), [("val/loss/gates", "min"), ("val/loss/gates", "max")])
+def test_the_best_are_those_of_the_best_monitored_figure(
+    tiny_source: Folder, tmp_path: Path, monitor: str, mode: Any
+) -> None:
+    checkpoint = HeadsCheckpoint(str(tmp_path / "heads"), monitor=monitor, mode=mode)
+    watch = Snapshots(monitor)
+    trained(tiny_source, tmp_path, [checkpoint, watch], [CSVLogger(tmp_path)])
     (path,) = tmp_path.rglob("metrics.csv")
     with path.open() as file:
-        losses = [float(row["val/loss/gates"]) for row in csv.DictReader(file) if row["val/loss/gates"]]
-    assert checkpoint.best == pytest.approx(min(losses))
+        logged = [float(row[monitor]) for row in csv.DictReader(file) if row[monitor]]
+    choose = min if mode == "min" else max
+    best, heads = choose(watch.taken, key=lambda taken: taken[0])
+    assert checkpoint.best == best == pytest.approx(choose(logged))
+    saved = ExitBank.load(tmp_path / "heads", tiny_source.load().site).state_dict()
+    assert all(torch.equal(saved[name], heads[name]) for name in heads)
+    others = [weights for figure, weights in watch.taken if figure != best]
+    assert others
+    assert not any(all(torch.equal(saved[name], weights[name]) for name in weights) for weights in others)
+
+
+def test_a_resumed_run_remembers_the_best(tiny_source: Folder, tmp_path: Path) -> None:
+    first = HeadsCheckpoint(str(tmp_path / "heads"))
+    trainer, _ = trained(tiny_source, tmp_path, [first])
+    first.best = -1.0  # no loss is below
+    trainer.save_checkpoint(tmp_path / "part.ckpt")
+    best, last = (tmp_path / "heads" / name / "heads.safetensors" for name in ("", "last"))
+    before = best.read_bytes(), last.read_bytes()
+    second = HeadsCheckpoint(str(tmp_path / "heads"))
+    trained(tiny_source, tmp_path, [second], ckpt_path=tmp_path / "part.ckpt", max_epochs=4)
+    assert second.best == -1.0
+    assert best.read_bytes() == before[0]
+    assert last.read_bytes() != before[1]
+
+
+def test_a_trial_run_saves_nothing_and_complains_of_nothing(tiny_source: Folder, tmp_path: Path) -> None:
+    trained(tiny_source, tmp_path, [HeadsCheckpoint(str(tmp_path / "heads"))], fast_dev_run=True)
+    assert not (tmp_path / "heads").exists()
 
 
 class Figures:
@@ -42,6 +86,7 @@ class Figures:
 
     sanity_checking = False
     is_global_zero = False
+    fast_dev_run = False
     state: Any = type("State", (), {"fn": "fit"})()
 
     def __init__(self) -> None:

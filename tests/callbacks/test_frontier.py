@@ -76,6 +76,7 @@ def test_a_report_that_cannot_be_written_leaves_the_old_one(tmp_path: Path) -> N
     with pytest.raises(TypeError):
         frontier.write({"new": object()}, tmp_path / "report.json")
     assert json.loads((tmp_path / "report.json").read_text()) == {"old": 1}
+    assert [path.name for path in tmp_path.iterdir()] == ["report.json"]
 
 
 def test_the_picture_is_drawn(tmp_path: Path) -> None:

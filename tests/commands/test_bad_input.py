@@ -36,7 +36,8 @@ CASES = {
     ),
     "type": ([*FIT, "--trainer.max_epochs", "four"], ["trainer.max_epochs was given four", "int"]),
     "choice": ([*TEST, "--model.mode", "lossles"], ["model.mode", "lossles", "'early-exit', 'lossless'"]),
-    "nothing given": (["fit"], ["model"]),
+    "nothing given": (["fit"], ["start from a whole run: -c configs/demo/fit.yaml"]),
+    "no prompt": (["generate"], ["no prompt", 'dynamax generate "']),
     "part missing": (["fit", "--model", "HeadsModule"], ["backbone, exits"]),
     "config file": (["fit", "-c", "nope.yaml"], ["nope.yaml"]),
     "part's file": ([*FIT, "--model.exits={2: parts/nope.yaml}"], ["parts/nope.yaml", "not there"]),
@@ -114,6 +115,6 @@ def test_a_full_disk(run: Run, capsys: pytest.CaptureFixture[str], monkeypatch: 
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("dynamax.heads.saved.replace", full)
+    monkeypatch.setattr("dynamax.heads.saved.write_atomically", full)
     assert run(*FIT) == 1
     assert "The disk is full" in capsys.readouterr().err

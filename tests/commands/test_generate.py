@@ -98,6 +98,39 @@ def test_half_a_character_waits_for_its_other_half() -> None:
     assert list(pieces(steps, tokenizer, [0])) == [("a", 0), ("é", 2), ("!", 3)]
 
 
+def test_an_answer_that_ends_within_a_character_shows_what_there_is() -> None:
+    tokenizer = byte_tokenizer()
+    steps = iter([step(token, depth) for depth, token in enumerate(tokenizer("aé")["input_ids"][:2])])
+    assert list(pieces(steps, tokenizer, [0])) == [("a", 0), ("\ufffd", 1)]
+
+
+def test_text_that_changes_behind_us_is_not_cut_by_its_length(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = byte_tokenizer()
+    said = {1: "a ", 2: "a, b"}
+    monkeypatch.setattr(tokenizer, "decode", lambda tokens: said[len(tokens)])
+    assert [piece for piece, _ in pieces(iter([step(1, 2), step(2, 4)]), tokenizer, [0])] == ["a ", ", b"]
+
+
+@pytest.mark.parametrize("options", [["--top_k", "3"], ["--top_p", "1.0"], ["--seed", "0", "--top_k=2"]])
+def test_options_of_sampling_need_a_temperature(
+    run: Run, capsys: pytest.CaptureFixture[str], options: list[str]
+) -> None:
+    assert run(*ASK, "--policy", "Never", *options) == 2
+    message = capsys.readouterr().err
+    assert all(option.lstrip("-").split("=")[0] in message for option in options if option.startswith("--"))
+    assert "Add --temperature" in message
+
+
+def test_heads_beside_exits_are_refused(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(*ASK, "--policy", "Never", "--heads", "somewhere") == 2
+    assert "exactly one of the two" in capsys.readouterr().err
+
+
+def test_the_demos_heads_are_the_default(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(*(option for option in ASK if not option.startswith("--exits")), "--policy", "Never") == 2
+    assert "no saved heads in runs/demo/heads" in capsys.readouterr().err
+
+
 def test_the_end_is_not_printed() -> None:
     assert list(pieces(iter([step(0, 1)]), byte_tokenizer(), [0])) == []
 

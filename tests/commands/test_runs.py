@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 import yaml
 
 Run = Callable[..., int]
+TRAINERS = Path(__file__).parents[2] / "configs" / "trainer"
 
 
 @pytest.fixture
@@ -34,15 +36,59 @@ def test_fit_then_test_leaves_heads_report_and_picture(run: Run, fitted: Path) -
     assert (fitted / "report" / "frontier.png").stat().st_size > 10_000
 
 
-def test_validate_and_a_second_fit_use_the_store_that_is_there(
-    run: Run, fitted: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_second_fit_uses_the_store_that_is_there(run: Run, fitted: Path) -> None:
     (before,) = (fitted / "store").glob("*/shard-*")
     written = before.stat().st_mtime_ns
     assert run("fit", "-c", "fit.yaml", "--model.lens_learning_rate", "1e-4") == 0
-    assert run("validate", "-c", "fit.yaml", "--trainer.callbacks", "ExitAccuracy") == 0
-    assert "Exits over held-out documents" in capsys.readouterr().out
     assert before.stat().st_mtime_ns == written
+
+
+def test_validate_scores_the_heads_that_fit_left(run: Run, fitted: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (log,) = (fitted / "logs").rglob("metrics.csv")
+    with log.open() as file:
+        last = [row for row in csv.DictReader(file) if row["val/agreement/4"]][-1]
+    columns = ("val/agreement/4", "val/auroc/4/LinearGate", "val/auroc/4/MambaGate")
+    wanted = [f"{float(last[columns[0]]):.1%}", *(f"{float(last[name]):.3f}" for name in columns[1:])]
+    capsys.readouterr()
+    assert run("validate", "-c", "fit.yaml", "--model.heads", "heads/last", "--trainer.callbacks", "ExitAccuracy") == 0
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.strip().startswith("exit 4"))
+    assert line.split()[2:] == wanted
+
+
+def test_validate_refuses_fresh_heads(run: Run, fitted: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("validate", "-c", "fit.yaml") == 2
+    assert "no trained heads" in capsys.readouterr().err
+
+
+def test_a_trainer_that_leaves_the_gates_no_epoch_is_refused_before_the_store_is_filled(
+    run: Run, place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("fit", "-c", "fit.yaml", "--trainer.max_epochs", "1") == 2
+    assert "no epoch is left for the gates" in capsys.readouterr().err
+    assert not (place / "store").exists()
+
+
+def test_several_devices_are_refused_before_the_store_is_filled(
+    run: Run, place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("fit", "-c", "fit.yaml", "--trainer.devices", "2") == 2
+    assert "2 devices; it runs on one" in capsys.readouterr().err
+    assert not (place / "store").exists()
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in TRAINERS.glob("*.yaml")))
+def test_the_trainers_that_come_with_the_project_train_as_many_epochs_as_the_demo_needs(
+    run: Run, place: Path, name: str
+) -> None:
+    demo = yaml.safe_load((TRAINERS.parent / "demo" / "fit.yaml").read_text())["model"]["init_args"]["lens_epochs"]
+    trainer = ["--trainer", str(TRAINERS / name), "--trainer.log_every_n_steps", "1"]
+    assert run("fit", "-c", "fit.yaml", *trainer, "--model.lens_epochs", str(demo)) == 0
+    assert not (place / "heads").exists()
+
+
+def test_a_trial_run_of_fit_leaves_no_heads(run: Run, place: Path) -> None:
+    assert run("fit", "-c", "fit.yaml", "--trainer.fast_dev_run", "true") == 0
+    assert not (place / "heads").exists()
 
 
 def test_what_the_command_line_says_wins(run: Run, fitted: Path) -> None:
@@ -92,4 +138,6 @@ def test_print_config_is_whole_and_comes_back(run: Run, place: Path, capsys: pyt
 @pytest.mark.parametrize("command", ["fit", "cache", "generate"])
 def test_help_of_a_command(run: Run, capsys: pytest.CaptureFixture[str], command: str) -> None:
     assert run(command, "--help") == 0
-    assert "--config" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "--config" in shown
+    assert f"usage: dynamax {command} " in shown

@@ -8,15 +8,20 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from lightning.pytorch.callbacks import ModelCheckpoint
 
 from dynamax.backbones.sources import Source
 from dynamax.cli import main
 from dynamax.commands import generate, runs
 from dynamax.commands.parsing import CALLBACKS, Parser, prepare
+from dynamax.data.answers import Answers
+from dynamax.data.language import LanguageData
 from dynamax.data.text import TextSource
 from dynamax.heads import Exit, ExitBank, ExitHead
 from dynamax.modules.decoding import Sweep
+from dynamax.modules.pretraining import PretrainingModule
 from dynamax.objectives.base import Objective
+from dynamax.objectives.early_exit import LayerSkip, NextToken
 from dynamax.policies import TerminationPolicy
 from dynamax.registry import ALL, BACKBONES, HEADS, OBJECTIVES, POLICIES, TASKS, Registry
 from dynamax.tasks.base import Task
@@ -33,6 +38,8 @@ PARTS: dict[str, type] = {
     "text": TextSource,
 }
 COMMANDS = {"fit": "fit", "test": "test", "evaluate": "test", "generate": "generate"}
+SIBLINGS = "siblings"
+"""Whole runs of ``train``; those in ``plain`` and ``shallow`` lie over others, ``text.yaml`` is a part of them."""
 FILES = sorted(str(path.relative_to(CONFIGS)) for path in CONFIGS.rglob("*.yaml"))
 
 
@@ -47,7 +54,7 @@ def named(kind: str) -> list[str]:
 
 def test_every_file_is_of_a_known_kind() -> None:
     runs_found = [name for name in FILES if Path(name).stem in COMMANDS]
-    assert {Path(name).parts[0] for name in set(FILES) - set(runs_found)} == {*PARTS, "trainer"}
+    assert {Path(name).parts[0] for name in set(FILES) - set(runs_found)} == {*PARTS, "trainer", SIBLINGS}
     assert {"demo/fit.yaml", "demo/test.yaml", "demo/generate.yaml"} <= set(runs_found)
 
 
@@ -76,12 +83,25 @@ def test_a_run_is_built(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert built[0].datamodule is not None
 
 
-@pytest.mark.parametrize("name", named("trainer"))
-def test_a_trainer_is_built(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runs.DynamaxCLI, "_run_subcommand", lambda self, _: None)
+@pytest.mark.parametrize("name", [name for name in named(SIBLINGS) if Path(name).stem != "text"])
+def test_a_sibling_is_built(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    built: list[runs.DynamaxCLI] = []
+    monkeypatch.setattr(runs.DynamaxCLI, "_run_subcommand", lambda self, _: built.append(self))
+    folder, file = Path(name).parent, Path(name).name
+    overlay = folder.name in ("plain", "shallow")
+    files = [folder.parent / file, Path(name)] if overlay else [Path(name)]
     with pytest.raises(SystemExit) as ended:
-        main(["fit", "-c", str(CONFIGS / "demo/fit.yaml"), "--trainer", str(CONFIGS / name)])
+        main(["train", *(part for each in files for part in ("-c", str(CONFIGS / each)))])
     assert ended.value.code == 0
+    model, data = built[0].model, built[0].datamodule
+    assert isinstance(model, PretrainingModule)
+    assert isinstance(data, LanguageData)
+    assert isinstance(model.objective, NextToken if overlay else LayerSkip)
+    assert model.export is not None
+    written = [portion.corpus.text for portion in data.portions if isinstance(portion.corpus, Answers)]
+    assert all(text.identity() for text in written), "their prompts are there"
+    (saving,) = [each for each in built[0].trainer.callbacks if isinstance(each, ModelCheckpoint)]
+    assert str(saving.dirpath).endswith(str(Path(model.export).parent / "checkpoints")), "siblings do not share theirs"
 
 
 @pytest.mark.parametrize("name", [name for name in FILES if Path(name).stem == "generate"])

@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 import torch
 
-from dynamax.backbones import families
+from dynamax.backbones import families, traits
 from dynamax.backbones.chunk import Chunk
 from dynamax.backbones.hf import HFBackbone
 from dynamax.testing import check_backbone
@@ -44,12 +44,17 @@ def test_edges(depth, length):
 
 
 FAULTS = {
-    "a window too wide": ("mistral", {"windows": families.unbounded}),
-    "layer types ignored": ("qwen2-window", {"windows": families.unbounded}),
-    "one window for all": ("gemma3_text", {"windows": families.same_window}),
-    "the cap lost": ("gemma2", {"logits": families.plain_logits}),
-    "positions lost": ("gpt2", {"place": families.tokens_only}),
+    "a window too wide": ("mistral", {"windows": traits.unbounded}),
+    "layer types ignored": ("qwen2-window", {"windows": traits.unbounded}),
+    "one window for all": ("gemma3_text", {"windows": traits.same_window}),
+    "the cap lost": ("gemma2", {"logits": traits.plain_logits}),
+    "positions lost": ("gpt2", {"place": traits.tokens_only}),
     "another norm": ("llama", {"norm": "embed_tokens"}),
+    "norms on step, B and C lost": ("falcon_mamba", {"mixer": traits.selective}),
+    "the embedding's scale lost": ("granitemoehybrid-dense", {"place": traits.tokens_only}),
+    "the logits' scale lost": ("granitemoehybrid-dense", {"logits": traits.plain_logits}),
+    "the channels' scales lost": ("falcon_h1", {"mixer": traits.ssd}),
+    "no rotary angles": ("lfm2", {"rotary": traits.no_rotary}),
 }
 
 

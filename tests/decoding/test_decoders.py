@@ -57,6 +57,15 @@ def test_forced_tokens_are_fed_and_own_ones_told(house) -> None:  # noqa: ANN001
     assert told.equal(backbone.model(whole).logits[:, 5:].argmax(-1))
 
 
+def test_forced_tokens_that_do_not_reach_the_last_step_are_refused(house) -> None:  # noqa: ANN001
+    backbone, _ = house
+    target = prompt(7, seed=3)
+    enough = list(Full(backbone).decode(prompt(6), limit=8, forced_BT=target))
+    assert len(enough) == 8
+    with pytest.raises(ValueError, match="7 forced tokens were given for 9 steps; wanted: at least 8"):
+        list(Full(backbone).decode(prompt(6), limit=9, forced_BT=target))
+
+
 @pytest.mark.parametrize("limit", [0, -1])
 def test_a_limit_below_one_is_refused(house, limit: int) -> None:  # noqa: ANN001
     with pytest.raises(ValueError, match="must be at least 1"):

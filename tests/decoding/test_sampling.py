@@ -37,6 +37,18 @@ def test_the_same_seed_draws_the_same() -> None:
     assert [first(logits_BV).tolist() for _ in range(5)] == [second(logits_BV).tolist() for _ in range(5)]
 
 
+def test_a_turn_draws_the_same_whatever_was_drawn_before() -> None:
+    logits_BV = torch.zeros(4, 999)
+    first, second = Sampled(seed=5), Sampled(seed=5)
+    first(logits_BV)
+    first.restart(3)
+    second.restart(3)
+    third = first(logits_BV)
+    assert third.equal(second(logits_BV))
+    first.restart(4)
+    assert not third.equal(first(logits_BV))
+
+
 def test_greedy_is_the_argmax_with_all_the_mass() -> None:
     logits_BV = torch.randn(4, 9)
     assert Greedy()(logits_BV).equal(logits_BV.argmax(-1))

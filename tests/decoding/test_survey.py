@@ -49,6 +49,19 @@ def test_playing_along_a_text_is_decoding_along_it(policy: TerminationPolicy) ->
         torch.testing.assert_close(played.logits_TV, wanted, rtol=0, atol=1e-10)
 
 
+def test_a_text_longer_than_the_context_is_refused() -> None:
+    _, backbone = pair("llama")
+    length = backbone.spec.context + 1
+    with pytest.raises(ValueError, match=f"{length} tokens .* holds {length - 1}. Lower the task's window"):
+        Survey(backbone, ExitBank({2: Exit()}, backbone.site).double(), prompt(length), start=6)
+
+
+def test_nothing_surveyed_is_nothing_played() -> None:
+    _, backbone = pair("llama")
+    survey = Survey(backbone, ExitBank({2: Exit()}, backbone.site).double(), prompt(6), start=6)
+    assert len(survey.play(MaxProb(0.2)).depth_T) == 0
+
+
 def test_the_policies_above_do_leave() -> None:
     with upcast64():
         _, backbone = pair("llama")

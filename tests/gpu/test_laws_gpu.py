@@ -14,7 +14,8 @@ from dynamax.heads.gates import LinearGate, MambaGate
 from dynamax.policies.base import TerminationPolicy
 from dynamax.policies.schedule import AtDepth, Never
 from dynamax.types import Evidence, Span
-from tests.tiny import FAMILIES, tiny
+from tests.states import state
+from tests.tiny import FAMILIES, RECURRENT, tiny
 
 pytestmark = [
     pytest.mark.gpu,
@@ -55,7 +56,7 @@ def test_never_leaving_is_generate(family: str) -> None:
         assert got.equal(wanted[:, 9:])
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "gemma3_text", "gpt2"])
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma3_text", "gpt2", *RECURRENT])
 def test_lossless_is_full_decoding(family: str) -> None:
     torch.backends.cuda.matmul.allow_tf32 = False
     backbone = backbone_of(family, torch.float32)
@@ -79,7 +80,7 @@ def test_settled_state_is_that_of_one_full_pass(family: str, dtype: torch.dtype)
         backbone.settle(cache)
         backbone.run(backbone.embed(tokens, whole), Span(0, 6), whole)
     for mine, theirs in zip(cache.cells, whole.cells, strict=True):
-        for got, wanted in zip(mine.read(), theirs.read(), strict=True):
+        for got, wanted in zip(state(mine).values(), state(theirs).values(), strict=True):
             assert float((got - wanted).norm() / wanted.norm()) < TOLERANCE[dtype]
 
 

@@ -121,7 +121,15 @@ def test_parameters_and_flops_are_as_told(gate, parameters):
     counter = FlopCounterMode(display=False)
     with counter, sdpa_kernel(SDPBackend.MATH):
         gate.score(states(1, 1, dtype=torch.float32), Memory())
-    assert counter.get_total_flops() == gate.flops()
+    assert counter.get_total_flops() + elementwise(gate) == gate.flops()
+
+
+def elementwise(gate):
+    """FLOPs of one position that torch's counter does not see: a Mamba block's taps, and what goes into its state."""
+    if not isinstance(gate, MambaGate):
+        return 0
+    block = gate.block
+    return 2 * (block.conv.weight.numel() + block.d_inner * block.d_state)
 
 
 @pytest.mark.parametrize(

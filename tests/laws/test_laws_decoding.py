@@ -19,9 +19,10 @@ from dynamax.policies.schedule import AtDepth, Never
 from dynamax.types import Span
 from tests.float64 import upcast64
 from tests.laws.house import DEPTH, Dice, Listener, exits, generate, padded, pair, prompt
-from tests.tiny import FAMILIES
+from tests.tiny import FAMILIES, RECURRENT
 
 LIMIT = 24
+ATTENTION = ("llama", "mistral", "gpt2", "phi3", "gpt_neox")
 
 
 def tokens(decoder: Decoder, prompt_BT: Tensor, limit: int = LIMIT, pad_B: Tensor | None = None) -> Tensor:
@@ -60,7 +61,7 @@ def test_lossless_is_generate(family: str, drafts: int) -> None:
             assert tokens(decoder, start).equal(generate(model, start, LIMIT))
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "gemma3_text", "gpt2"])
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma3_text", "gpt2", *RECURRENT])
 def test_lossless_padded_rows_are_generate(family: str) -> None:
     with upcast64():
         model, backbone = pair(family)
@@ -153,7 +154,7 @@ def _over_the_wire(h_BTD: Tensor) -> Tensor:
     return torch.frombuffer(raw, dtype=h_BTD.dtype).reshape(h_BTD.shape)
 
 
-@pytest.mark.parametrize("family", ["llama", "mixtral", "gpt2", "gemma2"])
+@pytest.mark.parametrize("family", ["llama", "mixtral", "gpt2", "gemma2", *RECURRENT])
 def test_a_step_that_leaves_at_d_calls_d_blocks(family: str) -> None:
     with upcast64():
         _, backbone = pair(family)
@@ -169,8 +170,11 @@ def test_a_step_that_leaves_at_d_calls_d_blocks(family: str) -> None:
                 calls.clear()
 
 
-@pytest.mark.parametrize("rule", [Propagate(), CopyToken(), CopyLayer(), Skip()])
-@pytest.mark.parametrize("family", ["llama", "mistral", "gpt2", "phi3", "gpt_neox"])
+COPIED = [(rule, family) for rule in (CopyToken(), CopyLayer()) for family in ATTENTION]
+FILLED = [(rule, family) for rule in (Propagate(), Skip()) for family in (*ATTENTION, *RECURRENT)]
+
+
+@pytest.mark.parametrize(("rule", "family"), COPIED + FILLED)
 def test_rules_keep_the_books_and_change_nothing_if_nothing_leaves(rule: SkippedState, family: str) -> None:
     with upcast64():
         model, backbone = pair(family)

@@ -7,7 +7,6 @@ import random
 import pytest
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 
 from dynamax.backbones.cache import Cache
 from dynamax.backbones.hf import HFBackbone
@@ -15,18 +14,8 @@ from dynamax.decoding.ascent import Ascent
 from dynamax.types import Memory, Span
 from tests.float64 import upcast64
 from tests.laws.house import DEPTH, attention_mask, exits, padded, pair, prompt
-from tests.tiny import FAMILIES
-
-CLOSE = {"rtol": 0, "atol": 1e-11}
-
-
-def reference(model, tokens_BT: Tensor, pad_B: Tensor | None = None) -> list[tuple[Tensor, Tensor]]:  # noqa: ANN001
-    """Keys and values of transformers' own cache after one full pass, sliding layers kept whole."""
-    cache = DynamicCache()
-    mask = None if pad_B is None else attention_mask(tokens_BT, pad_B)
-    positions = None if mask is None else (mask.cumsum(-1) - 1).clamp_min(0)
-    model(tokens_BT, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True)
-    return [(layer.keys, layer.values) for layer in cache.layers]
+from tests.states import CLOSE, reference, same, state
+from tests.tiny import FAMILIES, RECURRENT
 
 
 def balanced(cache: Cache) -> None:
@@ -35,10 +24,10 @@ def balanced(cache: Cache) -> None:
 
 
 def wander(backbone: HFBackbone, text_BT: Tensor, cache: Cache, seed: int) -> None:
-    """Feed a text in pieces of 1 to 3 positions that stop at random depths, in spans cut at random."""
+    """Feed a text in pieces of 1 to 7 positions that stop at random depths, in spans cut at random."""
     dice, at = random.Random(seed), 0
     while at < text_BT.shape[1]:
-        piece_BT = text_BT[:, at : at + dice.choice([1, 1, 2, 3])]
+        piece_BT = text_BT[:, at : at + dice.choice([1, 1, 2, 3, 7])]
         depth = dice.randint(1, DEPTH)
         cuts = sorted({0, depth, *(dice.randint(0, depth) for _ in range(2))})
         h_BTD = backbone.embed(piece_BT, cache)
@@ -61,13 +50,11 @@ def test_settled_state_is_that_of_one_full_pass(family: str, seed: int) -> None:
         backbone.settle(cache)
         balanced(cache)
         assert cache.filled == [41] * DEPTH
-        for cell, (keys, values) in zip(cache.cells, reference(model, text_BT), strict=True):
-            k, v = cell.read()
-            torch.testing.assert_close(k, keys, **CLOSE)
-            torch.testing.assert_close(v, values, **CLOSE)
+        for cell, wanted in zip(cache.cells, reference(model, text_BT), strict=True):
+            same(state(cell), wanted)
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral-eager", "gemma3_text", "gpt2", "phi3"])
+@pytest.mark.parametrize("family", ["llama", "mistral-eager", "gemma3_text", "gpt2", "phi3", *RECURRENT])
 def test_settled_state_of_padded_rows(family: str) -> None:
     with upcast64(), torch.inference_mode():
         model, backbone = pair(family)
@@ -75,11 +62,9 @@ def test_settled_state_of_padded_rows(family: str) -> None:
         cache = backbone.new_cache(pad_B=pad_B)
         wander(backbone, text_BT, cache, seed=3)
         backbone.settle(cache)
-        live = attention_mask(text_BT, pad_B).bool()[:, None, :, None]
-        for cell, (keys, values) in zip(cache.cells, reference(model, text_BT, pad_B), strict=True):
-            k, v = cell.read()
-            torch.testing.assert_close(k * live, keys * live, **CLOSE)
-            torch.testing.assert_close(v * live, values * live, **CLOSE)
+        live_BT = attention_mask(text_BT, pad_B)
+        for cell, wanted in zip(cache.cells, reference(model, text_BT, pad_B), strict=True):
+            same(state(cell), wanted, live_BT)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -118,7 +103,7 @@ def test_rollback_at_every_place_is_as_if_it_had_not_been(family: str) -> None:
             never = backbone.new_cache()
             backbone.run(backbone.embed(text_BT, never), Span(0, DEPTH), never)
             for cell, untouched in zip(cache.cells, never.cells, strict=True):
-                torch.testing.assert_close(cell.read(), untouched.read(), **CLOSE)
+                same(state(cell), state(untouched))
 
 
 @pytest.mark.parametrize("batch", [1, 3])

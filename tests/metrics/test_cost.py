@@ -7,6 +7,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from dynamax.backbones.hf import HFBackbone
+from dynamax.backbones.mixers import ShortConvMixer, SSDMixer
 from dynamax.backbones.skipped import Propagate
 from dynamax.decoding.early_exit import EarlyExit
 from dynamax.decoding.full import Full
@@ -17,7 +18,7 @@ from dynamax.metrics.cost import CostModel
 from dynamax.policies.learned import GateConfidence
 from dynamax.policies.schedule import AtDepth
 from dynamax.types import Span, Step
-from tests.tiny import tiny
+from tests.tiny import RECURRENT, tiny
 
 EAGER = ["llama-eager", "mistral-eager", "gemma2"]
 
@@ -44,6 +45,70 @@ def test_flops_without_attention_scores(family: str) -> None:
         backbone.unembed(backbone.run(backbone.embed(torch.tensor([[3]])), Span(0, 6)))
     scores = sum(2 * backbone.shape(index).scores for index in range(6))
     assert CostModel(backbone).full(0).flops - scores == pytest.approx(counter.get_total_flops(), rel=1e-9)
+
+
+def elementwise(backbone: HFBackbone, index: int) -> int:
+    """Multiply-adds of one position that torch's counter does not see: taps, and what is written to the state."""
+    mixer = backbone._mixers[index]
+    if mixer is None:
+        return 0
+    module = mixer.module
+    if isinstance(mixer, ShortConvMixer):
+        return module.conv.weight.numel()
+    passes = 1 if isinstance(mixer, SSDMixer) else 2  # Mamba-1 decays each entry of its state by a rate of its own
+    return module.conv1d.weight.numel() + passes * module.intermediate_size * module.ssm_state_size
+
+
+@pytest.mark.parametrize("family", RECURRENT)
+def test_recurrent_flops_are_those_of_torchs_counter(family: str) -> None:
+    """One step after 20 others; fused attention and what is not a matrix product are added by hand."""
+    backbone = HFBackbone(tiny(family, dtype=torch.float32))
+    cache = backbone.new_cache()
+    backbone.run(backbone.embed(torch.arange(20)[None], cache), Span(0, 6), cache)
+    with FlopCounterMode(display=False) as counter:
+        backbone.unembed(backbone.run(backbone.embed(torch.tensor([[3]]), cache), Span(0, 6), cache))
+    shapes = [backbone.shape(index) for index in range(6)]
+    unseen = sum(2 * (shape.scores * 21 + elementwise(backbone, index)) for index, shape in enumerate(shapes))
+    assert CostModel(backbone).full(20).flops == pytest.approx(counter.get_total_flops() + unseen, rel=1e-9)
+
+
+@pytest.mark.parametrize("family", RECURRENT)
+def test_recurrent_state_is_what_the_cache_holds(family: str) -> None:
+    backbone = HFBackbone(tiny(family, dtype=torch.float32))
+    cache = backbone.new_cache()
+    backbone.run(backbone.embed(torch.arange(9)[None], cache), Span(0, 6), cache)
+    for index, cell in enumerate(cache.cells):
+        past = () if cell.recurrent is None else cell.recurrent.past or ()
+        assert backbone.shape(index).state == sum(tensor.numel() for tensor in past)
+
+
+@pytest.mark.parametrize("family", RECURRENT)
+def test_writing_state_costs_the_products_that_run(family: str) -> None:
+    """A rule that writes skipped state runs these products and no others."""
+    backbone = HFBackbone(tiny(family, dtype=torch.float32))
+    cache = backbone.new_cache()
+    backbone.run(backbone.embed(torch.arange(20)[None], cache), Span(0, 6), cache)
+    h_BTD = backbone.embed(torch.tensor([[3]]), cache)
+    for index in range(6):
+        with FlopCounterMode(display=False) as counter:
+            backbone.write(h_BTD, index, cache)
+        module = getattr(backbone._mixers[index], "module", None)
+        readout = 0 if module is None else state_of(module)
+        assert 2 * (backbone.shape(index).write + readout) == counter.get_total_flops()
+
+
+def state_of(module: torch.nn.Module) -> int:
+    """Entries of a scan's state; each is read once, as a matrix product."""
+    return getattr(module, "intermediate_size", 0) * getattr(module, "ssm_state_size", 0)
+
+
+def test_bytes_of_a_recurrent_block_are_its_weights_and_its_state_twice() -> None:
+    backbone = HFBackbone(tiny("mamba2", dtype=torch.float32))
+    config = backbone.model.config
+    products = sum(p.numel() for name, p in backbone.model.named_parameters() if "_proj.weight" in name)
+    inner, channels = config.expand * config.hidden_size, 64 + 2 * config.n_groups * config.state_size
+    state = 6 * (inner * config.state_size + channels * (config.conv_kernel - 1))
+    assert CostModel(backbone).full(20).bytes == 4 * (products + config.vocab_size * config.hidden_size + 2 * state)
 
 
 def test_bytes_are_the_weights_and_keys_of_the_blocks_called() -> None:

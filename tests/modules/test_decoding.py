@@ -8,18 +8,21 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Trainer
+from tokenizers import normalizers
 
 from dynamax.backbones.skipped import Propagate
 from dynamax.backbones.sources import Folder
 from dynamax.data.tasks import TaskData
 from dynamax.decoding.early_exit import EarlyExit
 from dynamax.decoding.full import Full
+from dynamax.decoding.sampling import Sampled
 from dynamax.heads.bank import Exit
 from dynamax.heads.gates import LinearGate, MambaGate
 from dynamax.modules.decoding import DecodingModule, Sweep
-from dynamax.policies.confidence import MaxProb
+from dynamax.policies.combine import AnyOf
+from dynamax.policies.confidence import Margin, MaxProb
 from dynamax.policies.learned import GateConfidence
-from dynamax.policies.schedule import AtDepth, Never
+from dynamax.policies.schedule import AtDepth, Decaying, Never
 from dynamax.tasks import Perplexity, Questions
 from dynamax.tasks.base import ChoiceTask
 from tests.folders import model_folder
@@ -32,7 +35,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Folder:
 
 def run(source: Folder, policies: list[Sweep], task: Any = None, **options: Any) -> DecodingModule:  # noqa: ANN401
     exit_ = Exit(gates=[LinearGate, MambaGate])
-    module = DecodingModule(source, policies, exits={2: exit_, 4: exit_}, timed=1, **options)
+    module = DecodingModule(source, policies, exits={2: exit_, 4: exit_}, **{"timed": 1, **options})
     trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
     trainer.test(module, datamodule=TaskData(task or Questions(limit=3, max_new_tokens=12)), verbose=False)
     return module
@@ -90,6 +93,42 @@ def test_lossless_decoding_says_what_the_full_model_says(folder: Folder) -> None
     assert rows[1]["blocks_per_token"] != 6
 
 
+def test_sampling_compares_what_is_most_likely(folder: Folder) -> None:
+    """Along sampled text too, the reference decodes once more, and compares the argmax of both."""
+    task, policies = Questions(limit=3, max_new_tokens=12), [Sweep(Never()), Sweep(MaxProb(0.05))]
+    greedy = run(folder, policies, task).results.rows
+    sampled = {timed: run(folder, policies, task, sampler=Sampled(1.0, seed=4), timed=timed) for timed in (0, 3)}
+    module = sampled[3]
+    agreed: list[bool] = []
+    for turn, example in enumerate(task.examples()):
+        prompt_1T = torch.tensor([module.bench.tokenizer(example.prompt)["input_ids"]])
+        sampler = Sampled(1.0, seed=4)
+        sampler.restart(turn)
+        full = list(Full(module.backbone, sampler).decode(prompt_1T, limit=12, stop=[0]))
+        target_1T = torch.stack([step.token_B for step in full], 1)
+        decoder = EarlyExit(module.backbone, module.bank, MaxProb(0.05))
+        steps = list(decoder.decode(prompt_1T, limit=len(full), forced_BT=target_1T))
+        agreed += [int(s.token_B) == int(f.logits_BV.argmax()) for s, f in zip(steps, full, strict=True)][1:]
+    for one in sampled.values():
+        whole, never, early = one.results.rows
+        assert whole["agreement"] == never["agreement"] == whole["answer_agreement"] == never["answer_agreement"] == 1
+        assert early["agreement"] == pytest.approx(sum(agreed) / len(agreed))
+        assert early["tokens"] == whole["tokens"] == len(agreed)
+    assert greedy[2]["tokens"] != len(agreed) or greedy[2]["agreement"] != early["agreement"]
+
+
+def test_sampled_lossless_text_is_not_compared_token_by_token(folder: Folder) -> None:
+    rows = run(folder, [Sweep(MaxProb(0.02))], mode="lossless", sampler=Sampled(1.0)).results.rows
+    assert rows[0]["agreement"] == 1
+    assert rows[1]["agreement"] is None
+
+
+def test_the_full_models_tokens_are_counted_once(folder: Folder) -> None:
+    whole, *others = run(folder, [Sweep(MaxProb(0.5), [0.01, 0.9]), Sweep(Never())]).results.rows
+    assert {row["tokens"] for row in others} == {whole["tokens"]}
+    assert whole["timed_tokens"] == sum(row["timed_tokens"] for row in others)
+
+
 def test_gates_can_be_named(folder: Folder) -> None:
     rows = run(folder, [Sweep(GateConfidence(0.5, gate="MambaGate"), [0.3, 0.7])]).results.rows
     assert [(row["policy"], row["threshold"]) for row in rows[1:]] == [
@@ -110,6 +149,37 @@ class TwoWays(ChoiceTask):
 
     def score_choices(self, example: Any, loglikelihoods: Any) -> dict[str, float]:  # noqa: ANN401
         return {"first": loglikelihoods[0], "second": loglikelihoods[1]}
+
+
+@pytest.mark.parametrize("candidates", [("", " two"), (" one", "\u0301 two")])
+def test_a_candidate_without_tokens_of_its_own_is_refused(
+    folder: Folder, candidates: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dynamax.tasks.base import Choice
+
+    asked = Choice("q7", "Q: one or twe", candidates, {"mc1": {0: True, 1: False}})
+    monkeypatch.setattr(TwoWays, "examples", lambda self: [asked])
+    tokenizer = folder.tokenizer()
+    tokenizer.backend_tokenizer.normalizer = normalizers.NFC()  # joins the accent to the prompt's last letter
+    monkeypatch.setattr(Folder, "tokenizer", lambda self: tokenizer)
+    with pytest.raises(ValueError, match=r"Example q7: the tokens of the prompt with .* Begin candidates with a space"):
+        run(folder, [Sweep(Never())], TwoWays())
+
+
+def test_a_candidate_longer_than_the_context_is_refused(folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
+    from dynamax.tasks.base import Choice
+
+    asked = Choice("q7", "Q:", (" one", " two" * 200), {"mc1": {0: True, 1: False}})
+    monkeypatch.setattr(TwoWays, "examples", lambda self: [asked])
+    with pytest.raises(ValueError, match="context holds 512"):
+        run(folder, [Sweep(Never())], TwoWays())
+
+
+def test_several_devices_are_refused(folder: Folder) -> None:
+    module = DecodingModule(folder, [Sweep(Never())], exits={2: Exit()})
+    module.trainer = Trainer(accelerator="cpu", devices=2, logger=False)
+    with pytest.raises(ValueError, match="2 devices; it runs on one"):
+        module.setup("test")
 
 
 def test_likelihoods_are_the_models(folder: Folder) -> None:
@@ -149,11 +219,33 @@ def test_predict_answers_with_the_first_policy(folder: Folder) -> None:
         ({}, "exactly one of the two"),
         ({"heads": "a", "exits": {2: Exit()}}, "exactly one of the two"),
         ({"exits": {2: Exit()}, "mode": "lossless", "rule": Propagate()}, "needs Exact"),
+        ({"exits": {2: Exit()}, "policies": [Sweep(Never()), Sweep(Never())]}, "Two policies go by the name Never,"),
+        ({"exits": {2: Exit()}, "policies": [Sweep(MaxProb(0.1), [0.5, 0.5])]}, "by the name MaxProb@0.5,"),
     ],
 )
 def test_bad_arguments_are_refused(folder: Folder, options: dict, wanted: str) -> None:
     with pytest.raises(ValueError, match=wanted):
-        DecodingModule(folder, [Sweep(Never())], **options)
+        DecodingModule(folder, **{"policies": [Sweep(Never())], **options})
+
+
+def test_policies_made_of_policies_are_told_apart(folder: Folder) -> None:
+    sweeps = [
+        Sweep(AnyOf([MaxProb(0.5), AtDepth(4)])),
+        Sweep(AnyOf([Margin(0.5), AtDepth(4)])),
+        Sweep(Decaying(MaxProb(0.5), temperature=1.0, horizon=8)),
+        Sweep(MaxProb({2: 0.5, 4: 0.25})),
+    ]
+    exit_ = Exit()
+    module = DecodingModule(folder, sweeps, exits={2: exit_, 4: exit_}, timed=0)
+    trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
+    (told,) = trainer.test(module, datamodule=TaskData(Questions(limit=1, max_new_tokens=4)), verbose=False)
+    assert {name.split("/")[1] for name in told} == {
+        "Full",
+        "AnyOf(MaxProb, AtDepth)@0.5",
+        "AnyOf(Margin, AtDepth)@0.5",
+        "Decaying(MaxProb)@0.5",
+        "MaxProb@2=0.5,4=0.25",
+    }
 
 
 def test_likelihoods_under_an_approximate_rule_are_refused(folder: Folder) -> None:

@@ -183,6 +183,35 @@ def test_heads_of_another_backbone_are_refused(folder, tmp_path):
     assert other.spec.fingerprint in str(caught.value)
 
 
+def test_saved_heads_are_taken_up(folder, tmp_path):
+    heads = module(folder)
+    trainer(tmp_path, epochs=3).fit(heads, loader(heads))
+    heads.bank.save(tmp_path / "heads", heads.spec)
+    again = module(folder, heads=str(tmp_path / "heads"))
+    assert again.bank.state_dict().keys() == heads.bank.state_dict().keys()
+    assert all(torch.equal(weights(again)[name], tensor) for name, tensor in weights(heads).items())
+    trainer(tmp_path, epochs=3).fit(again, loader(again))
+    assert moved(weights(heads), weights(again)) == (True, True)
+
+
+def test_saved_heads_that_are_not_those_asked_for_are_refused(folder, tmp_path):
+    heads = module(folder)
+    heads.bank.save(tmp_path / "heads", heads.spec)
+    exits = {2: Exit(TunedLens, [LinearGate]), 4: Exit(TunedLens, [LinearGate])}
+    with pytest.raises(ValueError, match="not those of the exits"):
+        module(folder, heads=str(tmp_path / "heads"), exits=exits)
+    tiny("llama", dtype=torch.float32, seed=1).save_pretrained(tmp_path / "other")
+    with pytest.raises(ValueError, match=r"another backbone"):
+        module(tmp_path / "other", heads=str(tmp_path / "heads"))
+
+
+def test_several_devices_are_refused(folder, tmp_path):
+    heads = module(folder)
+    heads.trainer = trainer(tmp_path, devices=2)
+    with pytest.raises(ValueError, match="2 devices; it runs on one"):
+        heads.setup("fit")
+
+
 def test_half_precision_trains_the_same_heads(folder, tmp_path):
     heads = module(folder)
     trainer(tmp_path, epochs=3, precision="bf16-mixed").fit(heads, loader(heads), loader(heads, first=50))
@@ -220,6 +249,8 @@ def test_labels_may_be_read_through_the_last_block(folder, tmp_path):
         ({"exits": {2: Exit(LogitLens, [LinearGate])}}, "set lens_objective to null"),
         ({"exits": {2: Exit(TunedLens)}}, "set gate_objective to null"),
         ({"exits": {6: Exit(TunedLens)}}, "6 blocks"),
+        ({"gate_objective": LensDistillation()}, "given as gate_objective, but it trains lenses. Give it as lens_obj"),
+        ({"lens_objective": GateObjective()}, "given as lens_objective, but it trains gates. Give it as gate_obj"),
         ({"lens_epochs": 0}, "lens_epochs must be at least 1"),
         ({"warmup": 1.0}, r"warmup in \[0, 1\)"),
         ({"gate_share": 1.0}, r"gate_share must lie in \(0, 1\)"),

@@ -1,0 +1,90 @@
+"""The models that benchmarks decode with: SmolLM2, and random weights in the shapes of models too large to ship."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from dynamax.backbones.hf import HFBackbone
+from dynamax.backbones.loading import dtype_of
+from dynamax.backbones.sources import SmolLM2
+from dynamax.data.prompts import questions
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """A model to time.
+
+    Attributes:
+        depths: Exits to force.
+        config: Shape to fill with random weights; None for SmolLM2 with its own.
+    """
+
+    depths: tuple[int, ...]
+    config: dict[str, Any] | None = None
+
+
+CONTESTANTS = {
+    "smollm2": Contestant((10, 15, 20, 25)),
+    "mamba2-130m": Contestant(
+        (8, 12, 16, 20),
+        {
+            "model_type": "mamba2",
+            "hidden_size": 768,
+            "num_hidden_layers": 24,
+            "state_size": 128,
+            "num_heads": 24,
+            "head_dim": 64,
+            "n_groups": 1,
+            "vocab_size": 50288,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "mamba-130m": Contestant(
+        (8, 12, 16, 20),
+        {
+            "model_type": "mamba",
+            "hidden_size": 768,
+            "num_hidden_layers": 24,
+            "state_size": 16,
+            "vocab_size": 50280,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "codestral-7b": Contestant(
+        (32, 40, 48, 56),
+        {
+            "model_type": "mamba2",
+            "hidden_size": 4096,
+            "num_hidden_layers": 64,
+            "state_size": 128,
+            "num_heads": 128,
+            "head_dim": 64,
+            "n_groups": 8,
+            "vocab_size": 32768,
+            "tie_word_embeddings": False,
+        },
+    ),
+}
+"""By name; DYNAMAX's exits for Codestral."""
+
+
+def load(name: str, *, dtype: str, device: str, prompts: int) -> tuple[HFBackbone, list[Tensor]]:
+    """The backbone, and prompts ``tokens_1T`` for it."""
+    config = CONTESTANTS[name].config
+    if config is None:
+        source = SmolLM2()
+        tokenizer = source.tokenizer()
+        texts = [question.question for question in questions()[:prompts]]
+        rows = [tokenizer(text)["input_ids"] for text in texts]
+        return source.load(dtype=dtype, device=device), [torch.tensor([row], device=device) for row in rows]
+    torch.manual_seed(0)
+    with torch.device(device):
+        made = AutoConfig.for_model(**config, bos_token_id=None, eos_token_id=None, pad_token_id=None)
+        model = AutoModelForCausalLM.from_config(made, dtype=dtype_of(dtype))
+    rows = [torch.randint(config["vocab_size"], (1, 16), device=device) for _ in range(prompts)]
+    return HFBackbone(model, fingerprint="random weights"), rows

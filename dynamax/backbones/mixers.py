@@ -1,0 +1,250 @@
+"""Recurrent mixers of transformers, continued from a live state over any number of positions.
+
+A mixer stands in for the ``forward`` of one transformers module and uses its weights. It takes over where
+the cache it is given is a ``Store``; otherwise transformers' own code runs, which is what it is checked
+against. Knows modules and stores, neither families nor positions.
+
+E counts the inner channels, N the entries of a channel's state, G the groups of heads.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any, final
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dynamax.backbones.cells import Past
+from dynamax.backbones.stores import Store
+from dynamax.kernels import selective, ssd
+from dynamax.kernels.backend import at_least_float32
+from dynamax.kernels.convolution import convolve
+
+
+class Mixer(ABC):
+    """One recurrent mixer.
+
+    Args:
+        module: transformers' mixer, whose weights are used.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module: Any = module
+        installed = vars(module).get("forward")
+        self._own = installed._own if isinstance(installed, Mixer) else module.forward
+
+    def install(self) -> None:
+        """Stand in for the module's ``forward``; transformers' own is kept for whoever brings another cache."""
+        self.module.forward = self
+
+    def __call__(
+        self, hidden_states: Tensor, cache_params: object = None, *, past_key_values: object = None, **options: object
+    ) -> Tensor:
+        """The mixer's output for ``hidden_states``, as transformers calls it."""
+        store = cache_params if past_key_values is None else past_key_values
+        if isinstance(store, Store):
+            return self.mix(hidden_states, store)
+        known = {"cache_params": cache_params, "past_key_values": past_key_values, **options}
+        return self._own(hidden_states, **{name: value for name, value in known.items() if value is not None})
+
+    @abstractmethod
+    def mix(self, u_BTD: Tensor, store: Store) -> Tensor:
+        """Advance the store's state over the chunk; the mixer's output ``[B, T, D]``."""
+
+    @abstractmethod
+    def write(self) -> int:
+        """Weights that ``mix`` multiplies a position with where only the state is wanted."""
+
+    @abstractmethod
+    def products(self) -> int:
+        """Multiply-adds a position costs beside the weights of linear layers: convolution, state in, state out."""
+
+    @abstractmethod
+    def state(self) -> int:
+        """Values of state, window included, of one row."""
+
+
+@final
+class SSDMixer(Mixer):
+    """Mamba-2 and its kin.
+
+    Args:
+        module: ``in_proj`` to gate, input, B, C and step; ``conv1d``, ``A_log``, ``D``, ``dt_bias``, ``out_proj``.
+        gain: Factor of the input.
+        scale: Gives the factors of the projected channels; None for none.
+        finish: Output before the last projection, from the scan's and the gate; the module's gated norm if left out.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        *,
+        gain: float = 1.0,
+        scale: Callable[[], Tensor] | None = None,
+        finish: Callable[[Tensor, Tensor], Tensor] | None = None,
+    ) -> None:
+        super().__init__(module)
+        self._gain = gain
+        self._scale = scale
+        self._finish = finish or self.module.norm
+        self._inner = self.module.intermediate_size
+        self._bc = self.module.n_groups * self.module.ssm_state_size
+        self._sizes = [self._inner, self._inner + 2 * self._bc, self.module.num_heads]
+
+    def mix(self, u_BTD: Tensor, store: Store) -> Tensor:
+        """Project, advance, gate, project."""
+        if store.last:
+            xbc, dt = self._project(u_BTD, self._inner).split(self._sizes[1:], -1)
+            return store.advance(self._read, self._rows(xbc, dt, store))
+        z, xbc, dt = self._project(u_BTD, 0).split(self._sizes, -1)
+        y_BTE = store.advance(self._read, self._rows(xbc, dt, store))
+        return self.module.out_proj(self._finish(y_BTE, z).to(u_BTD.dtype))
+
+    def _project(self, u_BTD: Tensor, first: int) -> Tensor:
+        """The input projection from channel ``first`` on."""
+        linear = self.module.in_proj
+        bias = None if linear.bias is None else linear.bias[first:]
+        projected = F.linear(u_BTD if self._gain == 1.0 else u_BTD * self._gain, linear.weight[first:], bias)
+        return projected if self._scale is None else projected * self._scale()[..., first:]
+
+    def _rows(self, xbc_BTC: Tensor, dt_BTH: Tensor, store: Store) -> Past:
+        low, high = self.module.time_step_limit
+        dt_BTH = F.softplus(at_least_float32(dt_BTH) + at_least_float32(self.module.dt_bias)).clamp(low, high)
+        return masked(store.live_BT, xbc_BTC, dt_BTH)
+
+    def _read(self, past: Past | None, xbc_BTC: Tensor, dt_BTH: Tensor) -> tuple[Tensor, Past]:
+        m = self.module
+        window, state_BHPN = past or (None, None)
+        xbc_BTC, window = convolve(xbc_BTC, window, m.conv1d.weight[:, 0], m.conv1d.bias)
+        x, b, c = at_least_float32(m.act(xbc_BTC)).split([self._inner, self._bc, self._bc], -1)
+        x_BTHP, b_BTGN, c_BTGN = (
+            x.unflatten(-1, (m.num_heads, -1)),
+            b.unflatten(-1, (m.n_groups, -1)),
+            c.unflatten(-1, (m.n_groups, -1)),
+        )
+        if state_BHPN is None:
+            state_BHPN = x.new_zeros(len(x), m.num_heads, x_BTHP.shape[-1], m.ssm_state_size)
+        decay_H = -at_least_float32(m.A_log).exp()
+        y_BTHP, state_BHPN = ssd.scan(x_BTHP, dt_BTH, decay_H, b_BTGN, c_BTGN, state_BHPN)
+        y_BTHP = torch.addcmul(y_BTHP, x_BTHP, at_least_float32(m.D)[:, None])
+        return y_BTHP.flatten(-2), (window, state_BHPN)
+
+    def write(self) -> int:
+        """All of the input projection but the gate."""
+        return sum(self._sizes[1:]) * self.module.in_proj.in_features
+
+    def products(self) -> int:
+        """Taps, and each entry of the state written and read."""
+        return self._sizes[1] * self.module.conv_kernel_size + 2 * self._inner * self.module.ssm_state_size
+
+    def state(self) -> int:
+        """Window and scan state."""
+        return self._sizes[1] * (self.module.conv_kernel_size - 1) + self._inner * self.module.ssm_state_size
+
+
+Norms = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
+
+
+@final
+class SelectiveMixer(Mixer):
+    """Mamba-1 and its kin. transformers starts every chunk from a state of zeros; this one from the state there is.
+
+    Args:
+        module: ``in_proj`` to input and gate; ``conv1d``, ``x_proj``, ``dt_proj``, ``A_log``, ``D``, ``out_proj``.
+        norms: What is done to step, B and C before use; nothing if left out.
+    """
+
+    def __init__(self, module: nn.Module, *, norms: Norms | None = None) -> None:
+        super().__init__(module)
+        self._norms = norms
+        self._inner = self.module.intermediate_size
+
+    def mix(self, u_BTD: Tensor, store: Store) -> Tensor:
+        """Project, advance, gate, project."""
+        linear = self.module.in_proj
+        if store.last:
+            bias = None if linear.bias is None else linear.bias[: self._inner]
+            x_BTE = F.linear(u_BTD, linear.weight[: self._inner], bias)
+            return store.advance(self._read, self._rows(x_BTE, store))
+        x_BTE, z_BTE = linear(u_BTD).chunk(2, -1)
+        y_BTE = store.advance(self._read, self._rows(x_BTE, store))
+        return self.module.out_proj((y_BTE * F.silu(z_BTE)).to(u_BTD.dtype))
+
+    def _rows(self, x_BTE: Tensor, store: Store) -> Past:
+        if store.live_BT is None:
+            return (x_BTE,)
+        return (*masked(store.live_BT, x_BTE), store.live_BT)
+
+    def _read(self, past: Past | None, x_BTE: Tensor, live_BT: Tensor | None = None) -> tuple[Tensor, Past]:
+        m = self.module
+        window, state_BEN = past or (None, None)
+        x_BTE, window = convolve(x_BTE, window, m.conv1d.weight[:, 0], m.conv1d.bias)
+        x_BTE = m.act(x_BTE)
+        step, b, c = m.x_proj(x_BTE).split([m.time_step_rank, m.ssm_state_size, m.ssm_state_size], -1)
+        if self._norms is not None:
+            step, b, c = self._norms(step, b, c)
+        bias = at_least_float32(m.dt_proj.bias)
+        dt_BTE = F.softplus(at_least_float32(F.linear(step, m.dt_proj.weight)) + bias)
+        (dt_BTE,) = masked(live_BT, dt_BTE)
+        x_BTE, b_BTN, c_BTN = at_least_float32(x_BTE), at_least_float32(b), at_least_float32(c)
+        if state_BEN is None:
+            state_BEN = x_BTE.new_zeros(len(x_BTE), self._inner, m.ssm_state_size)
+        decay_EN = -at_least_float32(m.A_log).exp()
+        y_BTE, state_BEN = selective.scan(x_BTE, dt_BTE, decay_EN, b_BTN, c_BTN, state_BEN)
+        return torch.addcmul(y_BTE, x_BTE, at_least_float32(m.D)), (window, state_BEN)
+
+    def write(self) -> int:
+        """The input's half of the input projection, and what makes step, B and C of it."""
+        m = self.module
+        return self._inner * m.in_proj.in_features + m.x_proj.weight.numel() + m.dt_proj.weight.numel()
+
+    def products(self) -> int:
+        """Taps, and each entry of the state decayed, written and read."""
+        return self._inner * (self.module.conv_kernel_size + 3 * self.module.ssm_state_size)
+
+    def state(self) -> int:
+        """Window and scan state."""
+        return self._inner * (self.module.conv_kernel_size - 1 + self.module.ssm_state_size)
+
+
+@final
+class ShortConvMixer(Mixer):
+    """LFM2's gated convolution: a window is all the state there is.
+
+    Args:
+        module: ``in_proj`` to B, C and input; ``conv``, ``out_proj``.
+    """
+
+    def mix(self, u_BTD: Tensor, store: Store) -> Tensor:
+        """Project, advance, gate, project."""
+        b_BTD, c_BTD, x_BTD = self.module.in_proj(u_BTD).chunk(3, -1)
+        y_BTD = store.advance(self._read, masked(store.live_BT, b_BTD * x_BTD))
+        return self.module.out_proj(c_BTD * y_BTD)
+
+    def _read(self, past: Past | None, x_BTD: Tensor) -> tuple[Tensor, Past]:
+        (window,) = past or (None,)
+        conv = self.module.conv
+        y_BTD, window = convolve(x_BTD, window, conv.weight[:, 0], conv.bias)
+        return y_BTD, (window,)
+
+    def write(self) -> int:
+        """The whole input projection."""
+        return self.module.in_proj.weight.numel()
+
+    def products(self) -> int:
+        """Taps."""
+        return self.module.conv.weight.numel()
+
+    def state(self) -> int:
+        """The window."""
+        return self.module.conv.out_channels * (self.module.conv_kernel_size - 1)
+
+
+def masked(live_BT: Tensor | None, *rows: Tensor) -> Past:
+    """Rows with zeros on padding, so that it changes no state."""
+    if live_BT is None:
+        return rows
+    return tuple(row.masked_fill(~live_BT[..., None], 0.0) for row in rows)

@@ -1,0 +1,199 @@
+"""The DataModule of ``train``: blocks of tokens out of several corpora. Knows streams, no model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, final
+
+import torch
+from lightning.pytorch import LightningDataModule
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from dynamax.data.batch import as_it_is
+from dynamax.data.streams import Streams, make_streams, stream_folder, stream_inputs
+from dynamax.data.text import Corpus, derived_seed
+
+
+@dataclass
+class Portion:
+    """A corpus, and how many rows of each batch it fills."""
+
+    corpus: Corpus
+    rows: int = 1
+
+
+@final
+class LanguageData(LightningDataModule):
+    """Blocks of tokens to train a language model on from the start, with a tokenizer trained on the same text.
+
+    Texts are read and encoded once; a later run with the same corpora finds them on disk. Every batch has the
+    same mixture of corpora. Which blocks it holds depends on the seed and on its number alone, so models that
+    are trained with one seed see one text, and a resumed run goes on where it stopped.
+
+    Args:
+        portions: The corpora, and the rows of a batch each fills; a batch has as many rows as all together.
+        folder: Where encoded text lies.
+        vocab: Tokens of the vocabulary.
+        length: Tokens of a block.
+        validation: Part of the texts, in (0, 1), that is kept for validation; texts of one origin stay together.
+        validation_blocks: Blocks to validate on, in the mixture of a batch, spread evenly over what was kept.
+        seed: Of the order of blocks.
+    """
+
+    def __init__(
+        self,
+        portions: list[Portion],
+        *,
+        folder: str = "runs/language",
+        vocab: int = 4096,
+        length: int = 256,
+        validation: float = 0.05,
+        validation_blocks: int = 64,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if not portions:
+            raise ValueError("LanguageData was given no portions. Give at least one corpus.")
+        if not 0 < validation < 1:
+            raise ValueError(f"validation={validation} was given; wanted a part of the texts, between 0 and 1.")
+        rows = min(portion.rows for portion in portions)
+        for name, value, least in (
+            ("rows", rows, 1),
+            ("length", length, 2),
+            ("validation_blocks", validation_blocks, 1),
+        ):
+            if value < least:
+                raise ValueError(f"{name}={value} was given; wanted {least} or more.")
+        self.portions, self.folder, self.vocab, self.length = portions, folder, vocab, length
+        self.validation, self.validation_blocks, self.seed = validation, validation_blocks, seed
+        self._streams: Streams | None = None
+
+    def prepare_data(self) -> None:
+        """Read and encode the corpora, unless that has been done."""
+        target = stream_folder(self.folder, self._inputs)
+        if not target.is_dir():
+            make_streams(target, self._corpora, self._inputs)
+
+    def setup(self, stage: str) -> None:
+        """Open the streams.
+
+        Raises:
+            ValueError: If a corpus is shorter than a block.
+        """
+        self._streams = Streams(stream_folder(self.folder, self._inputs))
+        for part in ("train", "validation"):
+            for portion, tokens in zip(self.portions, self._streams.lengths(part), strict=True):
+                if tokens < 2 * self.length:
+                    raise ValueError(
+                        f"{type(portion.corpus).__name__} has {tokens} tokens for {part}, too few for blocks of "
+                        f"{self.length}. Give more text, lower length, or change validation."
+                    )
+
+    @property
+    def streams(self) -> Streams:
+        """The encoded corpora, and their tokenizer; there once ``setup`` has run."""
+        assert self._streams is not None, "setup comes first"
+        return self._streams
+
+    @property
+    def rows(self) -> list[int]:
+        """Rows of a batch, by corpus."""
+        return [portion.rows for portion in self.portions]
+
+    @property
+    def order(self) -> dict[str, Any]:
+        """All that batches depend on beside the streams, as JSON values."""
+        return {"rows": self.rows, "length": self.length, "seed": self.seed}
+
+    def train_dataloader(self) -> Batches:
+        """Batches ``tokens_BT`` in one endless order."""
+        return Batches(self.streams, self.rows, length=self.length, seed=self.seed)
+
+    def val_dataloader(self) -> DataLoader:
+        """The same blocks each time."""
+        blocks = validation_blocks(self.streams, self.rows, self.length, self.validation_blocks)
+        return DataLoader(blocks.split(sum(self.rows)), batch_size=None, collate_fn=as_it_is)  # type: ignore[arg-type]
+
+    @cached_property
+    def _inputs(self) -> dict[str, Any]:
+        return stream_inputs(self._corpora, vocab=self.vocab, validation=self.validation)
+
+    @property
+    def _corpora(self) -> list[Corpus]:
+        return [portion.corpus for portion in self.portions]
+
+
+@final
+class Batches:
+    """Training batches without end; a pass over it is about one pass over the text. Its state is a number.
+
+    Each corpus is cut into blocks, and each pass over the corpus cuts at other places and takes the blocks
+    in another order. All of it follows from the seed and the number of the batch.
+
+    Args:
+        streams: The tokens.
+        rows: Rows of a batch, by corpus.
+        length: T.
+        seed: Of the order.
+
+    Attributes:
+        drawn: Batches handed out so far.
+    """
+
+    def __init__(self, streams: Streams, rows: Sequence[int], *, length: int, seed: int) -> None:
+        self.streams, self.rows, self.length, self.seed = streams, tuple(rows), length, seed
+        self.blocks = [tokens // length - 1 for tokens in streams.lengths("train")]
+        self.drawn = 0
+        self._passes: dict[int, tuple[int, Tensor]] = {}
+
+    def __len__(self) -> int:
+        return max(1, sum(self.blocks) // sum(self.rows))
+
+    def __iter__(self) -> Iterator[Tensor]:
+        for _ in range(len(self) - self.drawn % len(self)):
+            self.drawn += 1
+            yield self.batch(self.drawn - 1)
+
+    def batch(self, number: int) -> Tensor:
+        """Batch ``number``, ``tokens_BT``; rows of one corpus stand together."""
+        return torch.stack(
+            [self._block(corpus, number * rows + row) for corpus, rows in enumerate(self.rows) for row in range(rows)]
+        )
+
+    def state_dict(self) -> dict[str, int]:
+        """What a resumed run needs."""
+        return {"drawn": self.drawn}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go on behind the batches that were handed out."""
+        self.drawn = state["drawn"]
+
+    def _block(self, corpus: int, turn: int) -> Tensor:
+        number, place = divmod(turn, self.blocks[corpus])
+        shift = self._seed(corpus, number) % self.length
+        start = int(self._order(corpus, number)[place]) * self.length + shift
+        return self.streams.window("train", corpus, start, self.length)
+
+    def _seed(self, corpus: int, number: int) -> int:
+        return derived_seed(derived_seed(self.seed, corpus), number)
+
+    def _order(self, corpus: int, number: int) -> Tensor:
+        """The blocks of one pass over a corpus; the newest pass of each corpus is kept."""
+        if self._passes.get(corpus, (None,))[0] != number:
+            generator = torch.Generator().manual_seed(self._seed(corpus, number))
+            self._passes[corpus] = number, torch.randperm(self.blocks[corpus], generator=generator)
+        return self._passes[corpus][1]
+
+
+def validation_blocks(streams: Streams, rows: Sequence[int], length: int, count: int) -> Tensor:
+    """Blocks ``tokens_NT``, about ``count`` of them and at least one a corpus, in the mixture of a batch."""
+    chosen = []
+    for corpus, tokens in enumerate(streams.lengths("validation")):
+        blocks = tokens // length
+        wanted = min(blocks, max(1, round(count * rows[corpus] / sum(rows))))
+        for block in torch.linspace(0, blocks - 1, wanted).long().tolist():
+            chosen.append(streams.window("validation", corpus, block * length, length))
+    return torch.stack(chosen)

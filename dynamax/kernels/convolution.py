@@ -1,0 +1,44 @@
+"""Causal depthwise convolution that continues from the positions before it. C counts channels, W the window."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from dynamax.kernels.backend import backend, kernel
+
+
+def convolve(
+    x_BTC: Tensor, window_BWC: Tensor | None, weight_CK: Tensor, bias_C: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Convolve T positions, each with the K - 1 before it.
+
+    Args:
+        x_BTC: Inputs.
+        window_BWC: The K - 1 inputs before the first; None for zeros.
+        weight_CK: Taps of each channel, the newest input's last.
+        bias_C: Added, or None.
+
+    Returns:
+        Outputs ``[B, T, C]``, and the window that the next positions need.
+    """
+    taps = weight_CK.shape[1]
+    if window_BWC is None:
+        window_BWC = x_BTC.new_zeros(x_BTC.shape[0], taps - 1, x_BTC.shape[2])
+    whole_BTC = torch.cat([window_BWC, x_BTC], 1)
+    window = whole_BTC[:, whole_BTC.shape[1] - taps + 1 :]
+    if x_BTC.shape[1] == 1:
+        y_BTC = (whole_BTC * weight_CK.T).sum(1, keepdim=True)
+        return (y_BTC if bias_C is None else y_BTC + bias_C), window
+    if backend("causal_conv1d", x_BTC.device, x_BTC.dtype) != "torch":
+        return _kernel(x_BTC, window_BWC, weight_CK, bias_C), window
+    y_BCT = F.conv1d(whole_BTC.transpose(1, 2), weight_CK[:, None], bias_C, groups=weight_CK.shape[0])
+    return y_BCT.transpose(1, 2), window
+
+
+def _kernel(x_BTC: Tensor, window_BWC: Tensor, weight_CK: Tensor, bias_C: Tensor | None) -> Tensor:
+    """The compiled kernel, which wants channels last and answers in the same layout."""
+    causal_conv1d_fn = kernel("causal_conv1d", "causal_conv1d_fn")
+    x_BCT, window_BCW = x_BTC.contiguous().transpose(1, 2), window_BWC.contiguous().transpose(1, 2)
+    return causal_conv1d_fn(x_BCT, weight_CK, bias_C, initial_states=window_BCW).transpose(1, 2)

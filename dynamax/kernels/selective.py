@@ -1,0 +1,92 @@
+"""Mamba-1's scan (Gu and Dao, "Mamba", arXiv 2312.00752).
+
+For each channel a state ``s_N``, with a decay for every entry of it::
+
+    s_t = exp(dt_t * a) * s_(t-1) + dt_t * x_t b_t        y_t = s_t . c_t
+
+C counts channels, Q the positions of a chunk.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dynamax.kernels.backend import backend, kernel
+
+CHUNK = 16
+"""Positions scanned at once; more cost more passes over the states, fewer more calls."""
+
+
+def scan(
+    x_BTC: Tensor, dt_BTC: Tensor, a_CN: Tensor, b_BTN: Tensor, c_BTN: Tensor, state_BCN: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Continue the recurrence over T positions.
+
+    Args:
+        x_BTC: Inputs.
+        dt_BTC: Step sizes, at least 0.
+        a_CN: Decay rates, negative.
+        b_BTN: What of the state an input is written to.
+        c_BTN: What of the state is read.
+        state_BCN: The state before the first position.
+
+    Returns:
+        ``y_BTC`` and the state after the last position.
+    """
+    if x_BTC.shape[1] > 1 and backend("mamba_ssm", x_BTC.device, x_BTC.dtype) != "torch":
+        return by_kernel(x_BTC, dt_BTC, a_CN, b_BTN, c_BTN, state_BCN)
+    return chunked(x_BTC, dt_BTC, a_CN, b_BTN, c_BTN, state_BCN)
+
+
+def chunked(
+    x_BTC: Tensor,
+    dt_BTC: Tensor,
+    a_CN: Tensor,
+    b_BTN: Tensor,
+    c_BTN: Tensor,
+    state_BCN: Tensor,
+    *,
+    chunk: int = CHUNK,
+) -> tuple[Tensor, Tensor]:
+    """``scan``: chunks in turn, the positions of a chunk by doubling (Hillis and Steele), log2(Q) passes.
+
+    Only products of decays are taken, all at most 1, and nothing is divided.
+    """
+    written_BTC, parts = x_BTC * dt_BTC, []
+    for rows in torch.arange(x_BTC.shape[1]).split(chunk):
+        part = slice(int(rows[0]), int(rows[-1]) + 1)
+        decay_BQCN = (dt_BTC[:, part, :, None] * a_CN).exp()
+        states_BQCN = written_BTC[:, part, :, None] * b_BTN[:, part, None]
+        first_BCN = torch.addcmul(states_BQCN[:, 0], decay_BQCN[:, 0], state_BCN)
+        states_BQCN = _doubled(decay_BQCN, torch.cat([first_BCN[:, None], states_BQCN[:, 1:]], 1))
+        parts.append((states_BQCN @ c_BTN[:, part, :, None])[..., 0])
+        state_BCN = states_BQCN[:, -1]
+    return torch.cat(parts, 1), state_BCN
+
+
+def _doubled(decay_BQCN: Tensor, states_BQCN: Tensor) -> Tensor:
+    """States after each position, from what each position writes."""
+    reach, length = 1, states_BQCN.shape[1]
+    while reach < length:
+        later = torch.addcmul(states_BQCN[:, reach:], decay_BQCN[:, reach:], states_BQCN[:, :-reach])
+        states_BQCN = torch.cat([states_BQCN[:, :reach], later], 1)
+        decay_BQCN = torch.cat([decay_BQCN[:, :reach], decay_BQCN[:, reach:] * decay_BQCN[:, :-reach]], 1)
+        reach *= 2
+    return states_BQCN
+
+
+def by_kernel(
+    x_BTC: Tensor, dt_BTC: Tensor, a_CN: Tensor, b_BTN: Tensor, c_BTN: Tensor, state_BCN: Tensor
+) -> tuple[Tensor, Tensor]:
+    """``scan`` by the compiled kernel of ``mamba_ssm``; CUDA tensors only.
+
+    The kernel starts from zeros. The recurrence is linear in its state, so what the live state adds is
+    added to the kernel's answer: ``c_t exp(a (dt_1 + ... + dt_t)) s_0``.
+    """
+    selective_scan_fn = kernel("mamba_ssm.ops.selective_scan_interface", "selective_scan_fn")
+    x, dt, b, c = (z.transpose(1, 2).contiguous() for z in (x_BTC, dt_BTC, b_BTN, c_BTN))
+    y_BCT, written_BCN = selective_scan_fn(x, dt.to(x.dtype), a_CN, b, c, return_last_state=True)
+    left_BTCN = (dt_BTC.cumsum(1)[..., None] * a_CN).exp()
+    carried_BTC = ((left_BTCN * state_BCN[:, None]) @ c_BTN[..., None].to(state_BCN.dtype))[..., 0]
+    return y_BCT.transpose(1, 2) + carried_BTC, written_BCN + left_BTCN[:, -1] * state_BCN

@@ -1,0 +1,108 @@
+"""The card of a trained model: recipe, text, losses, figures by depth, samples, limits. Knows a report, no models."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+CANNOT = """\
+It is small and saw little text: a fixture for tests and comparisons. It knows no facts, follows no instructions and \
+writes text that need not be true or make sense. Nothing was done against what its text may contain. How well its \
+exits do is no evidence of how well those of a large model would."""
+
+
+def card(name: str, report: dict[str, Any]) -> str:
+    """The card in Markdown.
+
+    Args:
+        name: What the model is called.
+        report: See ``dynamax.modules.export.write_model``.
+    """
+    parts = [
+        "---\nlibrary_name: transformers\npipeline_tag: text-generation\n---",
+        f"# {name}",
+        _summary(report),
+        "## Recipe",
+        _recipe(report),
+        "## Text",
+        _text(report["text"]),
+        "## Every depth, on held-out text",
+        "All depths are read through the final norm and the output matrix; the last is the top. Agreement is with the "
+        "top's likeliest token, accuracy with the true one. Measured on these files.",
+        _depths(report["depths"]),
+        "## Loss",
+        "Cross-entropy of the top on training batches, mean of the steps since the row before.",
+        table(("step", "loss"), [(step, f"{loss:.3f}") for step, loss in report["curve"]]),
+        *(["## Samples", _samples(report["samples"])] if report["samples"] else []),
+        "## What it cannot do",
+        CANNOT,
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def table(head: Sequence[object], rows: Sequence[Sequence[object]]) -> str:
+    """A table in Markdown.
+
+    >>> print(table(("a", "b"), [(1, 2)]))
+    | a | b |
+    |---|---|
+    | 1 | 2 |
+    """
+    lines = [head, *rows]
+    written = ["| " + " | ".join(map(str, line)) + " |" for line in lines]
+    return "\n".join([written[0], "|" + "---|" * len(head), *written[1:]])
+
+
+def _summary(report: dict[str, Any]) -> str:
+    return (
+        f"A causal language model of type `{report['config']['model_type']}` with {report['parameters'] / 1e6:.2f} "
+        f"million parameters, trained from the start by `dynamax train` on {report['tokens'] / 1e6:.2f} million tokens "
+        f"in {report['seconds'] / 60:.1f} minutes. Weights are float16."
+    )
+
+
+def _recipe(report: dict[str, Any]) -> str:
+    rows = [
+        ("configuration", _listed(report["config"])),
+        ("objective", _listed(report["objective"])),
+        ("AdamW (.9, .95)", _listed(report["optimiser"])),
+        ("steps", report["steps"]),
+        ("tokens a step", report["text"]["rows"] * report["text"]["block"]),
+        ("gradients clipped at", report["gradient_clip"]),
+        ("precision", report["precision"]),
+        ("environment", _listed(report["environment"])),
+    ]
+    return table(("", ""), rows)
+
+
+def _text(text: dict[str, Any]) -> str:
+    rows = [
+        (corpus["source"], corpus["rows"], f"{corpus['train']:,}", f"{corpus['validation']:,}")
+        for corpus in text["corpora"]
+    ]
+    head = ("corpus", f"rows of {text['rows']} in a batch", "training tokens", "validation tokens")
+    return (
+        f"{table(head, rows)}\n\nByte-level BPE of {text['vocabulary']} tokens, trained on the training text. Blocks "
+        f"of {text['block']} tokens. `training.json` has each corpus' options and the hash of its contents."
+    )
+
+
+def _depths(depths: dict[str, dict[str, float]]) -> str:
+    rows = [
+        (depth, f"{score['perplexity']:.1f}", f"{score['accuracy']:.3f}", f"{score['agreement']:.3f}")
+        for depth, score in depths.items()
+    ]
+    return table(("blocks", "perplexity", "accuracy", "agreement"), rows)
+
+
+def _samples(samples: Sequence[dict[str, str]]) -> str:
+    lines = [f"- {_quoted(each['prompt'])} ({each['sampling']}): {_quoted(each['text'])}" for each in samples]
+    return "\n".join(lines)
+
+
+def _quoted(text: str) -> str:
+    return f"`{' '.join(text.replace('`', chr(39)).split())}`"
+
+
+def _listed(values: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in values.items())

@@ -1,0 +1,135 @@
+"""A trained model as a folder in transformers' layout, with a card that says what it is. Knows files, no trainer.
+
+The figures on the card are those of the very files: they are written, loaded again, and measured.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from dynamax.backbones.base import Backbone
+from dynamax.backbones.hf import HFBackbone
+from dynamax.backbones.sources import Folder
+from dynamax.data.language import LanguageData
+from dynamax.decoding.full import Full
+from dynamax.decoding.sampling import Greedy, Sampled, Sampler
+from dynamax.metrics.environment import environment
+from dynamax.metrics.language import DepthScores
+from dynamax.modules.card import card
+from dynamax.modules.record import read_depths
+
+REPORT = "training.json"
+SAMPLE = 48
+SAMPLERS: dict[str, Sampler] = {"greedy": Greedy(), "temperature 0.7": Sampled(0.7, seed=0)}
+
+
+def check_target(target: str) -> None:
+    """Refuse a folder that holds something other than an earlier export, which would be replaced.
+
+    Raises:
+        ValueError: If it does.
+    """
+    folder = Path(target)
+    if folder.exists() and not (folder / REPORT).is_file() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise ValueError(f"{target} exists and is no model of `dynamax train`. Name another folder as model.export.")
+
+
+@torch.no_grad()
+def write_model(
+    target: str,
+    backbone: HFBackbone,
+    data: LanguageData,
+    exits: Sequence[int],
+    prompts: Sequence[str],
+    facts: dict[str, Any],
+) -> None:
+    """Write weights in float16, configuration, tokenizer, ``training.json`` and a card: whole or not at all.
+
+    Args:
+        target: The folder; an earlier export there is replaced.
+        backbone: The model.
+        data: Gives the tokenizer, and the text that every depth is measured on.
+        exits: Depths to measure beside the top.
+        prompts: What to continue for the samples.
+        facts: How it was trained, as JSON values.
+    """
+    folder = Path(target)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    device = next(backbone.parameters()).device
+    tokenizer = data.streams.tokenizer
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".partial-") as scratch:
+        fresh = Path(scratch) / "fresh"
+        half(backbone.model).save_pretrained(fresh)
+        tokenizer.save_pretrained(fresh)
+        written = Folder(str(fresh)).load(device=str(device))
+        report = {
+            **facts,
+            "parameters": sum(p.numel() for p in written.parameters()),
+            "text": text_facts(data),
+            "environment": environment(device.type, dtype="float16", batch=1),
+            "depths": measure(written, data, [*exits, written.spec.depth]),
+            "samples": samples(written, tokenizer, prompts),
+        }
+        (fresh / REPORT).write_text(json.dumps(report, indent=1), "utf-8")
+        (fresh / "README.md").write_text(card(folder.name, report), "utf-8")
+        put(fresh, folder, Path(scratch) / "before")
+
+
+def half(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy in float16 on the CPU."""
+    twin = type(model)(copy.deepcopy(model.config)).half()
+    twin.load_state_dict(model.state_dict())
+    return twin
+
+
+def put(fresh: Path, folder: Path, before: Path) -> None:
+    """Move a complete folder to its place, and what was there out of the way."""
+    if folder.exists():
+        os.replace(folder, before)
+    os.replace(fresh, folder)
+
+
+def text_facts(data: LanguageData) -> dict[str, Any]:
+    """What the model was trained on."""
+    lengths = {part: data.streams.lengths(part) for part in ("train", "validation")}
+    corpora = [
+        {**identity, "rows": rows, "train": train, "validation": validation}
+        for identity, rows, train, validation in zip(
+            data.streams.inputs["corpora"], data.rows, lengths["train"], lengths["validation"], strict=True
+        )
+    ]
+    return {"corpora": corpora, "vocabulary": data.vocab, "block": data.length, "rows": sum(data.rows)}
+
+
+def measure(backbone: Backbone, data: LanguageData, depths: Sequence[int]) -> dict[str, dict[str, float]]:
+    """Perplexity, accuracy and agreement with the top by depth, over the validation blocks."""
+    device = next(backbone.parameters()).device
+    scores = DepthScores(depths)
+    for tokens_BT in data.val_dataloader():
+        scores.update(read_depths(backbone, tokens_BT.to(device), depths), tokens_BT.to(device))
+    return {str(depth): score._asdict() for depth, score in scores.compute().items()}
+
+
+def samples(backbone: Backbone, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> list[dict[str, str]]:
+    """What the model makes of each prompt, by each way of sampling."""
+    device = next(backbone.parameters()).device
+    stop = [cast(int, tokenizer.eos_token_id)]
+    found = []
+    for prompt in prompts:
+        tokens = tokenizer(prompt)["input_ids"]
+        for name, sampler in SAMPLERS.items():
+            decoder = Full(backbone, sampler)
+            steps = decoder.decode(torch.tensor([tokens], device=device), limit=SAMPLE, stop=stop)
+            said = [int(step.token_B[0]) for step in steps]
+            text = str(tokenizer.decode(said, skip_special_tokens=True))
+            found.append({"prompt": prompt, "sampling": name, "text": text})
+    return found

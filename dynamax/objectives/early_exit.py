@@ -1,0 +1,128 @@
+"""What a language model that starts from nothing is trained towards, with exits in mind or without.
+
+Knows a backbone's verb and tokens; not optimisers. LayerSkip: https://arxiv.org/abs/2404.16710.
+"""
+
+from __future__ import annotations
+
+import itertools
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import final
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from dynamax.backbones.base import Backbone
+from dynamax.data.text import derived_seed
+from dynamax.types import Span
+
+
+class LanguageObjective(ABC):
+    """A loss over a whole backbone, whose weights have gradients."""
+
+    @abstractmethod
+    def loss(
+        self, backbone: Backbone, tokens_BT: Tensor, exits: Sequence[int], step: int
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of one batch, and the cross-entropies it is made of.
+
+        Args:
+            backbone: The model.
+            tokens_BT: Token ids; each position predicts the next one of its row.
+            exits: Depths at which the model is to be read, ascending.
+            step: Number of the step, counted from 0. Chance depends on it and on nothing else, so that a
+                resumed run goes on as it would have.
+
+        Returns:
+            The loss, a scalar with a gradient, and detached scalars by name: ``cross_entropy/top`` and others.
+        """
+
+
+@final
+class NextToken(LanguageObjective):
+    """Cross-entropy at the top alone: the usual way to train, and the control."""
+
+    def loss(
+        self, backbone: Backbone, tokens_BT: Tensor, exits: Sequence[int], step: int
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """See ``LanguageObjective.loss``."""
+        h_BTD = backbone.run(backbone.embed(tokens_BT), Span(0, backbone.spec.depth))
+        top = cross_entropy(backbone, h_BTD, tokens_BT)
+        return top, {"cross_entropy/top": top.detach()}
+
+
+@final
+class LayerSkip(LanguageObjective):
+    """LayerSkip's recipe: cross-entropy at the top and at one exit, in rotation; deeper blocks are left out at random.
+
+    All depths share the final norm and the output matrix. A block that is left out is left out for the whole
+    batch, as if it were not there.
+
+    Args:
+        weight: Of the exit's cross-entropy; the top's has weight 1.
+        dropout: How often the last block is left out, in [0, 1); block ``l`` of L is with
+            ``dropout * (2^(l / (L - 1)) - 1)``, which is 0 for the first.
+        seed: Of the blocks that are left out.
+    """
+
+    def __init__(self, *, weight: float = 1.0, dropout: float = 0.1, seed: int = 0) -> None:
+        if weight <= 0 or not 0 <= dropout < 1:
+            raise ValueError(
+                f"LayerSkip was given weight {weight} and dropout {dropout}; weight must be positive and dropout must "
+                f"lie in [0, 1). To train without exits, use NextToken."
+            )
+        self.weight, self.dropout, self.seed = weight, dropout, seed
+
+    def loss(
+        self, backbone: Backbone, tokens_BT: Tensor, exits: Sequence[int], step: int
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """See ``LanguageObjective.loss``."""
+        depth = exits[step % len(exits)]
+        h_BTD = backbone.embed(tokens_BT)
+        seen: dict[str, Tensor] = {}
+        total = torch.zeros((), device=tokens_BT.device)
+        for name, weight, span in (
+            (str(depth), self.weight, Span(0, depth)),
+            ("top", 1.0, Span(depth, backbone.spec.depth)),
+        ):
+            for kept in self.kept(span, backbone.spec.depth, step):
+                h_BTD = backbone.run(h_BTD, kept)
+            loss = cross_entropy(backbone, h_BTD, tokens_BT)
+            seen[f"cross_entropy/{name}"] = loss.detach()
+            total = total + weight * loss
+        return total, seen
+
+    def kept(self, span: Span, depth: int, step: int) -> list[Span]:
+        """The stretches of blocks of a span that one step runs.
+
+        Args:
+            span: Blocks.
+            depth: Blocks of the backbone, L.
+            step: Number of the step.
+        """
+        generator = torch.Generator().manual_seed(derived_seed(self.seed, step))
+        stays_L = torch.rand(depth, generator=generator) >= chances(depth, self.dropout)
+        stretches = itertools.groupby(range(*span), key=lambda block: bool(stays_L[block]))
+        runs = [list(blocks) for stays, blocks in stretches if stays]
+        return [Span(blocks[0], blocks[-1] + 1) for blocks in runs]
+
+
+def chances(depth: int, dropout: float) -> Tensor:
+    """How often each block is left out (LayerSkip, section 4.1, the same at every step).
+
+    >>> [round(chance, 4) for chance in chances(3, 0.1).tolist()]
+    [0.0, 0.0414, 0.1]
+    """
+    blocks_L = torch.arange(depth) / max(1, depth - 1)
+    return dropout * (2**blocks_L - 1)
+
+
+def cross_entropy(backbone: Backbone, h_BTD: Tensor, tokens_BT: Tensor) -> Tensor:
+    """Mean cross-entropy of each row's next tokens, through the final norm and the output matrix.
+
+    The last position has no next token; it is left out before the output matrix, since to cut logits is dear.
+    """
+    logits_BTV = backbone.unembed(h_BTD[:, :-1])
+    return F.cross_entropy(logits_BTV.flatten(0, 1), tokens_BT[:, 1:].flatten())

@@ -1,0 +1,121 @@
+"""``train`` from YAML: it trains, goes on, writes a model that the other commands take, and tells mistakes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:Checkpoint directory .* exists", "ignore:Found .* in eval mode", "ignore:.*there is no last checkpoint"
+)
+Run = Callable[..., int]
+TRAIN = """
+trainer:
+  max_steps: 6
+  val_check_interval: 3
+  check_val_every_n_epoch: null
+  num_sanity_val_steps: 0
+  accelerator: cpu
+  enable_checkpointing: true
+  enable_progress_bar: false
+  enable_model_summary: false
+  log_every_n_steps: 1
+  logger: {class_path: CSVLogger, init_args: {save_dir: logs}}
+  callbacks:
+  - class_path: ModelCheckpoint
+    init_args: {dirpath: checkpoints, every_n_train_steps: 2, save_last: true}
+model:
+  class_path: PretrainingModule
+  init_args:
+    config:
+      model_type: llama
+      num_hidden_layers: 6
+      hidden_size: 32
+      intermediate_size: 32
+      num_attention_heads: 2
+      num_key_value_heads: 2
+      max_position_embeddings: 256
+      tie_word_embeddings: true
+    exits: [2, 4]
+    objective: LayerSkip
+    export: model
+data:
+  class_path: LanguageData
+  init_args:
+    vocab: 280
+    length: 16
+    validation: 0.2
+    validation_blocks: 4
+    folder: text
+    portions:
+    - corpus: {class_path: LocalText, init_args: {path: sums.txt, sample_by: line}}
+      rows: 2
+"""
+ARGUMENTS = ("train", "-c", "train.yaml")
+
+
+@pytest.fixture
+def prepared(place: Path) -> Path:
+    (place / "train.yaml").write_text(TRAIN)
+    (place / "sums.txt").write_text("\n".join(f"{n} and {n} make {2 * n} by adding." for n in range(100)))
+    return place
+
+
+def test_a_model_is_trained_and_then_has_heads_fitted_to_it(run: Run, prepared: Path) -> None:
+    assert run(*ARGUMENTS, "--ckpt_path", "last") == 0  # there is none yet, and so it starts anew
+    assert {"config.json", "model.safetensors", "tokenizer.json", "README.md"} <= {
+        path.name for path in (prepared / "model").iterdir()
+    }
+    (metrics,) = (prepared / "logs").rglob("metrics.csv")
+    head = metrics.read_text().splitlines()[0]
+    assert all(f"val/{name}/{depth}" in head for name in ("perplexity", "agreement") for depth in (2, 4, 6))
+    backbone = ["--model.backbone", "Folder", "--model.backbone.path", "model"]
+    assert run("fit", "-c", "fit.yaml", *backbone) == 0
+    prompt = ["generate", "3 and 3", "--backbone", "Folder", "--backbone.path", "model", "--exits", "{2: {}}"]
+    assert run(*prompt, "--policy", "MaxProb", "--threshold", "0.1", "--limit", "4") == 0
+
+
+def test_a_finished_run_goes_on_with_more_steps(run: Run, prepared: Path) -> None:
+    assert run(*ARGUMENTS) == 0
+    assert run(*ARGUMENTS, "--ckpt_path", "last", "--trainer.max_steps", "8") == 0
+    assert '"steps": 8' in (prepared / "model" / "training.json").read_text()
+
+
+def test_a_later_file_changes_the_objective(run: Run, prepared: Path) -> None:
+    (prepared / "plain.yaml").write_text(
+        "model: {class_path: PretrainingModule, init_args: {objective: NextToken, export: plain}}"
+    )
+    assert run(*ARGUMENTS, "-c", "plain.yaml", "--trainer.max_steps", "1", "--trainer.limit_val_batches", "0") == 0
+    assert '"name": "NextToken"' in (prepared / "plain" / "training.json").read_text()
+
+
+CASES = {
+    "another model": (["train", "-c", "fit.yaml"], ["HeadsModule", "Use: dynamax fit"]),
+    "another command": (["fit", "-c", "train.yaml"], ["PretrainingModule", "Use: dynamax train"]),
+    "objective": ([*ARGUMENTS, "--model.objective", "LayerSkep"], ["Did you mean LayerSkip", "NextToken"]),
+    "family": ([*ARGUMENTS, "--model.config={model_type: lama}"], ["lama", "llama, "]),
+    "entry": ([*ARGUMENTS, "--model.config={model_type: llama, hiden_size: 3}"], ["no hiden_size", "hidden_size"]),
+    "exit": ([*ARGUMENTS, "--model.exits=[6]"], ["exits [6]", "6 blocks", "1 to 5"]),
+    "corpus": ([*ARGUMENTS, "--data.portions=[{corpus: Gloses}]"], ["Did you mean Glosses", "LocalText"]),
+    "no WordNet": (
+        [*ARGUMENTS, "--data.portions=[{corpus: {class_path: Glosses, init_args: {folder: nope}}}]"],
+        ["nope lacks data.noun", "wordnet-base"],
+    ),
+    "vocabulary": ([*ARGUMENTS, "--data.vocab", "4096"], ["4096", "lower vocab"]),
+    "export": ([*ARGUMENTS, "--model.export", "parts"], ["parts exists and is no model"]),
+    "no end": ([*ARGUMENTS, "--trainer.max_steps", "-1", "--trainer.max_epochs", "-1"], ["Set trainer.max_steps"]),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_mistakes_are_told_in_one_screen(
+    run: Run, prepared: Path, capsys: pytest.CaptureFixture[str], case: str
+) -> None:
+    arguments, told = CASES[case]
+    assert run(*arguments) == 2
+    message = capsys.readouterr().err.split("dynamax: ")[-1]
+    assert all(words in message for words in told), message
+    assert "Traceback" not in message
+    assert not (prepared / "model").exists()

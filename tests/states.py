@@ -1,0 +1,62 @@
+"""The state of a block, ours beside transformers'."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+
+from dynamax.backbones.cells import Cell
+from tests.tiny import RECURRENT
+
+CLOSE = {"rtol": 0, "atol": 1e-11}
+STATEFUL = {variant.model_type for variant in RECURRENT.values()}
+PURE = {"mamba", "mamba2", "falcon_mamba"}
+State = dict[str, Tensor]
+
+
+def reference(model: PreTrainedModel, tokens_BT: Tensor, pad_B: Tensor | None = None) -> list[State]:
+    """What transformers' own cache holds after one full pass, block by block; sliding layers kept whole."""
+    cache = DynamicCache(config=model.config) if model.config.model_type in STATEFUL else DynamicCache()
+    mask = None if pad_B is None else (torch.arange(tokens_BT.shape[1])[None] >= pad_B[:, None]).long()
+    options = {"attention_mask": mask, "use_cache": True}
+    if model.config.model_type in PURE:
+        options["cache_params"] = cache
+    else:
+        positions = None if mask is None else (mask.cumsum(-1) - 1).clamp_min(0)
+        options |= {"past_key_values": cache, "position_ids": positions}
+    model(tokens_BT, **options)
+    return [told(layer) for layer in cache.layers]
+
+
+def told(layer: Any) -> State:  # noqa: ANN401
+    """Keys, values, window and recurrent state of one layer, as far as it has them."""
+    held = {name: getattr(layer, name) for name in ("keys", "values") if getattr(layer, name, None) is not None}
+    for name, ours in (("conv_states", "window"), ("recurrent_states", "state")):
+        tensor = getattr(layer, name, {}).get(0)
+        if tensor is not None:
+            held[ours] = tensor
+    return held
+
+
+def state(cell: Cell) -> State:
+    """The same of one of our cells, the window laid out as transformers has it."""
+    held = dict(zip(("keys", "values"), cell.keys.read(), strict=True)) if cell.keys is not None else {}
+    if cell.recurrent is not None and cell.recurrent.past is not None:
+        held |= dict(zip(("window", "state"), cell.recurrent.past, strict=False))
+        held["window"] = held["window"].transpose(1, 2)
+    return held
+
+
+def same(got: State, wanted: State, live_BT: Tensor | None = None) -> None:
+    """Both hold the same; keys and values only at live positions."""
+    assert got.keys() == wanted.keys()
+    for name, mine in got.items():
+        theirs = wanted[name]
+        if name == "window":
+            theirs = theirs[..., -mine.shape[-1] :]  # transformers keeps one input more than is needed
+        if name in ("keys", "values") and live_BT is not None:
+            mine, theirs = mine * live_BT[:, None, :, None], theirs * live_BT[:, None, :, None]
+        torch.testing.assert_close(mine, theirs, **CLOSE)
