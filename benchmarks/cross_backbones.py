@@ -9,19 +9,29 @@ from typing import Any, Literal, NamedTuple
 
 from lightning.pytorch import Trainer, seed_everything
 
-from dynamax.backbones.sources import Folder, Source
-from dynamax.backbones.sources import SmolLM2 as SmolLM2Source
+from dynamax.backbones.sources import Folder, SmolLM2, Source
 from dynamax.data.batch import HiddenBatch
 from dynamax.data.generated import SelfGenerated
 from dynamax.data.hidden import HiddenStates
 from dynamax.data.text import TextSource
-from dynamax.heads import AttentionGate, Exit, ExitBank, FFNGate, LinearGate, LogitLens, LowRankLens, MambaGate
+from dynamax.heads import (
+    AttentionGate,
+    Exit,
+    ExitBank,
+    FFNGate,
+    Lens,
+    LinearGate,
+    LogitLens,
+    LowRankLens,
+    MambaGate,
+    TunedLens,
+)
 from dynamax.modules.heads import HeadsModule
 from dynamax.objectives import GateObjective, LensDistillation
 from dynamax.types import Site, Spec
 
-LensName = Literal["LogitLens", "LowRankLens"]
-LENSES: dict[LensName, type[LogitLens] | type[LowRankLens]] = {"LogitLens": LogitLens, "LowRankLens": LowRankLens}
+LensName = Literal["LogitLens", "LowRankLens", "TunedLens"]
+LENSES: dict[LensName, type[Lens]] = {"LogitLens": LogitLens, "LowRankLens": LowRankLens, "TunedLens": TunedLens}
 GATES = (LinearGate, FFNGate, MambaGate, AttentionGate)
 SMOLLM2 = "smollm2"
 SIBLINGS = {"llama": "Transformer", "mamba2": "Mamba-2", "granite": "Hybrid"}
@@ -89,7 +99,7 @@ def contender(name: str, *, assets: Path, lens: LensName | None = None) -> Conte
     """
     if name == SMOLLM2:  # the demo's text and exits, so that its store serves
         text = SelfGenerated(questions=240, documents=480, length=64)
-        return Contender(name, "SmolLM2-135M", SmolLM2Source(), text, (15, 19, 23, 27), lens or "LowRankLens")
+        return Contender(name, "SmolLM2-135M", SmolLM2(), text, (15, 19, 23, 27), lens or "LowRankLens")
     folder, family, plain = assets / name, name.split("/")[-1], name.startswith(PLAIN)
     if not folder.is_dir():
         raise ValueError(
@@ -124,7 +134,7 @@ def fit(given: Contender, training: Training, *, store: str) -> Fitted:
         training: How.
         store: Folder where stores lie.
     """
-    learns = given.lens == "LowRankLens"
+    learns = given.lens != "LogitLens"
     data = HiddenStates(
         given.source, given.text, list(given.exits), folder=store, device="cpu", validation=training.validation
     )

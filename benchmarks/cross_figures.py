@@ -25,16 +25,14 @@ CANDIDATES = 512
 HELD = 64
 """Positions a gate has read before it is timed."""
 NOTES = (
-    "Along held-out documents, every position after the first of the answer; state is exact.",
-    "agreement: share of tokens that are the full model's. blocks, flops, bytes: share of the full model's, heads "
-    "and output matrix included.",
-    "Equal thresholds, curves and their controls: all held-out documents. Equal consistency: one threshold for all "
-    "exits, the lowest that reached it on the documents of every other held-out prompt; figures, the controls' too, "
-    "are of the other half.",
-    "same_depth: what always leaving keeps and costs at the same mean depth: part of the documents at the nearest "
-    "exit below, the others at the nearest above.",
-    "oracle: the least mean depth that any gate could reach at a consistency with these lenses; no gate is charged.",
-    "ms: median time of one gate step of one position with its state, 64 positions before it.",
+    "Read off the full model's own text: held-out documents, every position after the first of the answer; state is "
+    "exact. Tokens kept: share of them that are the full model's. Blocks, FLOPs and bytes: share of the full model's, "
+    "all gates asked, lenses and output matrix included.",
+    "Equal thresholds and the picture: all held-out documents. Equal consistency: one threshold for all exits, the "
+    "lowest that reached it on the documents of every other held-out prompt; all figures are of the other half.",
+    "Always leaving at the same mean depth: part of the documents at the nearest exit below, the others at the nearest "
+    "above. Oracle: the least mean depth that any gate could reach with these lenses; no gate is charged.",
+    "Parameters: of one exit. ms: median time of one step of one gate with its state, 64 positions before it.",
 )
 
 Row = dict[str, Any]

@@ -34,6 +34,7 @@ COMMANDS = {
     "predict": Command(RUNS, "answer a task's examples"),
     "cache": Command(RUNS, "fill the hidden-state store only; goes on where it was stopped"),
     "train": Command(RUNS, "train a small language model from the start, with exits built in"),
+    "distill": Command(RUNS, "train a Mamba-2 student of a Transformer, or a hybrid"),
     "generate": Command("dynamax.commands.generate", "answer a prompt, each token coloured by the depth it left at"),
     "info": Command("dynamax.commands.info", "versions, device, kernels, installed classes"),
 }

@@ -22,8 +22,9 @@ from dynamax.data import answers, corpora, generated, glosses, hidden, language,
 from dynamax.data.text import Corpus, TextSource
 from dynamax.decoding.sampling import Sampler
 from dynamax.heads.base import Gate, Lens
-from dynamax.modules import decoding, heads, pretraining
+from dynamax.modules import decoding, distilling, heads, pretraining
 from dynamax.objectives.base import Objective
+from dynamax.objectives.distillation import DistillationLoss
 from dynamax.objectives.early_exit import LanguageObjective
 from dynamax.policies.base import TerminationPolicy
 from dynamax.registry import ALL, Registry, packages
@@ -34,6 +35,7 @@ COMPOSED = (
     answers,
     corpora,
     decoding,
+    distilling,
     generated,
     glosses,
     heads,
@@ -60,10 +62,13 @@ KINDS: dict[str, type] = {
     "lens_objective": Objective,
     "gate_objective": Objective,
     "objective": LanguageObjective,
+    "loss": DistillationLoss,
     "task": Task,
     "text": TextSource,
     "corpus": Corpus,
     "writer": Source,
+    "teacher": Source,
+    "tokenizer": Source,
     "rule": SkippedState,
     "sampler": Sampler,
     "callbacks": Callback,

@@ -1,4 +1,4 @@
-"""``fit validate test predict cache train``: LightningCLI over our modules. Knows parsers, not models."""
+"""``fit validate test predict cache train distill``: LightningCLI over our modules. Knows parsers, not models."""
 
 from __future__ import annotations
 
@@ -13,9 +13,14 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from dynamax.backbones.sources import Source
 from dynamax.commands.messages import UsageError
 from dynamax.commands.parsing import Parser, one_screen, prepare
+from dynamax.modules.distilling import DistillationModule
 from dynamax.modules.heads import HeadsModule
+from dynamax.modules.language import LanguageModule
 from dynamax.modules.limits import one_device
 from dynamax.modules.pretraining import PretrainingModule
+
+LANGUAGE: dict[str, type[LanguageModule]] = {"train": PretrainingModule, "distill": DistillationModule}
+"""Commands that train a whole model, and what they train."""
 
 
 class StoreTrainer(Trainer):
@@ -37,15 +42,27 @@ class StoreTrainer(Trainer):
         """
         self.fit(model, datamodule=datamodule, ckpt_path=ckpt_path)
 
+    def distill(
+        self, model: LightningModule, datamodule: LightningDataModule, ckpt_path: str | Path | None = None
+    ) -> None:
+        """Train a Mamba-2 student of a Transformer; arguments as for ``train``.
+
+        Args:
+            model: The student, and its teacher.
+            datamodule: Its text.
+            ckpt_path: Checkpoint to go on from; ``last`` finds the newest, where there is one.
+        """
+        self.fit(model, datamodule=datamodule, ckpt_path=ckpt_path)
+
 
 class DynamaxCLI(LightningCLI):
-    """LightningCLI with the commands ``cache`` and ``train``; a store of hidden states follows the heads it is for."""
+    """LightningCLI with ``cache``, ``train`` and ``distill``; a store of hidden states follows the heads it is for."""
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         """Commands, and the arguments of their methods that are not options."""
         own = {"model", "datamodule"}
-        return {**LightningCLI.subcommands(), "cache": own, "train": own}
+        return {**LightningCLI.subcommands(), "cache": own, **dict.fromkeys(LANGUAGE, own)}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Tell the store whose states are wanted, and at which depths, from the model."""
@@ -70,8 +87,8 @@ class DynamaxCLI(LightningCLI):
 
     def before_cache(self) -> None:
         """Build the heads before the store is filled: a mistake in them shows now, not minutes later."""
-        if isinstance(self.model, PretrainingModule):
-            raise UsageError("fit trains exit heads, but the model is PretrainingModule. Use: dynamax train ...")
+        if isinstance(self.model, LanguageModule):
+            raise UsageError(f"fit trains exit heads, but the model is {_meant(self.model)}")
         self.model.configure_model()
 
     def before_fit(self) -> None:
@@ -94,16 +111,27 @@ class DynamaxCLI(LightningCLI):
             )
 
     def before_train(self) -> None:
-        """Refuse what ``fit`` is for, and mistakes that would show after the text has been written only."""
-        if not isinstance(self.model, PretrainingModule):
-            given = type(self.model).__name__
-            raise UsageError(f"train trains a language model, but the model is {given}. Use: dynamax fit ...")
+        """Refuse what other commands are for, and mistakes that would show after the text has been written only."""
+        self._before_language("train", "a language model from the start")
+
+    def before_distill(self) -> None:
+        """The same."""
+        self._before_language("distill", "a student of a Transformer")
+
+    def _before_language(self, command: str, trained: str) -> None:
+        if not isinstance(self.model, LANGUAGE[command]):
+            raise UsageError(f"{command} trains {trained}, but the model is {_meant(self.model)}")
         self.model.check(self.trainer)
 
     def predict(self, **options: Any) -> None:  # noqa: ANN401 - those of Trainer.predict
         """Print each answer as a line of JSON."""
         for answer in self.trainer.predict(**options) or []:
             print(json.dumps(answer))
+
+
+def _meant(model: LightningModule) -> str:
+    command = next((name for name, kind in LANGUAGE.items() if isinstance(model, kind)), "fit")
+    return f"{type(model).__name__}. Use: dynamax {command} ..."
 
 
 def _backbone(model: LightningModule) -> Source | None:

@@ -11,10 +11,15 @@ import torch
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader
+from transformers import PreTrainedTokenizerBase
 
+from dynamax.backbones.sources import Source
 from dynamax.data.batch import as_it_is
+from dynamax.data.fill import tokenizer_hash
 from dynamax.data.streams import Streams, make_streams, stream_folder, stream_inputs
 from dynamax.data.text import Corpus, derived_seed
+
+VOCAB = 4096
 
 
 @dataclass
@@ -27,7 +32,7 @@ class Portion:
 
 @final
 class LanguageData(LightningDataModule):
-    """Blocks of tokens to train a language model on from the start, with a tokenizer trained on the same text.
+    """Blocks of tokens to train a language model on, with a tokenizer trained on the same text or another model's.
 
     Texts are read and encoded once; a later run with the same corpora finds them on disk. Every batch has the
     same mixture of corpora. Which blocks it holds depends on the seed and on its number alone, so models that
@@ -36,7 +41,8 @@ class LanguageData(LightningDataModule):
     Args:
         portions: The corpora, and the rows of a batch each fills; a batch has as many rows as all together.
         folder: Where encoded text lies.
-        vocab: Tokens of the vocabulary.
+        vocab: Tokens of the vocabulary to train; 4096 if neither it nor a tokenizer is given.
+        tokenizer: Model whose tokenizer is taken, instead of training one.
         length: Tokens of a block.
         validation: Part of the texts, in (0, 1), that is kept for validation; texts of one origin stay together.
         validation_blocks: Blocks to validate on, in the mixture of a batch, spread evenly over what was kept.
@@ -48,7 +54,8 @@ class LanguageData(LightningDataModule):
         portions: list[Portion],
         *,
         folder: str = "runs/language",
-        vocab: int = 4096,
+        vocab: int | None = None,
+        tokenizer: Source | None = None,
         length: int = 256,
         validation: float = 0.05,
         validation_blocks: int = 64,
@@ -59,6 +66,8 @@ class LanguageData(LightningDataModule):
             raise ValueError("LanguageData was given no portions. Give at least one corpus.")
         if not 0 < validation < 1:
             raise ValueError(f"validation={validation} was given; wanted a part of the texts, between 0 and 1.")
+        if vocab is not None and tokenizer is not None:
+            raise ValueError(f"vocab={vocab} was given beside a tokenizer, which has its own. Leave one of them out.")
         rows = min(portion.rows for portion in portions)
         for name, value, least in (
             ("rows", rows, 1),
@@ -67,7 +76,8 @@ class LanguageData(LightningDataModule):
         ):
             if value < least:
                 raise ValueError(f"{name}={value} was given; wanted {least} or more.")
-        self.portions, self.folder, self.vocab, self.length = portions, folder, vocab, length
+        self.portions, self.folder, self.length = portions, folder, length
+        self.vocab, self.tokenizer = VOCAB if vocab is None and tokenizer is None else vocab, tokenizer
         self.validation, self.validation_blocks, self.seed = validation, validation_blocks, seed
         self._streams: Streams | None = None
 
@@ -75,7 +85,7 @@ class LanguageData(LightningDataModule):
         """Read and encode the corpora, unless that has been done."""
         target = stream_folder(self.folder, self._inputs)
         if not target.is_dir():
-            make_streams(target, self._corpora, self._inputs)
+            make_streams(target, self._corpora, self._inputs, self._given)
 
     def setup(self, stage: str) -> None:
         """Open the streams.
@@ -119,7 +129,12 @@ class LanguageData(LightningDataModule):
 
     @cached_property
     def _inputs(self) -> dict[str, Any]:
-        return stream_inputs(self._corpora, vocab=self.vocab, validation=self.validation)
+        known = None if self._given is None else tokenizer_hash(self._given)
+        return stream_inputs(self._corpora, vocab=self.vocab, tokenizer=known, validation=self.validation)
+
+    @cached_property
+    def _given(self) -> PreTrainedTokenizerBase | None:
+        return None if self.tokenizer is None else self.tokenizer.tokenizer()
 
     @property
     def _corpora(self) -> list[Corpus]:

@@ -1,4 +1,4 @@
-"""Corpora as streams of tokens on disk, and the tokenizer trained on them. Knows texts and files, no batches.
+"""Corpora as streams of tokens on disk, with the tokenizer trained on them or given. Knows texts and files, no batches.
 
 A folder of streams is named after all its contents depend on, and appears whole or not at all. In it lie the
 tokenizer's files, for each corpus ``train-0.npy`` and ``validation-0.npy`` (token ids, one behind the other,
@@ -27,7 +27,8 @@ from dynamax.data.writer import origin_hash
 FORMAT = 1
 NAME = "streams.json"
 BATCH = 1024
-LARGEST = 1 << 16
+SMALL = 1 << 16
+"""Token ids below it take two bytes, others four."""
 Part = Literal["train", "validation"]
 PARTS: tuple[Part, Part] = ("train", "validation")
 
@@ -41,7 +42,7 @@ class Streams:
 
     Attributes:
         inputs: What the streams were made from; see ``stream_inputs``.
-        tokenizer: The tokenizer trained on them.
+        tokenizer: The tokenizer they were encoded with.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -65,16 +66,20 @@ class Streams:
         return torch.from_numpy(self._streams[part][corpus][start : start + length].astype(np.int64))
 
 
-def stream_inputs(corpora: Sequence[Corpus], *, vocab: int, validation: float) -> dict[str, Any]:
+def stream_inputs(
+    corpora: Sequence[Corpus], *, vocab: int | None, tokenizer: str | None, validation: float
+) -> dict[str, Any]:
     """All that streams depend on, as JSON values.
 
     Args:
         corpora: Where texts come from.
-        vocab: Size of the vocabulary.
+        vocab: Size of the vocabulary to train; None if a tokenizer is given.
+        tokenizer: Hash of the tokenizer that is given; None to train one.
         validation: Part of the origins whose texts are kept for validation.
     """
     identities = [corpus.identity() for corpus in corpora]
-    return {"format": FORMAT, "corpora": identities, "vocab": vocab, "validation": validation}
+    given = {"vocab": vocab} if tokenizer is None else {"tokenizer": tokenizer}
+    return {"format": FORMAT, "corpora": identities, **given, "validation": validation}
 
 
 def stream_folder(folder: str | Path, inputs: dict[str, Any]) -> Path:
@@ -82,21 +87,26 @@ def stream_folder(folder: str | Path, inputs: dict[str, Any]) -> Path:
     return Path(folder) / f"streams-{fingerprint(inputs)}"
 
 
-def make_streams(target: Path, corpora: Sequence[Corpus], inputs: dict[str, Any]) -> None:
-    """Read all texts, train the tokenizer on those for training, and write the folder.
+def make_streams(
+    target: Path, corpora: Sequence[Corpus], inputs: dict[str, Any], given: PreTrainedTokenizerBase | None = None
+) -> None:
+    """Read all texts, train the tokenizer on those for training, unless one is given, and write the folder.
 
     Args:
         target: The folder; see ``stream_folder``.
         corpora: Where texts come from.
         inputs: See ``stream_inputs``.
+        given: The tokenizer to take.
 
     Raises:
-        ValueError: If a corpus leaves nothing for training or validation, or texts do not fill the vocabulary.
+        ValueError: If a corpus leaves nothing for training or validation, texts do not fill the vocabulary, or the
+            tokenizer that is given has no end of text.
     """
-    if inputs["vocab"] > LARGEST:
-        raise ValueError(f"vocab={inputs['vocab']} was given; streams hold tokens below {LARGEST}. Lower vocab.")
+    if given is not None and given.eos_token_id is None:
+        raise ValueError(f"The tokenizer {type(given).__name__} that was given has no end of text. Give another one.")
     parted = [part_texts(corpus, inputs["validation"]) for corpus in corpora]
-    tokenizer = train_tokenizer((text for parts in parted for text in parts["train"]), vocab=inputs["vocab"])
+    training = (text for parts in parted for text in parts["train"])
+    tokenizer = train_tokenizer(training, vocab=inputs["vocab"]) if given is None else given
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".partial-") as scratch:
         fresh = Path(scratch) / "fresh"
@@ -134,10 +144,11 @@ def part_texts(corpus: Corpus, validation: float) -> dict[Part, list[str]]:
 
 
 def encode(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
-    """Texts as one stream of token ids, uint16; each is closed by the end of text."""
+    """Texts as one stream of token ids, uint16 where the vocabulary allows; each is closed by the end of text."""
     texts = list(texts)
+    kind = np.uint16 if len(tokenizer) <= SMALL else np.uint32
     pieces: list[np.ndarray] = []
     for start in range(0, len(texts), BATCH):
         for tokens in tokenizer(texts[start : start + BATCH], verbose=False)["input_ids"]:
-            pieces.append(np.array([*tokens, tokenizer.eos_token_id], dtype=np.uint16))
+            pieces.append(np.array([*tokens, tokenizer.eos_token_id], dtype=kind))
     return np.concatenate(pieces)

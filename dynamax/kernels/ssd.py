@@ -4,8 +4,8 @@ For each head a state ``s_PN``, with one decay a head and position::
 
     s_t = exp(dt_t * a) * s_(t-1) + dt_t * x_t b_t'        y_t = s_t c_t
 
-P counts the channels of a head, G the groups of heads that share b and c, R the heads of a group, J chunks
-and Q the positions of a chunk. ``chunked`` is exact at any chunk size; ``step`` is one position.
+P counts the channels of a head, G the groups of heads that share b and c, Q the positions of a chunk.
+``chunked`` is exact at any chunk size; ``step`` is one position.
 """
 
 from __future__ import annotations
@@ -14,11 +14,10 @@ import math
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from dynamax.kernels.backend import backend, kernel
 
-CHUNK = 32
+CHUNK = 64
 KERNEL_CHUNK = 64
 
 
@@ -58,10 +57,9 @@ def step(
     return y_BGS1.reshape(x_B1HP.shape), state_BGSN.reshape(state_BHPN.shape)
 
 
-def decays(log_T: Tensor) -> Tensor:
-    """``[..., i, j]``: how much of position j is left at i, the product of the decays after j up to i; 0 for j > i."""
-    total = log_T.cumsum(-1)
-    between = total[..., :, None] - total[..., None, :]
+def decays(total_T: Tensor) -> Tensor:
+    """``[..., i, j]``: how much of position j is left at i, from the summed logs of the decays; 0 for j > i."""
+    between = total_T[..., :, None] - total_T[..., None, :]
     later = torch.ones(between.shape[-2:], dtype=torch.bool, device=between.device).triu(1)
     return between.masked_fill(later, -math.inf).exp()
 
@@ -76,34 +74,34 @@ def chunked(
     *,
     chunk: int = CHUNK,
 ) -> tuple[Tensor, Tensor]:
-    """``scan`` as matrix products: within chunks of ``chunk`` positions all at once, from chunk to chunk in turn.
+    """``scan`` as matrix products: the positions of a chunk all at once, chunks in turn."""
+    parts = []
+    for x, dt, b, c in zip(*(z.split(chunk, 1) for z in (x_BTHP, dt_BTH, b_BTGN, c_BTGN)), strict=True):
+        y_BQHP, state_BHPN = one_chunk(x, dt, a_H, b, c, state_BHPN)
+        parts.append(y_BQHP)
+    return (parts[0] if len(parts) == 1 else torch.cat(parts, 1)), state_BHPN
 
-    Positions that fill up the last chunk have a step of 0, so they change nothing.
-    """
-    length, groups = x_BTHP.shape[1], b_BTGN.shape[2]
-    size = min(chunk, length)
-    missing = -length % size
-    x, log, b, c = (
-        F.pad(z, (0, 0) * (z.dim() - 2) + (0, missing)).unflatten(1, (-1, size))
-        for z in (x_BTHP * dt_BTH[..., None], dt_BTH * a_H, b_BTGN, c_BTGN)
-    )
-    x_BJGRQP = x.unflatten(3, (groups, -1)).permute(0, 1, 3, 4, 2, 5)
-    log_BJGRQ = log.unflatten(3, (groups, -1)).permute(0, 1, 3, 4, 2)
-    b_BJGQN, c_BJGQN = b.transpose(2, 3), c.transpose(2, 3)
 
-    left_BJGRQQ = decays(log_BJGRQ)
-    within_BJGRQP = ((c_BJGQN @ b_BJGQN.transpose(-1, -2))[:, :, :, None] * left_BJGRQQ) @ x_BJGRQP
-    written_BJGRPN = (x_BJGRQP * left_BJGRQQ[..., -1, :, None]).transpose(-1, -2) @ b_BJGQN[:, :, :, None]
-    since_BJGRQ = log_BJGRQ.cumsum(-1).exp()
+def one_chunk(
+    x_BQHP: Tensor, dt_BQH: Tensor, a_H: Tensor, b_BQGN: Tensor, c_BQGN: Tensor, state_BHPN: Tensor
+) -> tuple[Tensor, Tensor]:
+    """``scan`` over few positions. S counts the heads and channels of a group: they share b and c."""
+    batch, length, heads, channels = x_BQHP.shape
+    groups = b_BQGN.shape[2]
+    total_BHQ = (dt_BQH * a_H).cumsum(1).transpose(1, 2)
+    left_BHQQ = decays(total_BHQ)
+    x_BHQP = (x_BQHP * dt_BQH[..., None]).transpose(1, 2)
 
-    state_BGRPN = state_BHPN.unflatten(1, (groups, -1))
-    before = []
-    for j in range(x_BJGRQP.shape[1]):
-        before.append(state_BGRPN)
-        state_BGRPN = state_BGRPN * since_BJGRQ[:, j, :, :, -1, None, None] + written_BJGRPN[:, j]
-    carried_BJGRQP = (c_BJGQN[:, :, :, None] @ torch.stack(before, 1).transpose(-1, -2)) * since_BJGRQ[..., None]
-    y_BTHP = (within_BJGRQP + carried_BJGRQP).permute(0, 1, 4, 2, 3, 5).flatten(1, 2).flatten(2, 3)[:, :length]
-    return y_BTHP, state_BGRPN.flatten(1, 2)
+    scores_BGQQ = c_BQGN.transpose(1, 2) @ b_BQGN.permute(0, 2, 3, 1)
+    weights_BHQQ = (left_BHQQ.unflatten(1, (groups, -1)) * scores_BGQQ[:, :, None]).flatten(1, 2)
+    carried_BGSQ = state_BHPN.reshape(batch, groups, -1, state_BHPN.shape[-1]) @ c_BQGN.permute(0, 2, 3, 1)
+    carried_BHQP = carried_BGSQ.reshape(batch, heads, channels, length).transpose(2, 3)
+    y_BHQP = torch.addcmul(weights_BHQQ @ x_BHQP, carried_BHQP, total_BHQ.exp()[..., None])
+
+    last_BHPQ = (x_BHQP * left_BHQQ[..., -1, :, None]).transpose(2, 3)
+    written_BGSN = last_BHPQ.reshape(batch, groups, -1, length) @ b_BQGN.transpose(1, 2)
+    left_BH11 = total_BHQ[..., -1].exp()[..., None, None]
+    return y_BHQP.transpose(1, 2), torch.addcmul(written_BGSN.reshape(state_BHPN.shape), state_BHPN, left_BH11)
 
 
 def by_kernel(

@@ -7,7 +7,6 @@ call, keys and values read and written, and recurrent state read and written onc
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 from torch import nn
@@ -60,10 +59,6 @@ class CostModel:
             if step.work.writes[index]:
                 cost += self._write(shape, step.work.writes[index])
         return cost + self._reads(step) + self._recurrent(step)
-
-    def tokens(self, steps: Iterable[Step], prompt: int) -> list[Cost]:
-        """The cost of each decoded step; prefill steps are left out."""
-        return [self.step(step, prompt + index) for index, step in enumerate(steps) if not step.prefill]
 
     def _block(self, shape: BlockShape, rows: int, context: int) -> Cost:
         seen = context + 1 if shape.window is None else min(context + 1, shape.window)

@@ -9,6 +9,9 @@ CANNOT = """\
 It is small and saw little text: a fixture for tests and comparisons. It knows no facts, follows no instructions and \
 writes text that need not be true or make sense. Nothing was done against what its text may contain. How well its \
 exits do is no evidence of how well those of a large model would."""
+CANNOT_STUDENT = """\
+It imitates its teacher on the text named above, and does so worse on other text and on longer contexts than its \
+blocks. What its teacher gets wrong it gets wrong too. Nothing was done against what its text may contain."""
 
 
 def card(name: str, report: dict[str, Any]) -> str:
@@ -33,9 +36,10 @@ def card(name: str, report: dict[str, Any]) -> str:
         "## Loss",
         "Cross-entropy of the top on training batches, mean of the steps since the row before.",
         table(("step", "loss"), [(step, f"{loss:.3f}") for step, loss in report["curve"]]),
+        *(["## Distance from the teacher", _distance(report["validation"])] if "teacher" in report else []),
         *(["## Samples", _samples(report["samples"])] if report["samples"] else []),
         "## What it cannot do",
-        CANNOT,
+        CANNOT_STUDENT if "teacher" in report else CANNOT,
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -56,14 +60,25 @@ def table(head: Sequence[object], rows: Sequence[Sequence[object]]) -> str:
 def _summary(report: dict[str, Any]) -> str:
     return (
         f"A causal language model of type `{report['config']['model_type']}` with {report['parameters'] / 1e6:.2f} "
-        f"million parameters, trained from the start by `dynamax train` on {report['tokens'] / 1e6:.2f} million tokens "
+        f"million parameters, {_made(report)} on {report['tokens'] / 1e6:.2f} million tokens "
         f"in {report['seconds'] / 60:.1f} minutes. Weights are float16."
+    )
+
+
+def _made(report: dict[str, Any]) -> str:
+    if "teacher" not in report:
+        return "trained from the start by `dynamax train`"
+    kept = len(report["config"]["keep"])
+    return (
+        f"distilled by `dynamax distill` from a Transformer whose attention it keeps in {kept} of "
+        f"{report['config']['num_hidden_layers']} blocks (numbered from 0), with Mamba-2 in the others,"
     )
 
 
 def _recipe(report: dict[str, Any]) -> str:
     rows = [
         ("configuration", _listed(report["config"])),
+        *([("teacher", _listed(report["teacher"])), ("trained", report["trained"])] if "teacher" in report else []),
         ("objective", _listed(report["objective"])),
         ("AdamW (.9, .95)", _listed(report["optimiser"])),
         ("steps", report["steps"]),
@@ -81,9 +96,12 @@ def _text(text: dict[str, Any]) -> str:
         for corpus in text["corpora"]
     ]
     head = ("corpus", f"rows of {text['rows']} in a batch", "training tokens", "validation tokens")
+    kind = f"Byte-level BPE of {text['vocabulary']} tokens, trained on the training text."
+    if text["tokenizer"] is not None:
+        kind = f"Another model's tokenizer, of {text['vocabulary']} tokens."
     return (
-        f"{table(head, rows)}\n\nByte-level BPE of {text['vocabulary']} tokens, trained on the training text. Blocks "
-        f"of {text['block']} tokens. `training.json` has each corpus' options and the hash of its contents."
+        f"{table(head, rows)}\n\n{kind} Blocks of {text['block']} tokens. `training.json` has each corpus' options and "
+        f"the hash of its contents."
     )
 
 
@@ -93,6 +111,13 @@ def _depths(depths: dict[str, dict[str, float]]) -> str:
         for depth, score in depths.items()
     ]
     return table(("blocks", "perplexity", "accuracy", "agreement"), rows)
+
+
+def _distance(validation: dict[Any, dict[Any, dict[str, float]]]) -> str:
+    tops = [(step, list(depths.values())[-1]) for step, depths in validation.items()]
+    rows = [(step, f"{top['divergence']:.4f}", f"{top['fidelity']:.3f}") for step, top in tops]
+    told = "Of the top on held-out text: KL(teacher || student) in nats, and how often the likeliest token is its own."
+    return f"{told}\n\n{table(('step', 'divergence', 'same token'), rows)}"
 
 
 def _samples(samples: Sequence[dict[str, str]]) -> str:

@@ -40,7 +40,10 @@ def check_target(target: str) -> None:
     """
     folder = Path(target)
     if folder.exists() and not (folder / REPORT).is_file() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise ValueError(f"{target} exists and is no model of `dynamax train`. Name another folder as model.export.")
+        raise ValueError(
+            f"{target} exists and is no model of `dynamax train` or `dynamax distill`. Name another folder as "
+            f"model.export."
+        )
 
 
 @torch.no_grad()
@@ -107,7 +110,13 @@ def text_facts(data: LanguageData) -> dict[str, Any]:
             data.streams.inputs["corpora"], data.rows, lengths["train"], lengths["validation"], strict=True
         )
     ]
-    return {"corpora": corpora, "vocabulary": data.vocab, "block": data.length, "rows": sum(data.rows)}
+    return {
+        "corpora": corpora,
+        "vocabulary": len(data.streams.tokenizer),
+        "tokenizer": data.streams.inputs.get("tokenizer"),
+        "block": data.length,
+        "rows": sum(data.rows),
+    }
 
 
 def measure(backbone: Backbone, data: LanguageData, depths: Sequence[int]) -> dict[str, dict[str, float]]:

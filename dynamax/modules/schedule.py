@@ -1,4 +1,7 @@
-"""The optimiser of parts that train one after another, and their learning rates. Knows parameters and steps alone."""
+"""Optimisers, of parts that train one after another and of a whole model, and their learning rates.
+
+Knows parameters and steps alone.
+"""
 
 from __future__ import annotations
 
@@ -43,6 +46,45 @@ def adamw(parts: Sequence[Part], *, weight_decay: float, warmup: float) -> Optim
     optimizer = AdamW(groups, weight_decay=weight_decay)
     schedule = LambdaLR(optimizer, [warm_cosine(part.start, part.stop, warmup) for part in used])
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+class OneRate(NamedTuple):
+    """AdamW for a whole model, betas .9 and .95: its learning rate rises, stays, and falls in a straight line to 0.
+
+    Attributes:
+        learning_rate: Peak.
+        warmup: Steps over which it rises.
+        flat: Part of all steps, in [0, 1], after which it falls.
+        weight_decay: On matrices; vectors are spared.
+    """
+
+    learning_rate: float
+    warmup: int
+    flat: float
+    weight_decay: float
+
+    def check(self, owner: str) -> None:
+        """Refuse options out of range.
+
+        Raises:
+            ValueError: In the owner's name.
+        """
+        if self.learning_rate <= 0 or self.warmup < 1 or not 0 <= self.flat <= 1 or self.weight_decay < 0:
+            raise ValueError(
+                f"{owner} was given learning_rate {self.learning_rate}, warmup {self.warmup}, flat {self.flat} and "
+                f"weight_decay {self.weight_decay}; learning_rate must be positive, warmup at least 1, flat in [0, 1], "
+                f"weight_decay at least 0."
+            )
+
+    def over(self, parameters: Sequence[nn.Parameter], steps: int) -> OptimizerLRScheduler:
+        """Optimiser and schedule of so many steps."""
+        groups = [
+            {"params": [p for p in parameters if p.ndim > 1], "weight_decay": self.weight_decay},
+            {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+        ]
+        optimizer = AdamW(groups, lr=self.learning_rate, betas=(0.9, 0.95))
+        schedule = LambdaLR(optimizer, warm_flat_linear(steps, warmup=self.warmup, flat=self.flat))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
 def warm_cosine(start: int, stop: int, warmup: float) -> Callable[[int], float]:

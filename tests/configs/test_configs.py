@@ -19,6 +19,7 @@ from dynamax.data.language import LanguageData
 from dynamax.data.text import TextSource
 from dynamax.heads import Exit, ExitBank, ExitHead
 from dynamax.modules.decoding import Sweep
+from dynamax.modules.distilling import DistillationModule
 from dynamax.modules.pretraining import PretrainingModule
 from dynamax.objectives.base import Objective
 from dynamax.objectives.early_exit import LayerSkip, NextToken
@@ -40,6 +41,8 @@ PARTS: dict[str, type] = {
 COMMANDS = {"fit": "fit", "test": "test", "evaluate": "test", "generate": "generate"}
 SIBLINGS = "siblings"
 """Whole runs of ``train``; those in ``plain`` and ``shallow`` lie over others, ``text.yaml`` is a part of them."""
+DISTILL = "distill"
+"""Whole runs of ``distill``; ``text.yaml`` is a part of them."""
 FILES = sorted(str(path.relative_to(CONFIGS)) for path in CONFIGS.rglob("*.yaml"))
 
 
@@ -54,7 +57,7 @@ def named(kind: str) -> list[str]:
 
 def test_every_file_is_of_a_known_kind() -> None:
     runs_found = [name for name in FILES if Path(name).stem in COMMANDS]
-    assert {Path(name).parts[0] for name in set(FILES) - set(runs_found)} == {*PARTS, "trainer", SIBLINGS}
+    assert {Path(name).parts[0] for name in set(FILES) - set(runs_found)} == {*PARTS, "trainer", SIBLINGS, DISTILL}
     assert {"demo/fit.yaml", "demo/test.yaml", "demo/generate.yaml"} <= set(runs_found)
 
 
@@ -102,6 +105,22 @@ def test_a_sibling_is_built(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(text.identity() for text in written), "their prompts are there"
     (saving,) = [each for each in built[0].trainer.callbacks if isinstance(each, ModelCheckpoint)]
     assert str(saving.dirpath).endswith(str(Path(model.export).parent / "checkpoints")), "siblings do not share theirs"
+
+
+@pytest.mark.parametrize("name", [name for name in named(DISTILL) if Path(name).stem != "text"])
+def test_a_distillation_is_built(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    built: list[runs.DynamaxCLI] = []
+    monkeypatch.setattr(runs.DynamaxCLI, "_run_subcommand", lambda self, _: built.append(self))
+    with pytest.raises(SystemExit) as ended:
+        main(["distill", "-c", str(CONFIGS / name)])
+    assert ended.value.code == 0
+    model, data = built[0].model, built[0].datamodule
+    assert isinstance(model, DistillationModule)
+    assert isinstance(data, LanguageData)
+    assert vars(data.tokenizer) == vars(model.teacher), "student and teacher read the same tokens"
+    assert type(data.tokenizer) is type(model.teacher)
+    written = [portion.corpus for portion in data.portions if isinstance(portion.corpus, Answers)]
+    assert all(corpus.text.identity() for corpus in written), "their prompts are there"
 
 
 @pytest.mark.parametrize("name", [name for name in FILES if Path(name).stem == "generate"])

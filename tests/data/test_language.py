@@ -9,11 +9,14 @@ import numpy as np
 import pytest
 import torch
 
+from dynamax.backbones.sources import Folder
 from dynamax.data import streams as module
+from dynamax.data.fill import tokenizer_hash
 from dynamax.data.language import Batches, LanguageData, Portion
 from dynamax.data.streams import Streams
 from dynamax.data.text import Corpus, Text
 from dynamax.data.vocabulary import END, train_tokenizer
+from tests.folders import byte_tokenizer
 
 
 class Lines(Corpus):
@@ -113,6 +116,32 @@ def test_interrupted_work_leaves_no_folder(tmp_path: Path, monkeypatch) -> None:
     assert isinstance(data(tmp_path).streams, Streams)
 
 
+def test_another_models_tokenizer_is_taken_as_it_is(tmp_path: Path) -> None:
+    byte_tokenizer().save_pretrained(tmp_path / "model")
+    made = data(tmp_path / "text", vocab=None, tokenizer=Folder(str(tmp_path / "model"))).streams
+    assert len(made.tokenizer) == 257
+    assert made.inputs["tokenizer"] == tokenizer_hash(byte_tokenizer())
+    assert "vocab" not in made.inputs
+    text = made.tokenizer.decode(made.window("train", 0, 0, 40))
+    assert text.startswith("first ")
+    assert made.lengths("train") != data(tmp_path / "text").streams.lengths("train")
+
+
+def test_a_large_vocabulary_takes_four_bytes_a_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = byte_tokenizer()
+    assert module.encode(["ab"], tokenizer).dtype == np.uint16
+    monkeypatch.setattr(module, "SMALL", 256)
+    assert module.encode(["ab"], tokenizer).dtype == np.uint32
+
+
+def test_a_tokenizer_without_an_end_is_refused(tmp_path: Path) -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.eos_token = None
+    tokenizer.save_pretrained(tmp_path / "model")
+    with pytest.raises(ValueError, match="no end of text"):
+        data(tmp_path / "text", vocab=None, tokenizer=Folder(str(tmp_path / "model")))
+
+
 # -- batches ------------------------------------------------------------------------------------------
 
 
@@ -176,7 +205,8 @@ def test_validation_is_the_same_each_time_in_the_mixture(tmp_path: Path) -> None
         ({"validation": 0.0}, "validation=0.0"),
         ({"length": 1}, "length=1"),
         ({"validation_blocks": 0}, "validation_blocks=0"),
-        ({"vocab": 70_000}, "vocab=70000"),
+        ({"vocab": 70_000}, "vocabulary of 70000"),
+        ({"tokenizer": Folder("nowhere")}, "vocab=300 was given beside a tokenizer"),
         ({"length": 5000}, "too few for blocks of 5000"),
         ({"portions": [Portion(Lines("x", 1))]}, "leaves no text of Lines"),
     ],

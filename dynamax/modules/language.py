@@ -1,0 +1,245 @@
+"""A language model in training, whatever it is trained towards: optimiser, scores by depth, checkpoints, export.
+
+Knows no loss, and not where the model's first weights are from.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from time import perf_counter
+from typing import Any, ClassVar, Protocol
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor, nn
+
+from dynamax.backbones.hf import HFBackbone
+from dynamax.data.language import LanguageData
+from dynamax.metrics.language import DepthScores
+from dynamax.modules.export import check_target, write_model
+from dynamax.modules.limits import one_device
+from dynamax.modules.record import TrainingRecord, read_depths
+from dynamax.modules.schedule import OneRate
+
+
+class Scores(Protocol):
+    """Adds up what every depth says of a text."""
+
+    def update(self, logits: Sequence[Tensor], tokens_BT: Tensor) -> None:
+        """Count one batch: ``logits_BTV`` at each depth."""
+
+    def compute(self) -> dict[int, Any]:
+        """Named figures by depth."""
+        ...
+
+
+class LanguageModule(LightningModule, ABC):
+    """Trains a causal language model on ``LanguageData`` and writes it as transformers would.
+
+    Checkpoints hold model and optimiser; ``ckpt_path`` goes on with an interrupted run, on the text it would have
+    seen.
+
+    Args:
+        exits: Depths at which validation reads the model beside the top, ascending.
+        optimiser: How it learns.
+        compile: Compile the blocks for training.
+        export: Folder to write the trained model to, or None.
+        prompts: What the model is made to continue, for the samples on its card.
+
+    Attributes:
+        backbone: The model; there once ``configure_model`` has run.
+        record: What it has seen.
+    """
+
+    notes: ClassVar[str]
+    """Where checkpoints hold what a resumed run needs."""
+    backbone: HFBackbone
+
+    def __init__(
+        self, exits: list[int], optimiser: OneRate, *, compile: bool, export: str | None, prompts: list[str] | None
+    ) -> None:
+        super().__init__()
+        self.exits = exits
+        optimiser.check(type(self).__name__)
+        self.optimiser = optimiser
+        self.compile_blocks, self.export, self.prompts = compile, export, prompts or []
+        self.record = TrainingRecord()
+        self._scores: list[Scores] = []
+        self._built = False
+
+    # -- what a way of training gives -----------------------------------------------------------------
+
+    @abstractmethod
+    def build(self) -> HFBackbone:
+        """The model as it begins, its weights with gradients where they train; the data is there."""
+
+    @abstractmethod
+    def batch_loss(self, tokens_BT: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of one batch, and detached scalars by name, ``cross_entropy/top`` among them."""
+
+    @abstractmethod
+    def origin(self) -> dict[str, Any]:
+        """What is trained, from what, towards what, as JSON values: for card and report."""
+
+    @abstractmethod
+    def identity(self) -> dict[str, Any]:
+        """What a checkpoint must share with the run that goes on with it, but for the text."""
+
+    def scores(self, depths: Sequence[int]) -> list[Scores]:
+        """What validation counts at these depths."""
+        return [DepthScores(depths)]
+
+    # -- the model ------------------------------------------------------------------------------------
+
+    def configure_model(self) -> None:
+        """Build the model, once the data's tokenizer is there."""
+        if self._built:
+            return
+        self.backbone = self.build()
+        if self.data.length > self.backbone.spec.context:
+            raise ValueError(
+                f"Blocks of {self.data.length} tokens were given to a model whose context holds "
+                f"{self.backbone.spec.context}. Lower data.length, or raise the context in model.config."
+            )
+        if self.compile_blocks:
+            compile_blocks(getattr(self.backbone.model.base_model, self.backbone.row.blocks))
+        self._built = True
+
+    @property
+    def data(self) -> LanguageData:
+        """The text.
+
+        Raises:
+            ValueError: If it is of another class.
+        """
+        data = getattr(self.trainer, "datamodule", None)
+        if not isinstance(data, LanguageData):
+            raise ValueError(f"{type(self).__name__} was given data of {type(data).__name__}; give it LanguageData.")
+        return data
+
+    # -- optimisation -------------------------------------------------------------------------------
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """See ``OneRate``."""
+        trained = [parameter for parameter in self.backbone.parameters() if parameter.requires_grad]
+        return self.optimiser.over(trained, int(self.trainer.estimated_stepping_batches))
+
+    # -- steps --------------------------------------------------------------------------------------
+
+    def check(self, trainer: Trainer) -> None:
+        """Refuse what could not end well, before any time is spent.
+
+        Raises:
+            ValueError: If training has no end, the export's place holds something else, or there are several devices.
+        """
+        one_device(trainer, self)
+        if trainer.max_steps < 0 and trainer.max_epochs in (None, -1):
+            raise ValueError(f"{type(self).__name__} needs to know when training ends. Set trainer.max_steps.")
+        if self.export is not None:
+            check_target(self.export)
+
+    def setup(self, stage: str) -> None:
+        """The same, for those who come without the command line."""
+        if stage == "fit":
+            self.check(self.trainer)
+
+    def on_train_start(self) -> None:
+        """The clock starts."""
+        self._began = perf_counter()
+
+    def training_step(self, tokens_BT: Tensor, batch_idx: int) -> Tensor:
+        """The loss."""
+        loss, seen = self.batch_loss(tokens_BT)
+        self.log("train/loss", loss, prog_bar=True, batch_size=len(tokens_BT))
+        self.log_dict({f"train/{name}": value for name, value in seen.items()}, batch_size=len(tokens_BT))
+        self.record.add(seen["cross_entropy/top"], tokens_BT.numel())
+        return loss
+
+    def on_train_batch_end(self, outputs: Any, batch: Tensor, batch_idx: int) -> None:  # noqa: ANN401 - Lightning's
+        """Time goes to the record, for it travels with checkpoints."""
+        now = perf_counter()
+        self.record.seconds += now - self._began
+        self._began = now
+
+    def on_validation_epoch_start(self) -> None:
+        """Count anew."""
+        self._scores = self.scores([*self.exits, self.backbone.spec.depth])
+
+    def validation_step(self, tokens_BT: Tensor, batch_idx: int) -> None:
+        """Read every depth, in the weights' own precision: half-precision logits tie."""
+        with torch.compiler.set_stance("force_eager"), torch.autocast(self.device.type, enabled=False):
+            logits = read_depths(self.backbone, tokens_BT, [*self.exits, self.backbone.spec.depth])
+            for scores in self._scores:
+                scores.update(logits, tokens_BT)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log what was counted at every depth; the top is the deepest."""
+        found: dict[int, dict[str, float]] = {}
+        for scores in self._scores:
+            for depth, score in scores.compute().items():
+                found[depth] = {**found.get(depth, {}), **score._asdict()}
+        for depth, score in found.items():
+            self.log_dict({f"val/{name}/{depth}": value for name, value in score.items()})
+        if not self.trainer.sanity_checking:
+            self.record.scores[self.global_step] = found
+
+    def on_train_end(self) -> None:
+        """Write the model, if a folder was given."""
+        if self.export is not None and self.trainer.is_global_zero:
+            write_model(self.export, self.backbone, self.data, self.exits, self.prompts, self._facts())
+            print(f"Wrote the model to {self.export}")
+
+    def _facts(self) -> dict[str, Any]:
+        return {
+            **self.origin(),
+            "optimiser": self.optimiser._asdict(),
+            "gradient_clip": self.trainer.gradient_clip_val,
+            "precision": str(self.trainer.precision),
+            "steps": self.global_step,
+            "tokens": self.record.tokens,
+            "seconds": round(self.record.seconds, 1),
+            "curve": self.record.curve(),
+            "validation": self.record.scores,
+        }
+
+    # -- checkpoints --------------------------------------------------------------------------------
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Note what was built and on which text."""
+        checkpoint[self.notes] = {"identity": self._identity(), "record": self.record.state()}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Go on with the record.
+
+        Raises:
+            ValueError: If the checkpoint is of another command, or of another model, objective or text.
+        """
+        if self.notes not in checkpoint:
+            raise ValueError(f"The checkpoint is not one of {type(self).__name__}. Give one that it saved.")
+        noted, here = checkpoint[self.notes]["identity"], self._identity()
+        changed = [name for name in here if noted[name] != here[name]]
+        if changed:
+            raise ValueError(
+                f"The checkpoint was made with another {' and '.join(changed)}: {[noted[name] for name in changed]}; "
+                f"here: {[here[name] for name in changed]}. Give what it was made with, or train anew, without "
+                f"ckpt_path."
+            )
+        self.record.load(checkpoint[self.notes]["record"])
+
+    def _identity(self) -> dict[str, Any]:
+        text = {"streams": self.data.streams.fingerprint, **self.data.order}
+        return {**self.identity(), "text": text}
+
+
+def described(part: object) -> dict[str, Any]:
+    """A part of a run, by its class and its options."""
+    return {"name": type(part).__name__, **vars(part)}
+
+
+def compile_blocks(blocks: Sequence[nn.Module]) -> None:
+    """Compile each block in place. One with a mixer of ours is a graph of its own, and PyTorch would stop at eight."""
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, len(blocks) + 1)
+    for block in blocks:
+        block.compile()
