@@ -40,6 +40,7 @@ check: $(READY)
 bench: $(READY)
 	$(PY) -m benchmarks.decode
 	$(PY) -m benchmarks.decode --model mamba2-130m
+	$(PY) -m benchmarks.chunks
 	$(PY) -m benchmarks.store
 
 # Every gate on every backbone; the siblings lie in assets/. What is measured already is kept.

@@ -4,7 +4,8 @@
                                 [--dtype float32] [--threads N] [--out FILE]
 
 Greedy, batch 1. Each contender decodes each prompt in turn, round after round. The floor of a depth
-is the matrix products of its blocks and of the output matrix, nothing else.
+is the matrix products of its blocks and of the output matrix, nothing else. Below it lies the time in which memory
+can be read once over those weights, at the rate at which it copies (``bandwidth``).
 """
 
 from __future__ import annotations
@@ -52,12 +53,17 @@ def contenders(backbone: HFBackbone, depths: Depths, tokens: int) -> dict[str, C
     return {**full, **{f"dynamax, depth {d}": ours(EarlyExit(backbone, bank, AtDepth(d))) for d in depths}}
 
 
-def floor(backbone: HFBackbone, depth: int) -> Callable[[], None]:
-    """The bare matrix products of ``depth`` blocks and the output matrix, for one position."""
+def matrices(backbone: HFBackbone, depth: int) -> list[Tensor]:
+    """The matrices of ``depth`` blocks, and the output matrix."""
     blocks = [
         module for block in backbone._blocks[:depth] for module in block.modules() if isinstance(module, nn.Linear)
     ]
-    weights = [module.weight for module in blocks] + [backbone.output_matrix]
+    return [module.weight for module in blocks] + [backbone.output_matrix]
+
+
+def floor(backbone: HFBackbone, depth: int) -> Callable[[], None]:
+    """The bare matrix products of ``depth`` blocks and the output matrix, for one position."""
+    weights = matrices(backbone, depth)
     rows = [torch.randn(1, weight.shape[1], dtype=weight.dtype, device=weight.device) for weight in weights]
 
     def run() -> None:
@@ -65,6 +71,19 @@ def floor(backbone: HFBackbone, depth: int) -> Callable[[], None]:
             F.linear(row, weight)
 
     return run
+
+
+def bandwidth(device: torch.device, *, size: int = 2**29, rounds: int = 10) -> float:
+    """Bytes a second that memory moves: the best of some copies, each of which reads and writes ``size`` bytes."""
+    source = torch.ones(size, dtype=torch.uint8, device=device)
+    copy = torch.empty_like(source)
+    return 2 * size / min(seconds(lambda: copy.copy_(source)) for _ in range(rounds))
+
+
+def memory_ms(backbone: HFBackbone, depths: Depths, rate: float) -> dict[str, float]:
+    """Milliseconds in which the weights of each depth can be read once."""
+    held = {depth: sum(w.numel() * w.element_size() for w in matrices(backbone, depth)) for depth in depths}
+    return {str(depth): 1000 * size / rate for depth, size in held.items()}
 
 
 def seconds(run: Callable[[], object]) -> float:
@@ -126,6 +145,12 @@ def table(rows: dict[str, dict[str, float]], depths: Depths, depth: int) -> str:
     return "\n".join(lines)
 
 
+def memory(report: dict[str, Any]) -> str:
+    """The time that memory alone would take, as a line."""
+    times = ", ".join(f"depth {depth}: {ms:.2f} ms" for depth, ms in report["memory_ms"].items())
+    return f"weights read once at {report['bandwidth_gb_s']:.1f} GB/s: {times}"
+
+
 def main() -> None:
     """Measure, print a table, write one JSON file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -141,6 +166,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     report = measured(args)
     print(table(report["ms"], CONTESTANTS[args.model].depths, report["depth"]))
+    print(memory(report))
     if args.out is not None:
         args.out.write_text(json.dumps(report, indent=1) + "\n")
 
@@ -149,10 +175,13 @@ def measured(args: argparse.Namespace) -> dict[str, Any]:
     """Load the model and measure; the report with all that the figures must come with."""
     backbone, prompts = load(args.model, dtype=args.dtype, device=args.device, prompts=args.prompts)
     depths = CONTESTANTS[args.model].depths
+    rate = bandwidth(backbone.output_matrix.device)
     return {
         "environment": environment(args.device, dtype=args.dtype, batch=1),
         "options": {"model": args.model, "prompts": args.prompts, "tokens": args.tokens, "rounds": args.rounds},
         "depth": backbone.spec.depth,
+        "bandwidth_gb_s": rate / 1e9,
+        "memory_ms": memory_ms(backbone, (*depths, backbone.spec.depth), rate),
         "ms": measure(backbone, prompts, depths, tokens=args.tokens, rounds=args.rounds),
     }
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.decode import measured, table
+from benchmarks.decode import measured, memory, table
 from benchmarks.models import CONTESTANTS, load
 from dynamax.decoding.early_exit import EarlyExit
 from dynamax.decoding.full import Full
@@ -52,7 +52,8 @@ def main() -> None:
         options = argparse.Namespace(model=model, device="cuda", dtype=dtype, prompts=6, tokens=64, rounds=3)
         found = measured(options)
         found["exit_latency_ms"] = latencies(model, dtype)
-        print(model, dtype, table(found["ms"], CONTESTANTS[model].depths, found["depth"]), sep="\n")
+        rows = table(found["ms"], CONTESTANTS[model].depths, found["depth"])
+        print(f"{model} {dtype}", rows, memory(found), sep="\n")
         report[f"{model}, {dtype}"] = found
     args.out.write_text(json.dumps(report, indent=1) + "\n")
 

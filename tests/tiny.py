@@ -54,6 +54,8 @@ NEMOTRON = {
 RECURRENT: dict[str, Variant] = {
     "mamba": Variant("mamba", MAMBA1, attention="eager"),
     "mamba2": Variant("mamba2", MAMBA2, attention="eager"),
+    "mamba-bias": Variant("mamba", {**MAMBA1, "use_bias": True, "use_conv_bias": False}, attention="eager"),
+    "mamba2-bias": Variant("mamba2", {**MAMBA2, "use_bias": True, "use_conv_bias": False}, attention="eager"),
     "falcon_mamba": Variant("falcon_mamba", MAMBA1, attention="eager"),
     "jamba": Variant(
         "jamba",
@@ -121,9 +123,13 @@ RECURRENT: dict[str, Variant] = {
             "ssm_in_multiplier": 1.3,
         },
     ),
-    "falcon_h1-normed": Variant("falcon_h1", {**HEADS, "mamba_d_ssm": 64, "mamba_rms_norm": True}),
+    "falcon_h1-normed": Variant(
+        "falcon_h1",
+        {**HEADS, "mamba_d_ssm": 64, "mamba_rms_norm": True, "mamba_norm_before_gate": False, "mamba_proj_bias": True},
+    ),
     "nemotron_h": Variant("nemotron_h", NEMOTRON, (LINEAR, FULL, LINEAR, "moe", "mlp")),
     "lfm2": Variant("lfm2", {"conv_L_cache": 3}, (CONV, CONV, FULL)),
+    "lfm2-bias": Variant("lfm2", {"conv_L_cache": 4, "conv_bias": True}, (CONV, FULL)),
 }
 
 FAMILIES: dict[str, Variant] = {

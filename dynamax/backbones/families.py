@@ -19,8 +19,6 @@ from dynamax.backbones.cells import Part
 from dynamax.backbones.chunk import Chunk, Rotary
 from dynamax.backbones.mixers import Mixer
 
-# -- the table --------------------------------------------------------------------------------------
-
 
 @dataclass(frozen=True)
 class Row:
@@ -111,6 +109,7 @@ FAMILIES: dict[str, Row] = {
         call=traits.beside_embedding,
         residual=traits.first_half,
         used=shapes.own_adapter,
+        mixer=traits.free_ssd,
     ),
     "granitemoehybrid": replace(
         HYBRID,
@@ -128,7 +127,12 @@ FAMILIES: dict[str, Row] = {
         first="recurrent",
     ),
     "nemotron_h": replace(
-        HYBRID, embedding="embeddings", norm="norm_f", rotary=traits.no_rotary, experts=shapes.routed
+        HYBRID,
+        embedding="embeddings",
+        norm="norm_f",
+        rotary=traits.no_rotary,
+        experts=shapes.routed,
+        mixer=traits.free_ssd,
     ),
     "lfm2": replace(HYBRID, norm="embedding_norm", mixer=traits.short_convolution),
 }

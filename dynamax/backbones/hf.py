@@ -19,7 +19,7 @@ from dynamax.backbones.cells import Part
 from dynamax.backbones.chunk import Chunk, Rotary
 from dynamax.backbones.families import Row, family
 from dynamax.backbones.fingerprint import fingerprint_of
-from dynamax.backbones.repairs import repair
+from dynamax.backbones.repairs import check_devices
 from dynamax.backbones.shapes import block_shape
 from dynamax.backbones.stores import Store
 from dynamax.kernels.backend import at_least_float32
@@ -54,7 +54,7 @@ class HFBackbone(Backbone):
         self._mixers = tuple(self.row.mixer(block) for block in self._blocks)
         for mixer in self._mixers:
             if mixer is not None:
-                repair(mixer.module)
+                check_devices(mixer.module)
                 mixer.install()
         self._additive = model.config._attn_implementation == "eager"
         if fingerprint is None:

@@ -15,6 +15,7 @@ from transformers import PretrainedConfig
 from dynamax.backbones.cells import Part
 from dynamax.backbones.chunk import Chunk, Rotary
 from dynamax.backbones.mixers import Mixer, SelectiveMixer, ShortConvMixer, SSDMixer
+from dynamax.backbones.repairs import free_steps
 
 Kinds = list[str | None]
 Windows = list[int | None]
@@ -173,6 +174,14 @@ def ssd(block: nn.Module) -> Mixer | None:
     """Mamba-2, wherever the block has it."""
     module = module_with(block, "dt_bias")
     return None if module is None else SSDMixer(module)
+
+
+def free_ssd(block: nn.Module) -> Mixer | None:
+    """Mamba-2 whose step sizes transformers clamps in chunks alone (Zamba2, Nemotron-H); see ``repairs``."""
+    module = module_with(block, "dt_bias")
+    if module is not None:
+        free_steps(module)
+    return ssd(block)
 
 
 def scaled_ssd(block: nn.Module) -> Mixer | None:

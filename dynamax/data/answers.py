@@ -8,7 +8,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, final
 
-import torch
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
@@ -20,6 +19,7 @@ from dynamax.data.manifest import fingerprint
 from dynamax.data.prompts import Prompt
 from dynamax.data.text import Corpus, Text
 from dynamax.data.writer import locked
+from dynamax.device import chosen
 
 ENDS = ".!?"
 
@@ -49,7 +49,7 @@ class Answers(Corpus):
         device: str = "auto",
     ) -> None:
         self.writer, self.text, self.folder, self.dtype = writer, text, folder, dtype
-        self.device = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+        self.device = chosen(device)
 
     def identity(self) -> dict[str, Any]:
         """Writer, prompts and options."""

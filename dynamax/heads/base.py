@@ -40,7 +40,7 @@ class ExitHead(nn.Module, ABC):
 
     @abstractmethod
     def flops(self) -> int:
-        """Floating-point operations a position, two to a multiply-add; the output matrix not included."""
+        """Floating-point operations of a position with none before it, two to a multiply-add; no output matrix."""
 
 
 class Lens(ExitHead):
@@ -58,7 +58,17 @@ class Lens(ExitHead):
 
 
 class Gate(ExitHead):
-    """Says *whether*: is leaving here right?"""
+    """Says *whether*: is leaving here right?
+
+    A recurrent gate tells what its memory holds of one row, so that reading and writing it is charged.
+
+    Attributes:
+        keys: Values kept of each position; each is read by every later one, at a multiply-add.
+        state: Values of recurrent state, read and written by every call.
+    """
+
+    keys: int = 0
+    state: int = 0
 
     @abstractmethod
     def score(self, h_BTD: Tensor, memory: Memory | None = None) -> Tensor:

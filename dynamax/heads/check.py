@@ -55,7 +55,7 @@ def check_head(head_class: type[ExitHead], **options: object) -> None:
     Shapes and precision, at one position too; the input is left alone; rows do not mix; no position
     sees a later one; every parameter gets a finite gradient; a recurrent gate gives the same however
     its sequence is cut, with padding at the left or without, and keeps old memories intact; FLOPs
-    are told; saved and loaded it is the same head.
+    and memory are told; saved and loaded it is the same head.
 
     Args:
         head_class: A subclass of ``Lens`` or ``Gate``.
@@ -158,6 +158,11 @@ def check_memory(gate: Gate) -> None:
     continued(gate, h_BTD[:, :4], (4,), memory)
     first, second = (continued(gate, h_BTD[:, 4:], (5,), memory.copy()) for _ in range(2))
     demand(gate, torch.equal(first, second), "writes into the tensors of its memory; replace them, so that copies stay")
+    for length in (3, 5):
+        kept, told = held(gate, h_BTD[:1, :length]), gate.state + length * gate.keys
+        demand(
+            gate, kept == told, f"keeps {kept} values after {length} positions and tells of {told}; set keys and state"
+        )
     if gate.recurrent:
         padded_BTD = torch.cat([states(2, 3, dtype=torch.float64), h_BTD], 1)
         padded_BTD[0, 3:], pad_B = h_BTD[0], torch.tensor([3, 0])
@@ -187,6 +192,13 @@ def continued(gate: Gate, h_BTD: Tensor, cuts: tuple[int, ...], memory: Memory) 
     return torch.cat(parts, 1)
 
 
+def held(gate: Gate, h_1TD: Tensor) -> int:
+    """Values that the memory of a sequence holds; masks are not counted."""
+    memory = Memory()
+    continued(gate, h_1TD, (h_1TD.shape[1],), memory)
+    return sum(kept.numel() for kept in memory.values.values() if kept.is_floating_point())
+
+
 def check_round_trip(head: ExitHead, head_class: type[ExitHead], options: dict[str, object]) -> None:
     """Saved and loaded, the head gives the same numbers."""
 
@@ -196,15 +208,15 @@ def check_round_trip(head: ExitHead, head_class: type[ExitHead], options: dict[s
     given = Exit(lens=cast(Callable[[Site], Lens], build)) if isinstance(head, Lens) else Exit(gates=[build])  # type: ignore[list-item]
     bank = ExitBank({2: given}, lambda depth: toy_site(depth=depth))
 
-    def held(bank: ExitBank) -> ExitHead:
+    def saved(bank: ExitBank) -> ExitHead:
         return bank.lens(2) if isinstance(head, Lens) else bank.gates(2)[head_class.__name__]
 
-    stir(held(bank), seed=1)
+    stir(saved(bank), seed=1)
     with tempfile.TemporaryDirectory() as folder:
         bank.save(folder, toy_site().spec)
         loaded = ExitBank.load(folder, lambda depth: toy_site(depth=depth))
     h_BTD = states(2, 5)
-    before, after = (caller(held(each), toy_site())(h_BTD) for each in (bank, loaded))
+    before, after = (caller(saved(each), toy_site())(h_BTD) for each in (bank, loaded))
     demand(
         head,
         torch.equal(before, after),

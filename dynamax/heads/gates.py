@@ -101,7 +101,7 @@ class MambaGate(Gate):
     With W the block's width, E = expand W, N = d_state, H = E / headdim, K = d_conv:
     Parameters: D W + W (2E + 2N + H) + (K + 1)(E + 2N) + 3H + E + 1, without D W at ``width: null``.
     FLOPs: 2 [D W + W (2E + 2N + H) + K (E + 2N) + 2 E N + E]; the decay of the state, E N products,
-    is left out. Initialised as Mamba-2 is: see ``MambaBlock``.
+    is left out. Memory: E N + (K - 1)(E + 2N) values. Initialised as Mamba-2 is: see ``MambaBlock``.
 
     Args:
         d_state: State size of each channel, N.
@@ -126,6 +126,7 @@ class MambaGate(Gate):
         super().__init__()
         self.enter, inner = entrance(site.spec.width, width)
         self.block = MambaBlock(inner, d_state=d_state, d_conv=d_conv, expand=expand, headdim=headdim)
+        self.state = self.block.state
         self.out = undecided(self.block.d_inner)
 
     def score(self, h_BTD: Tensor, memory: Memory | None = None) -> Tensor:
@@ -144,6 +145,7 @@ class AttentionGate(Gate):
     With W the block's width and F = 8/3 W, up to the next multiple of 64:
     Parameters: D W + 4 W^2 + 3 W F + W + 1, without D W at ``width: null``.
     FLOPs: 2 [D W + 4 W^2 + 3 W F + 2 W + W] with one key to attend to; 4 W more for each further one.
+    Memory: 2 W values a position.
 
     Args:
         heads: Attention heads.
@@ -155,6 +157,7 @@ class AttentionGate(Gate):
     def __init__(self, site: Site, *, heads: int = 4, width: int | None = 128) -> None:
         super().__init__()
         self.enter, inner = entrance(site.spec.width, width)
+        self.keys = 2 * inner
         self.attention = CausalAttention(inner, heads)
         self.inner = SwiGLU(inner, swiglu_width(inner))
         self.down = nn.Linear(swiglu_width(inner), inner, bias=False)

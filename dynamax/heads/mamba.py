@@ -44,6 +44,7 @@ class MambaBlock(nn.Module):
             )
         self.heads = self.d_inner // headdim
         self.channels = self.d_inner + 2 * d_state
+        self.state = self.d_inner * d_state + (d_conv - 1) * self.channels
         self.in_proj = nn.Linear(width, self.d_inner + self.channels + self.heads, bias=False)
         self.conv = nn.Conv1d(self.channels, self.channels, positive("d_conv", d_conv), groups=self.channels)
         self.A_log = nn.Parameter(torch.empty(self.heads).uniform_(1.0, 16.0).log())

@@ -33,7 +33,7 @@ def convolve(
 
 
 def _taps(whole_BTC: Tensor, weight_CK: Tensor, bias_C: Tensor | None, length: int) -> Tensor:
-    """A tap at a time: on a CPU faster than a grouped convolution at every length, four times so at the shortest."""
+    """A tap at a time. A grouped convolution costs more over a few positions, on a CPU (``benchmarks.chunks``)."""
     whole, weight_KC = at_least_float32(whole_BTC), at_least_float32(weight_CK).T
     y_BTC = whole[:, :length] * weight_KC[0]
     for tap in range(1, len(weight_KC)):

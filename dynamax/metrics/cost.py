@@ -2,17 +2,17 @@
 
 Counted, not timed. A multiply-add is two FLOPs. Norms, activations, softmax and sampling are left
 out: they are linear in the width, below a percent of the products. Bytes are weights read once a
-call, keys and values read and written, and recurrent state read and written once a call; activations are left out.
+call, keys and values read and written, and recurrent state read and written once a call, of gates as of blocks;
+activations are left out.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import nn
-
 from dynamax.backbones.base import Backbone
 from dynamax.heads.bank import ExitBank
+from dynamax.heads.base import ExitHead, Gate
 from dynamax.types import BlockShape, Step
 
 
@@ -58,7 +58,7 @@ class CostModel:
                 cost += self._block(shape, step.work.rows[index], context)
             if step.work.writes[index]:
                 cost += self._write(shape, step.work.writes[index])
-        return cost + self._reads(step) + self._recurrent(step)
+        return cost + self._reads(step) + self._recurrent(step, context)
 
     def _block(self, shape: BlockShape, rows: int, context: int) -> Cost:
         seen = context + 1 if shape.window is None else min(context + 1, shape.window)
@@ -86,24 +86,28 @@ class CostModel:
             cost += self._output()
             if depth < self.spec.depth and self.bank is not None:
                 lens = self.bank.lens(depth)
-                cost += self._head(lens, lens.flops(), 1)
+                cost += self._head(lens, 1)
         for depth, name in step.gates_read:
             assert self.bank is not None
             gate = self.bank.gates(depth)[name]
             if not gate.recurrent:
-                cost += self._head(gate, gate.flops(), 1)
+                cost += self._head(gate, 1)
         return cost
 
-    def _recurrent(self, step: Step) -> Cost:
+    def _recurrent(self, step: Step, context: int) -> Cost:
         """Recurrent gates read every position that passes them, asked or not."""
         cost = FREE
         for depth in self.bank.recurrent_depths if self.bank is not None else ():
             rows = step.work.rows[depth - 1]
             for gate in self.bank.gates(depth).values() if self.bank is not None else ():
                 if gate.recurrent and rows:
-                    cost += self._head(gate, gate.flops(), rows)
+                    cost += self._head(gate, rows) + self._memory(gate, rows, context)
         return cost
 
-    def _head(self, head: nn.Module, flops: int, rows: int) -> Cost:
+    def _head(self, head: ExitHead, rows: int) -> Cost:
         held = sum(p.numel() * p.element_size() for p in head.parameters())
-        return Cost(float(flops) * rows, held / self.batch)
+        return Cost(float(head.flops()) * rows, held / self.batch)
+
+    def _memory(self, gate: Gate, rows: int, context: int) -> Cost:
+        size = max((p.element_size() for p in gate.parameters()), default=self.size)
+        return Cost(2.0 * gate.keys * context * rows, size * (gate.keys * (context + 1 + rows) + 2.0 * gate.state))

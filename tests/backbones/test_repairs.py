@@ -69,6 +69,14 @@ def test_chunks_clamp_what_steps_do_not(family: str) -> None:
         assert ours(small_steps(family), sizes) < 1e-12
 
 
+def test_a_limit_on_step_sizes_holds_in_steps_too() -> None:
+    """Where a configuration does limit them, transformers' single steps ignore it."""
+    limited = {"time_step_limit": (0.5, 0.9)}
+    with upcast64(), torch.inference_mode():
+        assert continued(tiny("mamba2", **limited), [9] + [1] * 11) > 1e-3
+        assert ours(tiny("mamba2", **limited), [9] + [1] * 11) < 1e-12
+
+
 @pytest.mark.parametrize("family", ["mamba2", "granitemoehybrid-dense"])
 def test_mamba_2_pads_short_chunks(family: str) -> None:
     """As shipped, two positions cost as much as a chunk of 256; counted in products, since time would be noise."""

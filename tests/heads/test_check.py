@@ -101,6 +101,10 @@ def unmasked(self, h_BTD, memory=None):
     return s_BT
 
 
+def untold(self, h_BTD, memory=None):
+    return unmasked(self, h_BTD, memory)
+
+
 def in_place(self, h_BTD, memory=None):
     s_BT = right(self, h_BTD).cumsum(1)
     if memory is not None:
@@ -128,6 +132,7 @@ def hidden_state(self, h_BTD, memory=None):
         (detached, False, "no gradient"),
         (unmasked, True, r"mask by memory.live\(T\)"),
         (in_place, True, "replace them"),
+        (untold, True, "keeps 1 values after 3 positions and tells of 0"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
@@ -135,6 +140,7 @@ def test_a_fault_is_found_and_named(score, recurrent, message):
     check_head(Faulty)
     broken = type("Broken", (Gate,), {"__init__": Faulty.__init__, "flops": Faulty.flops, "score": score})
     broken.recurrent = recurrent
+    broken.state = 1 if score is unmasked else 0
     with pytest.raises(ValueError, match=f"Broken .*{message}"):
         check_head(broken)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from dynamax.backbones.hf import HFBackbone
@@ -12,12 +13,13 @@ from dynamax.backbones.skipped import Propagate
 from dynamax.decoding.early_exit import EarlyExit
 from dynamax.decoding.full import Full
 from dynamax.heads.bank import Exit, ExitBank
-from dynamax.heads.gates import LinearGate, MambaGate
+from dynamax.heads.base import Gate
+from dynamax.heads.gates import AttentionGate, LinearGate, MambaGate
 from dynamax.heads.lenses import LastBlockLens, TunedLens
 from dynamax.metrics.cost import CostModel
 from dynamax.policies.learned import GateConfidence
 from dynamax.policies.schedule import AtDepth
-from dynamax.types import Span, Step
+from dynamax.types import Memory, Span, Step
 from tests.tiny import RECURRENT, tiny
 
 EAGER = ["llama-eager", "mistral-eager", "gemma2"]
@@ -150,6 +152,24 @@ def test_recurrent_gates_are_charged_for_debts_they_read() -> None:
     assert costs.step(steps[1], 9).flops == pytest.approx(
         2 * 2 * (costs.shapes[0].active + costs.shapes[0].scores * 10) + 2 * costs.spec.vocab * costs.spec.width + head
     )
+
+
+@pytest.mark.parametrize("gate_class", [MambaGate, AttentionGate])
+def test_a_gate_is_charged_for_its_memory(gate_class: type[Gate]) -> None:
+    """Behind nine positions: FLOPs by torch's counter, and bytes of its weights and of what its memory holds."""
+    steps, costs, bank = steps_of(GateConfidence(1.0), [gate_class])
+    gate, memory = bank.gates(2)[gate_class.__name__], Memory()
+    gate.score(torch.randn(1, 9, costs.spec.width), memory)
+    before, memory.read = sum(kept.numel() for kept in memory.values.values()), 9
+    with torch.inference_mode(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        gate.score(torch.randn(1, 1, costs.spec.width), memory)
+    after = sum(kept.numel() for kept in memory.values.values())
+    written = after if after == before else after - before  # a state is written whole, keys are added
+    unseen = 2 * (gate.block.conv.weight.numel() + gate.block.d_inner * gate.block.d_state) if gate.state else 0
+    spent, plain = costs.step(steps[1], 9), costs.full(9)
+    assert spent.flops - plain.flops == 2 * (counter.get_total_flops() + unseen)
+    weights = sum(p.numel() for p in gate.parameters())
+    assert spent.bytes - plain.bytes == 2 * 4 * (weights + after + written)
 
 
 def test_the_last_block_is_charged_where_the_lens_runs_it() -> None:

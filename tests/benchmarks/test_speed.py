@@ -1,0 +1,68 @@
+"""The timed benchmarks, on a model of two blocks: every contender is there, and does what its name says."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+from benchmarks import chunks, decode, models
+from benchmarks.models import Contestant, load
+
+TINY = {
+    "model_type": "mamba2",
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "state_size": 8,
+    "num_heads": 4,
+    "head_dim": 16,
+    "n_groups": 1,
+    "vocab_size": 99,
+    "tie_word_embeddings": True,
+}
+
+
+@pytest.fixture(autouse=True)
+def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(models.CONTESTANTS, "tiny", Contestant((1,), TINY))
+
+
+def report(module: ModuleType, folder: Path, monkeypatch: pytest.MonkeyPatch, *given: str) -> dict:
+    out = folder / "report.json"
+    monkeypatch.setattr(sys, "argv", ["benchmark", "--model", "tiny", "--rounds", "1", "--out", str(out), *given])
+    module.main()
+    return json.loads(out.read_text())
+
+
+def test_decode_has_every_contender_and_its_floors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = report(decode, tmp_path, monkeypatch, "--prompts", "1", "--tokens", "4")
+    assert list(found["ms"]) == [
+        "transformers generate",
+        "dynamax, all 2",
+        "dynamax, depth 1",
+        "floor, depth 1",
+        "floor, depth 2",
+    ]
+    backbone, _ = load("tiny", dtype="float32", device="cpu", prompts=1)
+    weights = sum(p.numel() for name, p in backbone.model.named_parameters() if "_proj" in name or "embed" in name)
+    assert found["memory_ms"]["2"] == pytest.approx(1e3 * 4 * weights / (1e9 * found["bandwidth_gb_s"]))
+
+
+def test_chunks_has_every_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    found = report(chunks, tmp_path, monkeypatch)
+    assert set(found["ms"]) == {"1", "2", "4", "8", "16"}
+    assert all(set(row) == {"transformers", "dynamax", "convolve", "grouped"} for row in found["ms"].values())
+    assert len(capsys.readouterr().out.splitlines()) == 6
+
+
+@torch.inference_mode()
+def test_the_contenders_of_a_chunk_say_the_same() -> None:
+    backbone, (prompt_1T,) = load("tiny", dtype="float32", device="cpu", prompts=1)
+    said = {name: ready()() for name, ready in chunks.contenders(backbone, prompt_1T, 4).items()}
+    assert torch.allclose(said["transformers"].logits, said["dynamax"], atol=1e-4)
+    pair = chunks.convolutions(4, "cpu")
+    assert torch.allclose(pair["convolve"]()[0], pair["grouped"](), atol=1e-4)
