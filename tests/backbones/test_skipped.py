@@ -8,6 +8,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from dynamax.backbones.cache import Cache
+from dynamax.backbones.chunk import Chunk
 from dynamax.backbones.hf import HFBackbone
 from dynamax.backbones.skipped import CopyLayer, CopyToken, Exact, Propagate, Skip, SkippedState
 from dynamax.types import Span
@@ -31,17 +32,21 @@ def left(backbone: HFBackbone, rule: SkippedState, *, ran: bool = False) -> tupl
     return cache, h_BTD
 
 
+def by_transformers(backbone: HFBackbone, block: int, h_BTD: Tensor, chunk: Chunk, held: DynamicCache) -> Tensor:
+    """One block as transformers runs it, behind what its own cache holds."""
+    options = {
+        "attention_mask": None,
+        "position_ids": chunk.positions_BT,
+        "position_embeddings": chunk.angles(backbone._kinds[block]),
+        backbone.row.cache: held,
+    }
+    return backbone.row.call(backbone._blocks[block], h_BTD, block, options)
+
+
 def written_by_the_block(backbone: HFBackbone, block: int, h_BTD: Tensor) -> tuple[Tensor, Tensor]:
     """Keys and values that transformers' layer writes for one row at position LENGTH, the whole layer run."""
     store = DynamicCache()
-    chunk = backbone.chunk(h_BTD, LENGTH)
-    backbone._blocks[block](
-        h_BTD,
-        attention_mask=None,
-        position_ids=chunk.positions_BT,
-        position_embeddings=chunk.angles(backbone._kinds[block]),
-        **{backbone.row.cache: store},
-    )
+    by_transformers(backbone, block, h_BTD, backbone.chunk(h_BTD, LENGTH), store)
     return store.layers[block].keys, store.layers[block].values
 
 
@@ -108,18 +113,12 @@ def test_skip_leaves_state_as_it_is_and_unseen(family: str) -> None:
             torch.testing.assert_close(got_BTD, wanted_BTD, **CLOSE)
 
 
-def _beside(backbone: HFBackbone, cache: Cache, block: int, h_BTD: Tensor, chunk) -> Tensor:  # noqa: ANN001
+def _beside(backbone: HFBackbone, cache: Cache, block: int, h_BTD: Tensor, chunk: Chunk) -> Tensor:
     """One block at position LENGTH + 1 over a plain cache that holds the first LENGTH positions."""
     first = chunk.first_key(backbone.window(block))
     store = DynamicCache()
     store.update(*cache.cells[block].keys.read(first), block)
-    return backbone._blocks[block](
-        h_BTD,
-        attention_mask=None,
-        position_ids=chunk.positions_BT,
-        position_embeddings=chunk.angles(backbone._kinds[block]),
-        **{backbone.row.cache: store},
-    )
+    return by_transformers(backbone, block, h_BTD, chunk, store)
 
 
 @pytest.mark.parametrize("rule", [CopyToken(), CopyLayer(), Skip()])
@@ -144,16 +143,14 @@ def test_propagate_advances_a_recurrent_state_as_the_block_would(family: str) ->
         assert cache.filled == [LENGTH + 1] * DEPTH
         assert cache.calls == [2, 2, 1, 1, 1, 1], "no skipped block was run"
         for block in range(EXIT, DEPTH):
-            same(state(cache.cells[block]), _by_transformers(backbone, block, h_BTD))
+            same(state(cache.cells[block]), advanced_by_the_block(backbone, block, h_BTD))
 
 
-def _by_transformers(backbone: HFBackbone, block: int, h_BTD: Tensor) -> State:
+def advanced_by_the_block(backbone: HFBackbone, block: int, h_BTD: Tensor) -> State:
     tokens = torch.randint(0, 61, (1, LENGTH + 1), generator=torch.Generator().manual_seed(0))[:, :LENGTH]
     held = DynamicCache(config=backbone.model.config)
     for rows, start in ((backbone.run(backbone.embed(tokens), Span(0, block)), 0), (h_BTD, LENGTH)):
-        chunk = backbone.chunk(rows, start)
-        options = {"attention_mask": None, "position_ids": chunk.positions_BT, "position_embeddings": chunk.angles()}
-        backbone.row.call(backbone._blocks[block], rows, block, {**options, backbone.row.cache: held})
+        by_transformers(backbone, block, rows, backbone.chunk(rows, start), held)
     return told(held.layers[block])
 
 
@@ -180,7 +177,7 @@ def test_the_last_block_advances_once(ran: bool) -> None:
         cache, h_BTD = left(backbone, Propagate(), ran=ran)
         assert [cell.recurrent.fill for cell in cache.cells] == [LENGTH + 1] * DEPTH
         for block in (EXIT, DEPTH - 1):
-            same(state(cache.cells[block]), _by_transformers(backbone, block, h_BTD))
+            same(state(cache.cells[block]), advanced_by_the_block(backbone, block, h_BTD))
 
 
 @pytest.mark.parametrize("rule", [CopyToken(), CopyLayer()])

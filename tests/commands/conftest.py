@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -35,6 +35,31 @@ data:
     text: {class_path: LocalText, init_args: {path: text.txt, length: 32}}
     folder: store
     validation: 0.25
+"""
+TRAINING = """
+trainer:
+  val_check_interval: 2
+  check_val_every_n_epoch: null
+  num_sanity_val_steps: 0
+  accelerator: cpu
+  enable_checkpointing: true
+  enable_progress_bar: false
+  enable_model_summary: false
+  log_every_n_steps: 1
+  logger: {class_path: CSVLogger, init_args: {save_dir: logs}}
+  callbacks:
+  - class_path: ModelCheckpoint
+    init_args: {dirpath: checkpoints, every_n_train_steps: 2, save_last: true}
+data:
+  class_path: LanguageData
+  init_args:
+    length: 16
+    validation: 0.2
+    validation_blocks: 4
+    folder: text
+    portions:
+    - corpus: {class_path: LocalText, init_args: {path: sums.txt, sample_by: line}}
+      rows: 2
 """
 TEST = """
 trainer:
@@ -78,6 +103,8 @@ def place(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     (tmp_path / "parts" / "exit.yaml").write_text(EXIT)
     (tmp_path / "fit.yaml").write_text(FIT.replace("LOGS", "logs"))
     (tmp_path / "test.yaml").write_text(TEST)
+    (tmp_path / "training.yaml").write_text(TRAINING)
+    (tmp_path / "sums.txt").write_text("\n".join(f"{n} and {n} make {2 * n} by adding." for n in range(100)))
     (tmp_path / "text.txt").write_text("\n\n".join(f"Line {n} is about {n * n}." for n in range(16)))
     return tmp_path
 
@@ -90,5 +117,21 @@ def run(place: Path) -> Callable[..., int]:
         with pytest.raises(SystemExit) as ended:
             main(arguments)
         return ended.value.code  # type: ignore[return-value]
+
+    return one
+
+
+@pytest.fixture
+def refused(
+    run: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> Callable[[Sequence[str], Sequence[str]], None]:
+    """Run a command line that is a mistake, and look at how it is told: all of it in one screen."""
+
+    def one(arguments: Sequence[str], told: Sequence[str]) -> None:
+        assert run(*arguments) == 2
+        message = capsys.readouterr().err.split("dynamax: ")[-1]
+        assert all(words in message for words in told), message
+        assert len(message) < 900
+        assert "Traceback" not in message
 
     return one

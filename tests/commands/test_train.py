@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -11,21 +11,10 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore:Checkpoint directory .* exists", "ignore:Found .* in eval mode", "ignore:.*there is no last checkpoint"
 )
 Run = Callable[..., int]
+Refused = Callable[[Sequence[str], Sequence[str]], None]
 TRAIN = """
 trainer:
   max_steps: 6
-  val_check_interval: 3
-  check_val_every_n_epoch: null
-  num_sanity_val_steps: 0
-  accelerator: cpu
-  enable_checkpointing: true
-  enable_progress_bar: false
-  enable_model_summary: false
-  log_every_n_steps: 1
-  logger: {class_path: CSVLogger, init_args: {save_dir: logs}}
-  callbacks:
-  - class_path: ModelCheckpoint
-    init_args: {dirpath: checkpoints, every_n_train_steps: 2, save_last: true}
 model:
   class_path: PretrainingModule
   init_args:
@@ -45,21 +34,13 @@ data:
   class_path: LanguageData
   init_args:
     vocab: 280
-    length: 16
-    validation: 0.2
-    validation_blocks: 4
-    folder: text
-    portions:
-    - corpus: {class_path: LocalText, init_args: {path: sums.txt, sample_by: line}}
-      rows: 2
 """
-ARGUMENTS = ("train", "-c", "train.yaml")
+ARGUMENTS = ("train", "-c", "training.yaml", "-c", "train.yaml")
 
 
 @pytest.fixture
 def prepared(place: Path) -> Path:
     (place / "train.yaml").write_text(TRAIN)
-    (place / "sums.txt").write_text("\n".join(f"{n} and {n} make {2 * n} by adding." for n in range(100)))
     return place
 
 
@@ -93,7 +74,7 @@ def test_a_later_file_changes_the_objective(run: Run, prepared: Path) -> None:
 
 CASES = {
     "another model": (["train", "-c", "fit.yaml"], ["HeadsModule", "Use: dynamax fit"]),
-    "another command": (["fit", "-c", "train.yaml"], ["PretrainingModule", "Use: dynamax train"]),
+    "another command": (["fit", *ARGUMENTS[1:]], ["PretrainingModule", "Use: dynamax train"]),
     "objective": ([*ARGUMENTS, "--model.objective", "LayerSkep"], ["Did you mean LayerSkip", "NextToken"]),
     "family": ([*ARGUMENTS, "--model.config={model_type: lama}"], ["lama", "llama, "]),
     "entry": ([*ARGUMENTS, "--model.config={model_type: llama, hiden_size: 3}"], ["no hiden_size", "hidden_size"]),
@@ -110,12 +91,6 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_mistakes_are_told_in_one_screen(
-    run: Run, prepared: Path, capsys: pytest.CaptureFixture[str], case: str
-) -> None:
-    arguments, told = CASES[case]
-    assert run(*arguments) == 2
-    message = capsys.readouterr().err.split("dynamax: ")[-1]
-    assert all(words in message for words in told), message
-    assert "Traceback" not in message
+def test_mistakes_are_told_in_one_screen(refused: Refused, prepared: Path, case: str) -> None:
+    refused(*CASES[case])
     assert not (prepared / "model").exists()

@@ -18,10 +18,9 @@ from dynamax.modules.card import card
 from dynamax.modules.distilling import DistillationModule
 from dynamax.objectives.distillation import LogitDistillation
 from tests.folders import model_folder
-from tests.modules.test_pretraining import Stop, StopAt, data, trainer, weights
-from tests.modules.test_pretraining import pytestmark as pytestmark_pretraining
+from tests.modules.languages import WARNINGS, Stop, StopAt, data, trainer, weights
 
-pytestmark = pytestmark_pretraining
+pytestmark = WARNINGS
 DEPTH = 3
 
 

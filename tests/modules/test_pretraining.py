@@ -1,105 +1,23 @@
-"""A tiny sibling from the start: it learns, goes on where it was stopped, and is written as transformers reads it."""
+"""A tiny sibling from the start: it learns, and goes on where it was stopped."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Callback, Trainer, seed_everything
+from lightning.pytorch import seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dynamax.backbones.sources import Folder
-from dynamax.data.language import LanguageData, Portion
-from dynamax.data.text import Corpus, Text
-from dynamax.modules.card import card
 from dynamax.modules.pretraining import PretrainingModule
-from dynamax.modules.record import TrainingRecord
-from dynamax.modules.schedule import warm_flat_linear
 from dynamax.objectives.early_exit import LayerSkip, NextToken
-from tests.modules.test_heads import pytestmark as pytestmark_heads
+from tests.modules.languages import WARNINGS, Stop, StopAt, data, module, trainer, weights
 
-pytestmark = [*pytestmark_heads, pytest.mark.filterwarnings("ignore:Found .* in eval mode")]
-CONFIG = {
-    "model_type": "llama",
-    "num_hidden_layers": 4,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "tie_word_embeddings": True,
-}
-
-
-class Sums(Corpus):
-    """Sentences that are easy to learn."""
-
-    def identity(self) -> dict[str, Any]:
-        return {"source": "Sums"}
-
-    def texts(self) -> Iterator[Text]:
-        for number in range(300):
-            yield Text(f"Question: what comes after {number}? Answer: {number + 1}.", str(number))
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("text")
-    data(folder).prepare_data()
-    return folder
-
-
-def data(folder: Path, **options) -> LanguageData:
-    given = {"vocab": 300, "length": 16, "validation_blocks": 8} | options
-    return LanguageData([Portion(Sums(), 4)], folder=str(folder), **given)
-
-
-def module(**options) -> PretrainingModule:
-    seed_everything(0, verbose=False)
-    config = CONFIG | options.pop("config", {})
-    given = {"exits": [1, 2], "objective": LayerSkip(), "warmup": 4} | options
-    return PretrainingModule(config, **given)
-
-
-def trainer(place: Path, *callbacks: Callback, steps: int = 12, **options) -> Trainer:
-    given = {
-        "max_steps": steps,
-        "val_check_interval": 6,
-        "check_val_every_n_epoch": None,
-        "num_sanity_val_steps": 0,
-        "gradient_clip_val": 1.0,
-        "logger": False,
-        "enable_checkpointing": any(isinstance(callback, ModelCheckpoint) for callback in callbacks),
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "accelerator": "cpu",
-        "default_root_dir": place,
-        "callbacks": list(callbacks),
-    }
-    return Trainer(**(given | options))
-
-
-def weights(trained: PretrainingModule) -> dict[str, torch.Tensor]:
-    return {name: tensor.clone() for name, tensor in trained.state_dict().items()}
-
-
-@pytest.fixture(scope="module")
-def trained(text: Path, tmp_path_factory) -> tuple[PretrainingModule, Trainer, Path]:
-    """Trained for a while, and exported."""
-    place = tmp_path_factory.mktemp("trained")
-    built = module(export=str(place / "model"), prompts=["Question: what"])
-    fitter = trainer(place, steps=60, val_check_interval=30)
-    fitter.fit(built, datamodule=data(text))
-    return built, fitter, place / "model"
-
-
-# -- training -----------------------------------------------------------------------------------------
+pytestmark = WARNINGS
 
 
 def test_it_learns_at_every_depth(trained) -> None:
@@ -128,19 +46,6 @@ def test_every_weight_moves(text: Path, tmp_path: Path) -> None:
     fitter = trainer(tmp_path, steps=6)
     fitter.fit(built, datamodule=data(text))
     assert not [name for name, tensor in weights(built).items() if torch.equal(tensor, before[name])]
-
-
-class Stop(Exception):
-    """The power went."""
-
-
-class StopAt(Callback):
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_train_batch_end(self, trainer, *_) -> None:
-        if trainer.global_step == self.step:
-            raise Stop
 
 
 @pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists")
@@ -182,64 +87,6 @@ def test_a_checkpoint_of_something_else_is_refused(
         trainer(tmp_path).fit(module(**options), datamodule=data(text, **other), ckpt_path=str(tmp_path / "last.ckpt"))
 
 
-# -- the exported folder --------------------------------------------------------------------------------
-
-
-def test_transformers_and_our_own_source_load_it(trained, text: Path) -> None:
-    built, _, folder = trained
-    loaded = AutoModelForCausalLM.from_pretrained(folder)
-    assert loaded.dtype == torch.float16
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    tokens = torch.tensor([tokenizer("Question: what comes after 7?")["input_ids"]])
-    ours = Folder(str(folder)).load()
-    with torch.no_grad():
-        wanted = built.backbone.reference(tokens)
-        torch.testing.assert_close(loaded.float()(tokens).logits, wanted, atol=0.02, rtol=0.02)
-        torch.testing.assert_close(ours.reference(tokens), wanted, atol=0.02, rtol=0.02)
-    assert tokenizer.decode(tokens[0]) == "Question: what comes after 7?"
-    assert (folder / "model.safetensors").stat().st_size < 2.2 * sum(p.numel() for p in built.parameters()) + 10_000
-
-
-def test_report_and_card_tell_recipe_and_figures(trained) -> None:
-    built, fitter, folder = trained
-    report = json.loads((folder / "training.json").read_text())
-    assert report["steps"] == 60
-    assert report["tokens"] == 60 * 64
-    assert report["objective"] == {"name": "LayerSkip", "weight": 1.0, "dropout": 0.1, "seed": 0}
-    assert set(report["validation"]) == {"30", "60"}
-    perplexity = float(fitter.callback_metrics["val/perplexity/4"])
-    assert report["depths"]["4"]["perplexity"] == pytest.approx(perplexity, rel=0.01)
-    assert report["curve"][0][1] > report["curve"][-1][1]
-    assert [sample["sampling"] for sample in report["samples"]] == ["greedy", "temperature 0.7"]
-    text = (folder / "README.md").read_text()
-    assert text == card("model", report)
-    assert f"{report['depths']['2']['perplexity']:.1f}" in text
-    assert "Sums" in text
-
-
-def test_an_export_is_replaced_and_other_folders_are_not(text: Path, tmp_path: Path) -> None:
-    for steps in (1, 2):
-        built = module(export=str(tmp_path / "model"))
-        trainer(tmp_path, steps=steps, limit_val_batches=1).fit(built, datamodule=data(text))
-        assert json.loads((tmp_path / "model" / "training.json").read_text())["steps"] == steps
-    assert {path.name for path in tmp_path.iterdir()} == {"model"}
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "thesis.txt").write_text("all of it")
-    with pytest.raises(ValueError, match="no model of `dynamax train`"):
-        trainer(tmp_path).fit(module(export=str(tmp_path / "mine")), datamodule=data(text))
-    assert (tmp_path / "mine" / "thesis.txt").read_text() == "all of it"
-
-
-def test_a_failed_export_leaves_nothing(text: Path, tmp_path: Path, monkeypatch) -> None:
-    def fail(*_: object, **__: object) -> None:
-        raise Stop
-
-    monkeypatch.setattr("dynamax.modules.export.measure", fail)
-    with pytest.raises(Stop):
-        trainer(tmp_path, steps=1).fit(module(export=str(tmp_path / "model")), datamodule=data(text))
-    assert list(tmp_path.iterdir()) == []
-
-
 RECURRENT: dict[str, dict[str, Any]] = {
     "mamba2": {"num_heads": 4, "head_dim": 16, "state_size": 8, "n_groups": 1, "expand": 2},
     "granitemoehybrid": {
@@ -274,9 +121,6 @@ def test_mamba_and_hybrid_train_and_are_written(text: Path, tmp_path: Path, kind
     assert report["depths"]["4"]["perplexity"] == pytest.approx(found, rel=0.02)
 
 
-# -- refusals and small parts ---------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("options", "told"),
     [
@@ -308,15 +152,6 @@ def test_blocks_must_fit_the_context_and_training_must_end(text: Path, tmp_path:
         trainer(tmp_path, steps=-1, max_epochs=-1).fit(module(), datamodule=data(text))
 
 
-def test_the_learning_rate_rises_stays_and_falls() -> None:
-    factor = warm_flat_linear(100, warmup=10, flat=0.3)
-    assert [factor(step) for step in (0, 9, 10, 29, 30)] == [0.1, 1.0, 1.0, 1.0, 1.0]
-    assert factor(65) == pytest.approx(0.5)
-    assert factor(99) == pytest.approx(1 / 70)
-    assert factor(100) == factor(101) == 0.0
-    assert warm_flat_linear(4, warmup=10, flat=0.3)(3) == 0.4
-
-
 def test_blocks_are_compiled_if_asked(text: Path, tmp_path: Path, monkeypatch) -> None:
     compiled: list[torch.nn.Module] = []
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **_: compiled.append(self))
@@ -334,18 +169,6 @@ def test_vectors_do_not_decay(text: Path, tmp_path: Path) -> None:
     assert {p.ndim for p in vectors["params"]} == {1}
     assert len(matrices["params"]) + len(vectors["params"]) == len(list(built.parameters()))
     assert matrices["betas"] == (0.9, 0.95)
-
-
-def test_a_curve_has_few_points_and_all_steps() -> None:
-    record = TrainingRecord()
-    assert record.curve() == []
-    for step in range(101):
-        record.add(torch.tensor(float(step)), 2)
-    curve = record.curve()
-    assert len(curve) <= 40
-    assert curve[0] == (3, 1.0)
-    assert curve[-1] == (101, 99.5)
-    assert record.tokens == 202
 
 
 @pytest.mark.gpu

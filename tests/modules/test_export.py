@@ -1,0 +1,84 @@
+"""A trained model is written as transformers reads it, with its recipe and its figures, whole or not at all."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from dynamax.backbones.sources import Folder
+from dynamax.modules.card import card
+from dynamax.modules.record import TrainingRecord
+from tests.modules.languages import WARNINGS, Stop, data, module, trainer
+
+pytestmark = WARNINGS
+
+
+def test_transformers_and_our_own_source_load_it(trained, text: Path) -> None:
+    built, _, folder = trained
+    loaded = AutoModelForCausalLM.from_pretrained(folder)
+    assert loaded.dtype == torch.float16
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokens = torch.tensor([tokenizer("Question: what comes after 7?")["input_ids"]])
+    ours = Folder(str(folder)).load()
+    with torch.no_grad():
+        wanted = built.backbone.reference(tokens)
+        torch.testing.assert_close(loaded.float()(tokens).logits, wanted, atol=0.02, rtol=0.02)
+        torch.testing.assert_close(ours.reference(tokens), wanted, atol=0.02, rtol=0.02)
+    assert tokenizer.decode(tokens[0]) == "Question: what comes after 7?"
+    assert (folder / "model.safetensors").stat().st_size < 2.2 * sum(p.numel() for p in built.parameters()) + 10_000
+
+
+def test_report_and_card_tell_recipe_and_figures(trained) -> None:
+    built, fitter, folder = trained
+    report = json.loads((folder / "training.json").read_text())
+    assert report["steps"] == 60
+    assert report["tokens"] == 60 * 64
+    assert report["objective"] == {"name": "LayerSkip", "weight": 1.0, "dropout": 0.1, "seed": 0}
+    assert set(report["validation"]) == {"30", "60"}
+    perplexity = float(fitter.callback_metrics["val/perplexity/4"])
+    assert report["depths"]["4"]["perplexity"] == pytest.approx(perplexity, rel=0.01)
+    assert report["curve"][0][1] > report["curve"][-1][1]
+    assert [sample["sampling"] for sample in report["samples"]] == ["greedy", "temperature 0.7"]
+    text = (folder / "README.md").read_text()
+    assert text == card("model", report)
+    assert f"{report['depths']['2']['perplexity']:.1f}" in text
+    assert "Sums" in text
+
+
+def test_an_export_is_replaced_and_other_folders_are_not(text: Path, tmp_path: Path) -> None:
+    for steps in (1, 2):
+        built = module(export=str(tmp_path / "model"))
+        trainer(tmp_path, steps=steps, limit_val_batches=1).fit(built, datamodule=data(text))
+        assert json.loads((tmp_path / "model" / "training.json").read_text())["steps"] == steps
+    assert {path.name for path in tmp_path.iterdir()} == {"model"}
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("all of it")
+    with pytest.raises(ValueError, match="no model of `dynamax train`"):
+        trainer(tmp_path).fit(module(export=str(tmp_path / "mine")), datamodule=data(text))
+    assert (tmp_path / "mine" / "thesis.txt").read_text() == "all of it"
+
+
+def test_a_failed_export_leaves_nothing(text: Path, tmp_path: Path, monkeypatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise Stop
+
+    monkeypatch.setattr("dynamax.modules.export.measure", fail)
+    with pytest.raises(Stop):
+        trainer(tmp_path, steps=1).fit(module(export=str(tmp_path / "model")), datamodule=data(text))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_curve_has_few_points_and_all_steps() -> None:
+    record = TrainingRecord()
+    assert record.curve() == []
+    for step in range(101):
+        record.add(torch.tensor(float(step)), 2)
+    curve = record.curve()
+    assert len(curve) <= 40
+    assert curve[0] == (3, 1.0)
+    assert curve[-1] == (101, 99.5)
+    assert record.tokens == 202

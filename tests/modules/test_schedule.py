@@ -1,0 +1,24 @@
+"""Learning rates over a run."""
+
+from __future__ import annotations
+
+import pytest
+
+from dynamax.modules.schedule import warm_cosine, warm_flat_linear
+
+
+def test_learning_rates_rise_and_fall_in_their_phase():
+    factor = warm_cosine(10, 30, 0.1)
+    assert [factor(step) for step in (0, 9, 30, 99)] == [0.0] * 4
+    assert [factor(step) for step in (10, 11, 12)] == [0.5, 1.0, 1.0]
+    assert factor(21) == pytest.approx(0.5)
+    assert 0 < factor(29) < 0.01
+
+
+def test_the_learning_rate_rises_stays_and_falls() -> None:
+    factor = warm_flat_linear(100, warmup=10, flat=0.3)
+    assert [factor(step) for step in (0, 9, 10, 29, 30)] == [0.1, 1.0, 1.0, 1.0, 1.0]
+    assert factor(65) == pytest.approx(0.5)
+    assert factor(99) == pytest.approx(1 / 70)
+    assert factor(100) == factor(101) == 0.0
+    assert warm_flat_linear(4, warmup=10, flat=0.3)(3) == 0.4
