@@ -46,7 +46,7 @@ def _by_device(function: FunctionType) -> Callable[..., Any]:
 
     @functools.wraps(plain)
     def chosen(*args: Any, **options: Any) -> Any:  # noqa: ANN401
-        on_gpu = any(isinstance(value, torch.Tensor) and value.is_cuda for value in args)
+        on_gpu = any(isinstance(value, torch.Tensor) and value.is_cuda for value in (*args, *options.values()))
         return (function if on_gpu else plain)(*args, **options)
 
     return chosen

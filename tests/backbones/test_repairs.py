@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache, PreTrainedModel
 
 from dynamax.backbones.hf import HFBackbone
+from dynamax.backbones.repairs import check_devices
 from dynamax.types import Span
 from tests.float64 import upcast64
 from tests.states import PURE
@@ -20,8 +21,16 @@ from tests.tiny import tiny
 TOKENS = torch.randint(0, 61, (1, 20), generator=torch.Generator().manual_seed(3))
 
 
+def plain(model: PreTrainedModel) -> PreTrainedModel:
+    """Transformers' own code as it is, but for kernels that it would give CPU tensors to where they are installed."""
+    for module in model.modules():
+        check_devices(module)
+    return model
+
+
 def continued(model: PreTrainedModel, sizes: list[int]) -> float:
     """Largest error of transformers' own logits when it continues its own cache, relative to its one pass."""
+    plain(model)
     cache, logits, at = DynamicCache(config=model.config), [], 0
     keyword = "cache_params" if model.config.model_type in PURE else "past_key_values"
     for size in sizes:
@@ -81,7 +90,7 @@ def test_a_limit_on_step_sizes_holds_in_steps_too() -> None:
 def test_mamba_2_pads_short_chunks(family: str) -> None:
     """As shipped, two positions cost as much as a chunk of 256; counted in products, since time would be noise."""
     sized = {"chunk_size": 256} if family == "mamba2" else {"mamba_chunk_size": 256}
-    model = tiny(family, dtype=torch.float32, **sized)
+    model = plain(tiny(family, dtype=torch.float32, **sized))
     with torch.inference_mode():
         theirs = products(lambda: model(TOKENS[:, :2]))
         backbone = HFBackbone(model)
