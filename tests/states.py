@@ -17,17 +17,11 @@ PURE = {"mamba", "mamba2", "falcon_mamba"}
 State = dict[str, Tensor]
 
 
-def reference(model: PreTrainedModel, tokens_BT: Tensor, pad_B: Tensor | None = None) -> list[State]:
+def reference(model: PreTrainedModel, tokens_BT: Tensor) -> list[State]:
     """What transformers' own cache holds after one full pass, block by block; sliding layers kept whole."""
     cache = DynamicCache(config=model.config) if model.config.model_type in STATEFUL else DynamicCache()
-    mask = None if pad_B is None else (torch.arange(tokens_BT.shape[1])[None] >= pad_B[:, None]).long()
-    options = {"attention_mask": mask, "use_cache": True}
-    if model.config.model_type in PURE:
-        options["cache_params"] = cache
-    else:
-        positions = None if mask is None else (mask.cumsum(-1) - 1).clamp_min(0)
-        options |= {"past_key_values": cache, "position_ids": positions}
-    model(tokens_BT, **options)
+    keyword = "cache_params" if model.config.model_type in PURE else "past_key_values"
+    model(tokens_BT, use_cache=True, **{keyword: cache})
     return [told(layer) for layer in cache.layers]
 
 
@@ -50,13 +44,17 @@ def state(cell: Cell) -> State:
     return held
 
 
-def same(got: State, wanted: State, live_BT: Tensor | None = None) -> None:
-    """Both hold the same; keys and values only at live positions."""
+def row_of(held: State, row: int, pad: int) -> State:
+    """What is held of one row, behind its padding."""
+    alone = {name: tensor[row : row + 1] for name, tensor in held.items()}
+    return {name: tensor[:, :, pad:] if name in ("keys", "values") else tensor for name, tensor in alone.items()}
+
+
+def same(got: State, wanted: State) -> None:
+    """Both hold the same."""
     assert got.keys() == wanted.keys()
     for name, mine in got.items():
         theirs = wanted[name]
         if name == "window":
             theirs = theirs[..., -mine.shape[-1] :]  # transformers keeps one input more than is needed
-        if name in ("keys", "values") and live_BT is not None:
-            mine, theirs = mine * live_BT[:, None, :, None], theirs * live_BT[:, None, :, None]
         torch.testing.assert_close(mine, theirs, **CLOSE)

@@ -86,6 +86,22 @@ def test_a_limit_on_step_sizes_holds_in_steps_too() -> None:
         assert ours(tiny("mamba2", **limited), [9] + [1] * 11) < 1e-12
 
 
+@pytest.mark.parametrize("family", ["mamba-bias", "mamba2-bias", "falcon_h1-normed", "lfm2-bias"])
+def test_padding_comes_through_the_bias_of_a_projection(family: str) -> None:
+    """transformers masks what goes into the input projection; its bias then fills the convolution's window."""
+    padded_BT, mask_BT = torch.nn.functional.pad(TOKENS, (3, 0)), torch.tensor([[0] * 3 + [1] * 20])
+    positions_BT = (mask_BT.cumsum(-1) - 1).clamp_min(0)
+    with upcast64(), torch.inference_mode():
+        model = plain(tiny(family))
+        options = {} if model.config.model_type in PURE else {"position_ids": positions_BT}
+        wanted = model(TOKENS).logits
+        assert (model(padded_BT, attention_mask=mask_BT, **options).logits[:, 3:] - wanted).abs().max() > 1e-3
+        backbone = HFBackbone(model)
+        cache = backbone.new_cache(pad_B=torch.tensor([3]))
+        got = backbone.unembed(backbone.run(backbone.embed(padded_BT, cache), Span(0, 6), cache))
+        assert (got[:, 3:] - wanted).abs().max() < 1e-12
+
+
 @pytest.mark.parametrize("family", ["mamba2", "granitemoehybrid-dense"])
 def test_mamba_2_pads_short_chunks(family: str) -> None:
     """As shipped, two positions cost as much as a chunk of 256; counted in products, since time would be noise."""

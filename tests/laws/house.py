@@ -91,17 +91,13 @@ def padded(lengths: Sequence[int] = (9, 6, 4)) -> tuple[Tensor, Tensor]:
     return torch.stack(rows), torch.tensor([longest - n for n in lengths])
 
 
-def attention_mask(prompt_BT: Tensor, pad_B: Tensor) -> Tensor:
-    """transformers' mask for the same padding."""
-    return (torch.arange(prompt_BT.shape[1])[None] >= pad_B[:, None]).long()
-
-
 def generate(model: PreTrainedModel, prompt_BT: Tensor, limit: int, pad_B: Tensor | None = None) -> Tensor:
-    """transformers' own greedy decoding: the tokens after the prompt."""
-    mask = torch.ones_like(prompt_BT) if pad_B is None else attention_mask(prompt_BT, pad_B)
-    out = model.generate(
-        prompt_BT, attention_mask=mask, max_new_tokens=limit, min_new_tokens=limit, do_sample=False, pad_token_id=0
-    )
+    """transformers' own greedy decoding: the tokens after the prompt. Padded rows are decoded alone, unpadded."""
+    if pad_B is not None:
+        rows = zip(prompt_BT, pad_B.tolist(), strict=True)
+        return torch.cat([generate(model, row_T[None, pad:], limit) for row_T, pad in rows])
+    options = {"max_new_tokens": limit, "min_new_tokens": limit, "do_sample": False, "pad_token_id": 0}
+    out = model.generate(prompt_BT, attention_mask=torch.ones_like(prompt_BT), **options)
     return out[:, prompt_BT.shape[1] :]
 
 
