@@ -99,6 +99,8 @@ class Backbone(nn.Module, ABC):
         if span.start == cache.span.start:
             cache.balance()
         mine, chunk = h_BTD.shape[1], None
+        if not mine:
+            raise ValueError(f"run was given no positions: {tuple(h_BTD.shape)}. Give it at least one.")
         for index in range(*span):
             debt_BTD = cache.due(index)
             if debt_BTD is not None:

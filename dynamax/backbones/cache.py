@@ -122,8 +122,9 @@ class Cache:
     def rollback(self, mark: Mark, keep: int = 0) -> None:
         """Forget all positions since the mark but the first ``keep``.
 
-        Where blocks are recurrent, positions can be kept since the newest mark alone. Heads' memories
-        return to the mark; whoever keeps positions lets the heads read them again.
+        Where blocks are recurrent, positions can be kept since the newest mark alone, and an older mark can be
+        returned to only if nothing was owed there. Heads' memories return to the mark; whoever keeps positions lets
+        the heads read them again.
         """
         length = mark.length + keep
         at = self.filled[-1]

@@ -99,11 +99,12 @@ class Recurrent:
         return answer
 
     def skip(self, count: int) -> None:
-        """Let positions go by unread."""
+        """Let positions go by unread. A rollback can then return to a mark, but to no place behind it."""
         self.fill += count
+        self._mark = None
 
     def mark(self) -> Anchor:
-        """Where ``crop`` can return to, and beyond it to any later position."""
+        """Where ``crop`` can return to, and beyond it to any later position; rows are noted until the next mark."""
         self._mark, self._rows = (self.fill, self.past), []
         return self._mark
 

@@ -115,5 +115,5 @@ class Chunk:
             seen_B1TK = seen_B1TK & (keys_K[None] >= self.pad_B[:, None])[:, None, None]
         if not self._additive:
             return seen_B1TK
-        least = max(torch.finfo(self._like.dtype).min, torch.finfo(torch.float32).min)  # eager softmax is float32
+        least = max(torch.finfo(self._like.dtype).min, torch.finfo(torch.float32).min) / 2  # a score may be added
         return torch.zeros_like(seen_B1TK, dtype=self._like.dtype).masked_fill(~seen_B1TK, least)

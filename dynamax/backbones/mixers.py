@@ -2,7 +2,11 @@
 
 A mixer stands in for the ``forward`` of one transformers module and uses its weights. It takes over where
 the cache it is given is a ``Store``; otherwise transformers' own code runs, which is what it is checked
-against. Knows modules and stores, neither families nor positions.
+against. A mixer holds its module and names, no tensors, so that a copied model has copied mixers.
+Knows modules and stores, neither families nor positions.
+
+Padding changes no state: what it projects is masked. transformers masks what goes into the projection, whose bias,
+where there is one, then reaches the first live positions through the convolution.
 
 E counts the inner channels, N the entries of a channel's state, G the groups of heads.
 """
@@ -74,7 +78,7 @@ class SSDMixer(Mixer):
     Args:
         module: ``in_proj`` to gate, input, B, C and step; ``conv1d``, ``A_log``, ``D``, ``dt_bias``, ``out_proj``.
         gain: Factor of the input.
-        scale: Gives the factors of the projected channels; None for none.
+        scale: Name of the module's factors of the projected channels; None for none.
         finish: Output before the last projection, from the scan's and the gate; the module's gated norm if left out.
     """
 
@@ -83,7 +87,7 @@ class SSDMixer(Mixer):
         module: nn.Module,
         *,
         gain: float = 1.0,
-        scale: Callable[[], Tensor] | None = None,
+        scale: str | None = None,
         finish: Callable[[Tensor, Tensor], Tensor] | None = None,
     ) -> None:
         super().__init__(module)
@@ -108,7 +112,7 @@ class SSDMixer(Mixer):
         linear = self.module.in_proj
         bias = None if linear.bias is None else linear.bias[first:]
         projected = F.linear(u_BTD if self._gain == 1.0 else u_BTD * self._gain, linear.weight[first:], bias)
-        return projected if self._scale is None else projected * self._scale()[..., first:]
+        return projected if self._scale is None else projected * getattr(self.module, self._scale)[..., first:]
 
     def _rows(self, xbc_BTC: Tensor, dt_BTH: Tensor, store: Store) -> Past:
         low, high = self.module.time_step_limit
@@ -145,19 +149,16 @@ class SSDMixer(Mixer):
         return self._sizes[1] * (self.module.conv_kernel_size - 1) + self._inner * self.module.ssm_state_size
 
 
-Norms = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
-
-
 @final
 class SelectiveMixer(Mixer):
     """Mamba-1 and its kin. transformers starts every chunk from a state of zeros; this one from the state there is.
 
     Args:
         module: ``in_proj`` to input and gate; ``conv1d``, ``x_proj``, ``dt_proj``, ``A_log``, ``D``, ``out_proj``.
-        norms: What is done to step, B and C before use; nothing if left out.
+        norms: Names of the module's norms of step, B and C; None for none.
     """
 
-    def __init__(self, module: nn.Module, *, norms: Norms | None = None) -> None:
+    def __init__(self, module: nn.Module, *, norms: tuple[str, str, str] | None = None) -> None:
         super().__init__(module)
         self._norms = norms
         self._inner = self.module.intermediate_size
@@ -185,13 +186,11 @@ class SelectiveMixer(Mixer):
         x_BTE = m.act(x_BTE)
         step, b, c = m.x_proj(x_BTE).split([m.time_step_rank, m.ssm_state_size, m.ssm_state_size], -1)
         if self._norms is not None:
-            step, b, c = self._norms(step, b, c)
+            step, b, c = (getattr(m, name)(part) for name, part in zip(self._norms, (step, b, c), strict=True))
         bias = at_least_float32(m.dt_proj.bias)
         dt_BTE = F.softplus(at_least_float32(F.linear(step, m.dt_proj.weight)) + bias)
         (dt_BTE,) = masked(live_BT, dt_BTE)
         x_BTE, b_BTN, c_BTN = at_least_float32(x_BTE), at_least_float32(b), at_least_float32(c)
-        if state_BEN is None:
-            state_BEN = x_BTE.new_zeros(len(x_BTE), self._inner, m.ssm_state_size)
         decay_EN = -at_least_float32(m.A_log).exp()
         y_BTE, state_BEN = selective.scan(x_BTE, dt_BTE, decay_EN, b_BTN, c_BTN, state_BEN)
         return torch.addcmul(y_BTE, x_BTE, at_least_float32(m.D)), (window, state_BEN)

@@ -22,10 +22,10 @@ def free_steps(module: nn.Module) -> None:
 
     Zamba2 and NemotronH clamp step sizes from below by ``time_step_min``, a bound of their initialisation,
     in chunks and not in single steps, so that their own decoding differs from their own pass over the same
-    text. The code they were trained with clamps in neither.
+    text. The code they were trained with clamps in neither, unless a configuration names a limit.
     """
     mixer: Any = module
-    mixer.time_step_limit = (0.0, math.inf)
+    mixer.time_step_limit = tuple(mixer.config.to_dict().get("time_step_limit") or (0.0, math.inf))
 
 
 def check_devices(module: nn.Module) -> None:

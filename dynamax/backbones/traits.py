@@ -188,7 +188,7 @@ def scaled_ssd(block: nn.Module) -> Mixer | None:
     """Falcon-H1's Mamba-2: input and channels are scaled, and the gated norm may be missing."""
     module: Any = module_with(block, "dt_bias")
     finish = None if module.mamba_rms_norm else gated
-    return SSDMixer(module, gain=module.ssm_in_multiplier, scale=lambda: module.mup_vector, finish=finish)
+    return SSDMixer(module, gain=module.ssm_in_multiplier, scale="mup_vector", finish=finish)
 
 
 def gated(y_BTE: Tensor, z_BTE: Tensor) -> Tensor:
@@ -204,14 +204,8 @@ def selective(block: nn.Module) -> Mixer | None:
 
 def normed_selective(block: nn.Module) -> Mixer | None:
     """Mamba-1 with norms on step, B and C (Falcon-Mamba, Jamba)."""
-    module: Any = module_with(block, "x_proj")
-    if module is None:
-        return None
-
-    def norms(step: Tensor, b: Tensor, c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return module.dt_layernorm(step), module.b_layernorm(b), module.c_layernorm(c)
-
-    return SelectiveMixer(module, norms=norms)
+    module = module_with(block, "x_proj")
+    return None if module is None else SelectiveMixer(module, norms=("dt_layernorm", "b_layernorm", "c_layernorm"))
 
 
 def short_convolution(block: nn.Module) -> Mixer | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 from collections.abc import Callable
@@ -25,7 +26,12 @@ def backend(package: str, device: torch.device | str, dtype: torch.dtype = torch
         dtype: Their precision.
     """
     on_gpu = torch.device(device).type == "cuda" and dtype != torch.float64
-    return package if on_gpu and importlib.util.find_spec(package) is not None else "torch"
+    return package if on_gpu and _installed(package) else "torch"
+
+
+@functools.cache
+def _installed(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
 
 
 def kernel(module: str, name: str) -> Callable[..., Any]:

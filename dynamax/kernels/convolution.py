@@ -27,9 +27,14 @@ def convolve(
         window_BWC = x_BTC.new_zeros(x_BTC.shape[0], taps - 1, x_BTC.shape[2])
     whole_BTC = torch.cat([window_BWC, x_BTC], 1)
     window = whole_BTC[:, whole_BTC.shape[1] - taps + 1 :]
-    if x_BTC.shape[1] > 1 and backend("causal_conv1d", x_BTC.device, x_BTC.dtype) != "torch":
+    if compiled(x_BTC, taps) and backend("causal_conv1d", x_BTC.device, x_BTC.dtype) != "torch":
         return _kernel(x_BTC, window_BWC, weight_CK, bias_C), window
     return _taps(whole_BTC, weight_CK, bias_C, x_BTC.shape[1]), window
+
+
+def compiled(x_BTC: Tensor, taps: int) -> bool:
+    """Whether the compiled kernel takes inputs of this shape: several positions, 2 to 4 taps, channels in eights."""
+    return x_BTC.shape[1] > 1 and 2 <= taps <= 4 and x_BTC.shape[2] % 8 == 0
 
 
 def _taps(whole_BTC: Tensor, weight_CK: Tensor, bias_C: Tensor | None, length: int) -> Tensor:

