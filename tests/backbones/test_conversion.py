@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from dynamax.backbones.conversion import student_configuration, student_weights
 from dynamax.backbones.hf import HFBackbone
+from dynamax.backbones.repairs import check_devices
 from dynamax.types import Span
 from tests.tiny import tiny
 
@@ -81,6 +82,7 @@ class Ungated(nn.Module):
 def test_without_what_is_mambas_own_the_mixer_is_attention_without_a_softmax() -> None:
     teacher = tiny("llama")
     mixer: Any = student(teacher, []).model.layers[2].mamba
+    check_devices(mixer)
     attention = teacher.model.layers[2].self_attn
     for parameter in (mixer.conv1d.weight, mixer.conv1d.bias, mixer.D, mixer.in_proj.weight[-HEADS:]):
         parameter.zero_()
