@@ -43,7 +43,7 @@ class DistillationModule(LanguageModule):
         exits: Depths at which validation reads the student beside the top: blocks completed.
         trained: ``mixers``: the new Mamba-2 blocks' mixers, all else stays the teacher's; ``all``: every weight.
         seed: Of what Mamba-2 has and attention has not.
-        teacher_dtype: What the teacher computes in. The student is float32.
+        teacher_dtype: What the teacher computes in. The student is float32, and begins with weights rounded to this.
         learning_rate: Peak.
         warmup: Steps over which the learning rate rises.
         flat: Part of all steps, in [0, 1], after which it falls in a straight line to 0.
@@ -173,6 +173,8 @@ class DistillationModule(LanguageModule):
             "teacher": {**named, "model_type": config.model_type, "fingerprint": spec.fingerprint},
             "objective": described(self.objective),
             "trained": self.trained,
+            "seed": self.seed,
+            "teacher_dtype": self.teacher_dtype,
         }
 
     def identity(self) -> dict[str, Any]:

@@ -36,9 +36,12 @@ def check_target(target: str) -> None:
     """Refuse a folder that holds something other than an earlier export, which would be replaced.
 
     Raises:
-        ValueError: If it does.
+        ValueError: If it does, or lies below a file.
     """
     folder = Path(target)
+    above = next(parent for parent in folder.absolute().parents if parent.exists())
+    if not above.is_dir():
+        raise ValueError(f"model.export is {target}, but {above} is a file. Name another folder.")
     if folder.exists() and not (folder / REPORT).is_file() and not (folder.is_dir() and not any(folder.iterdir())):
         raise ValueError(
             f"{target} exists and is no model of `dynamax train` or `dynamax distill`. Name another folder as "
@@ -58,7 +61,7 @@ def write_model(
     """Write weights in float16, configuration, tokenizer, ``training.json`` and a card: whole or not at all.
 
     Args:
-        target: The folder; an earlier export there is replaced.
+        target: The folder; an earlier export there is replaced, and what else lies there stays.
         backbone: The model.
         data: Gives the tokenizer, and the text that every depth is measured on.
         exits: Depths to measure beside the top.
@@ -78,9 +81,10 @@ def write_model(
             **facts,
             "parameters": sum(p.numel() for p in written.parameters()),
             "text": text_facts(data),
-            "environment": environment(device.type, dtype="float16", batch=1),
+            "environment": environment(device.type, dtype="float32", batch=sum(data.rows)),
             "depths": measure(written, data, [*exits, written.spec.depth]),
             "samples": samples(written, tokenizer, prompts),
+            "files": sorted([*(path.name for path in fresh.iterdir()), REPORT, "README.md"]),
         }
         (fresh / REPORT).write_text(json.dumps(report, indent=1), "utf-8")
         (fresh / "README.md").write_text(card(folder.name, report), "utf-8")
@@ -95,10 +99,17 @@ def half(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def put(fresh: Path, folder: Path, before: Path) -> None:
-    """Move a complete folder to its place, and what was there out of the way."""
-    if folder.exists():
-        os.replace(folder, before)
+    """Move a complete folder to its place, and what was there out of the way; files of others go along."""
+    if not folder.exists():
+        os.replace(fresh, folder)
+        return
+    report = folder / REPORT
+    known = json.loads(report.read_text("utf-8")).get("files", ()) if report.is_file() else ()
+    others = sorted({path.name for path in folder.iterdir()} - {path.name for path in fresh.iterdir()} - set(known))
+    os.replace(folder, before)
     os.replace(fresh, folder)
+    for name in others:
+        os.replace(before / name, folder / name)
 
 
 def text_facts(data: LanguageData) -> dict[str, Any]:
@@ -137,7 +148,8 @@ def samples(backbone: Backbone, tokenizer: PreTrainedTokenizerBase, prompts: Seq
         tokens = tokenizer(prompt)["input_ids"]
         for name, sampler in SAMPLERS.items():
             decoder = Full(backbone, sampler)
-            steps = decoder.decode(torch.tensor([tokens], device=device), limit=SAMPLE, stop=stop)
+            limit = min(SAMPLE, backbone.spec.context - len(tokens))
+            steps = decoder.decode(torch.tensor([tokens], device=device), limit=limit, stop=stop)
             said = [int(step.token_B[0]) for step in steps]
             text = str(tokenizer.decode(said, skip_special_tokens=True))
             found.append({"prompt": prompt, "sampling": name, "text": text})

@@ -5,10 +5,13 @@ Knows no loss, and not where the model's first weights are from.
 
 from __future__ import annotations
 
+import os
+import shutil
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from time import perf_counter
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, cast
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -61,6 +64,8 @@ class LanguageModule(LightningModule, ABC):
         self, exits: list[int], optimiser: OneRate, *, compile: bool, export: str | None, prompts: list[str] | None
     ) -> None:
         super().__init__()
+        if not all(prompt.strip() for prompt in prompts or []):
+            raise ValueError(f"prompts {prompts} hold an empty one. Write what the model is to continue, or drop it.")
         self.exits = exits
         optimiser.check(type(self).__name__)
         self.optimiser = optimiser
@@ -98,11 +103,11 @@ class LanguageModule(LightningModule, ABC):
         if self._built:
             return
         self.backbone = self.build()
-        if self.data.length > self.backbone.spec.context:
-            raise ValueError(
-                f"Blocks of {self.data.length} tokens were given to a model whose context holds "
-                f"{self.backbone.spec.context}. Lower data.length, or raise the context in model.config."
-            )
+        context, tokenizer = self.backbone.spec.context, self.data.streams.tokenizer
+        check_length(self.data.length, context)
+        for prompt in self.prompts:
+            if len(tokenizer(prompt)["input_ids"]) >= context:
+                raise ValueError(f"A prompt leaves no room in a context of {context} tokens: {prompt!r}. Shorten it.")
         if self.compile_blocks:
             compile_blocks(getattr(self.backbone.model.base_model, self.backbone.row.blocks))
         self._built = True
@@ -132,11 +137,22 @@ class LanguageModule(LightningModule, ABC):
         """Refuse what could not end well, before any time is spent.
 
         Raises:
-            ValueError: If training has no end, the export's place holds something else, or there are several devices.
+            ValueError: If training has no end or no step, gradients are to be accumulated, the export's place holds
+                something else, there are several devices, or blocks cannot be compiled.
         """
         one_device(trainer, self)
+        name = type(self).__name__
         if trainer.max_steps < 0 and trainer.max_epochs in (None, -1):
-            raise ValueError(f"{type(self).__name__} needs to know when training ends. Set trainer.max_steps.")
+            raise ValueError(f"{name} needs to know when training ends. Set trainer.max_steps.")
+        if 0 in (trainer.max_steps, trainer.max_epochs, trainer.limit_train_batches):
+            raise ValueError(f"{name} was given no step to train. Raise trainer.max_steps or limit_train_batches.")
+        if trainer.accumulate_grad_batches != 1:
+            raise ValueError(
+                f"{name} was given accumulate_grad_batches {trainer.accumulate_grad_batches}; it counts a batch as a "
+                f"step. Raise the rows of data.portions instead."
+            )
+        if self.compile_blocks and trainer.strategy.root_device.type == "cpu":
+            check_compiler()
         if self.export is not None:
             check_target(self.export)
 
@@ -183,13 +199,17 @@ class LanguageModule(LightningModule, ABC):
         for depth, score in found.items():
             self.log_dict({f"val/{name}/{depth}": value for name, value in score.items()})
         if not self.trainer.sanity_checking:
+            self.record.check()
             self.record.scores[self.global_step] = found
 
-    def on_train_end(self) -> None:
-        """Write the model, if a folder was given."""
-        if self.export is not None and self.trainer.is_global_zero:
-            write_model(self.export, self.backbone, self.data, self.exits, self.prompts, self._facts())
-            print(f"Wrote the model to {self.export}")
+    def on_fit_end(self) -> None:
+        """Write the model, if a folder was given; also where a finished run is taken up once more."""
+        self.record.check()
+        if self.export is None or cast(Any, self.trainer).fast_dev_run:
+            return
+        self.to(self.trainer.strategy.root_device)  # Lightning has taken it off already
+        write_model(self.export, self.backbone, self.data, self.exits, self.prompts, self._facts())
+        print(f"Wrote the model to {self.export}")
 
     def _facts(self) -> dict[str, Any]:
         return {
@@ -219,10 +239,11 @@ class LanguageModule(LightningModule, ABC):
         if self.notes not in checkpoint:
             raise ValueError(f"The checkpoint is not one of {type(self).__name__}. Give one that it saved.")
         noted, here = checkpoint[self.notes]["identity"], self._identity()
-        changed = [name for name in here if noted[name] != here[name]]
+        changed = [name for name in here if noted.get(name) != here[name]]
         if changed:
             raise ValueError(
-                f"The checkpoint was made with another {' and '.join(changed)}: {[noted[name] for name in changed]}; "
+                f"The checkpoint was made with another {' and '.join(changed)}: "
+                f"{[noted.get(name) for name in changed]}; "
                 f"here: {[here[name] for name in changed]}. Give what it was made with, or train anew, without "
                 f"ckpt_path."
             )
@@ -230,7 +251,34 @@ class LanguageModule(LightningModule, ABC):
 
     def _identity(self) -> dict[str, Any]:
         text = {"streams": self.data.streams.fingerprint, **self.data.order}
-        return {**self.identity(), "text": text}
+        return {**self.identity(), "exits": self.exits, "optimiser": self.optimiser._asdict(), "text": text}
+
+
+def check_length(length: int, context: int) -> None:
+    """Refuse blocks that a model cannot read.
+
+    Raises:
+        ValueError: If they are longer than its context.
+    """
+    if length > context:
+        raise ValueError(
+            f"Blocks of {length} tokens were given to a model whose context holds {context}. Lower data.length, or "
+            f"raise the context in model.config."
+        )
+
+
+def check_compiler() -> None:
+    """Refuse to compile without the compiler that PyTorch calls on a CPU.
+
+    Raises:
+        ValueError: If it is not installed.
+    """
+    compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
+    if shutil.which(compiler) is None:
+        raise ValueError(
+            f"model.compile needs a C++ compiler, and {compiler} is not installed. Install it (apt install g++), or "
+            f"set model.compile to false."
+        )
 
 
 def described(part: object) -> dict[str, Any]:

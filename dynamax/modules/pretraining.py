@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Any, ClassVar, final
 
+from lightning.pytorch import Trainer
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from dynamax.backbones.families import family
 from dynamax.backbones.hf import HFBackbone
-from dynamax.modules.configuration import check_depths, configuration
+from dynamax.modules.configuration import check_depths, check_runs, check_trained, configuration
 from dynamax.modules.language import LanguageModule, described
 from dynamax.modules.schedule import OneRate
 from dynamax.objectives.early_exit import LanguageObjective
@@ -24,7 +25,8 @@ class PretrainingModule(LanguageModule):
 
     Args:
         config: ``model_type`` and the entries of that type's configuration in transformers, such as ``hidden_size``;
-            entries that are left out have transformers' defaults, and token ids come from the tokenizer.
+            entries that are left out have transformers' defaults. Vocabulary and token ids come from the tokenizer,
+            and there is no dropout, whatever transformers' defaults.
         exits: Depths at which validation reads the model, and the objective may: blocks completed.
         objective: What is trained towards; NextToken is training without exits.
         learning_rate: Peak.
@@ -60,10 +62,20 @@ class PretrainingModule(LanguageModule):
         prompts: list[str] | None = None,
     ) -> None:
         optimiser = OneRate(learning_rate, warmup, flat, weight_decay)
+        check_trained(config)
         depth = configuration(config).num_hidden_layers
         super().__init__(check_depths(exits, depth), optimiser, compile=compile, export=export, prompts=prompts)
         self.config = dict(config)
         self.objective = objective
+
+    def check(self, trainer: Trainer) -> None:
+        """Run a model of this configuration too: mistakes in it show before texts are read.
+
+        Raises:
+            ValueError: If training could not end well, or transformers cannot run such a model.
+        """
+        super().check(trainer)
+        check_runs(configuration(self.config), self.config)
 
     def build(self) -> HFBackbone:
         """A random model with the vocabulary of the data."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from typing import Any, final
 
@@ -20,7 +21,7 @@ class TrainingRecord:
 
     Attributes:
         tokens: Tokens seen.
-        seconds: Of training, validation included.
+        seconds: Of training, validation between steps included.
         losses: Cross-entropy of the top, by step.
         scores: What validation found, by steps done and depth.
     """
@@ -35,6 +36,18 @@ class TrainingRecord:
         """One step more; the loss stays on its device until it is asked for."""
         self.losses.append(loss.detach())
         self.tokens += tokens
+
+    def check(self) -> None:
+        """Refuse to go on once the loss is no number.
+
+        Raises:
+            ValueError: If the newest loss is infinite or not a number.
+        """
+        if self.losses and not math.isfinite(float(self.losses[-1])):
+            raise ValueError(
+                f"The loss of step {len(self.losses)} is {float(self.losses[-1])}. Lower model.learning_rate, or train "
+                f"in another precision (trainer.precision: bf16-mixed or 32-true), and train anew."
+            )
 
     def state(self) -> dict[str, Any]:
         """As plain numbers."""

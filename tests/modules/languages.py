@@ -75,6 +75,13 @@ def weights(trained: LightningModule) -> dict[str, torch.Tensor]:
     return {name: tensor.clone() for name, tensor in trained.state_dict().items()}
 
 
+class Start(Callback):
+    """The weights that training began with."""
+
+    def on_train_start(self, trainer, pl_module) -> None:
+        self.weights = weights(pl_module)
+
+
 class Stop(Exception):
     """The power went."""
 

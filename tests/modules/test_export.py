@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dynamax.backbones.sources import Folder
@@ -60,6 +61,50 @@ def test_an_export_is_replaced_and_other_folders_are_not(text: Path, tmp_path: P
     with pytest.raises(ValueError, match="no model of `dynamax train`"):
         trainer(tmp_path).fit(module(export=str(tmp_path / "mine")), datamodule=data(text))
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "all of it"
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists")
+def test_what_others_wrote_into_an_export_stays(text: Path, tmp_path: Path) -> None:
+    """Checkpoints of the run itself among it."""
+    folder = tmp_path / "model"
+    for steps in (1, 2):
+        saving = ModelCheckpoint(dirpath=folder / "checkpoints", every_n_train_steps=1)
+        built = module(export=str(folder))
+        trainer(tmp_path, saving, steps=steps, limit_val_batches=1).fit(built, datamodule=data(text))
+        assert list((folder / "checkpoints").iterdir())
+        (folder / "notes.txt").write_text("good ones")
+    assert (folder / "notes.txt").read_text() == "good ones"
+    assert json.loads((folder / "training.json").read_text())["steps"] == 2
+
+
+def test_a_place_below_a_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="file is a file"):
+        module(export=str(tmp_path / "file" / "model")).check(trainer(tmp_path))
+
+
+def test_a_trial_run_writes_nothing(text: Path, tmp_path: Path) -> None:
+    trainer(tmp_path, fast_dev_run=True).fit(module(export=str(tmp_path / "model")), datamodule=data(text))
+    assert not (tmp_path / "model").exists()
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists")
+def test_a_run_stopped_at_its_export_is_exported_when_taken_up(text: Path, tmp_path: Path, monkeypatch) -> None:
+    def run(**options: object) -> None:
+        saving = ModelCheckpoint(dirpath=tmp_path, every_n_train_steps=2, save_last=True)
+        built = module(export=str(tmp_path / "model"))
+        trainer(tmp_path, saving, steps=2).fit(built, datamodule=data(text), **options)
+
+    def fail(*_: object, **__: object) -> None:
+        raise Stop
+
+    with monkeypatch.context() as patched:
+        patched.setattr("dynamax.modules.export.measure", fail)
+        with pytest.raises(Stop):
+            run()
+    assert not (tmp_path / "model").exists()
+    run(ckpt_path=str(tmp_path / "last.ckpt"))
+    assert json.loads((tmp_path / "model" / "training.json").read_text())["steps"] == 2
 
 
 def test_a_failed_export_leaves_nothing(text: Path, tmp_path: Path, monkeypatch) -> None:

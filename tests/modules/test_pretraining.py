@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import seed_everything
+from lightning.pytorch import Callback, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from dynamax.backbones.sources import Folder
 from dynamax.modules.pretraining import PretrainingModule
 from dynamax.objectives.early_exit import LayerSkip, NextToken
-from tests.modules.languages import WARNINGS, Stop, StopAt, data, module, trainer, weights
+from tests.modules.languages import WARNINGS, Start, Stop, StopAt, data, module, trainer, weights
 
 pytestmark = WARNINGS
 
@@ -39,13 +39,9 @@ def test_validation_is_what_transformers_says(trained, text: Path) -> None:
 
 
 def test_every_weight_moves(text: Path, tmp_path: Path) -> None:
-    built = module()
-    fitter = trainer(tmp_path, steps=0)
-    fitter.fit(built, datamodule=data(text))
-    before = weights(built)
-    fitter = trainer(tmp_path, steps=6)
-    fitter.fit(built, datamodule=data(text))
-    assert not [name for name, tensor in weights(built).items() if torch.equal(tensor, before[name])]
+    built, start = module(), Start()
+    trainer(tmp_path, start, steps=6).fit(built, datamodule=data(text))
+    assert not [name for name, tensor in weights(built).items() if torch.equal(tensor, start.weights[name])]
 
 
 @pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists")
@@ -74,6 +70,8 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(text: Path, tmp_path: Path, 
     ("options", "other", "told"),
     [
         ({"config": {"hidden_size": 64}}, {}, "another config"),
+        ({"learning_rate": 1e-4}, {}, "another optimiser"),
+        ({"exits": [1]}, {}, "another exits"),
         ({"objective": NextToken()}, {}, "another objective"),
         ({}, {"length": 8}, "another text"),
     ],
@@ -133,11 +131,50 @@ def test_mamba_and_hybrid_train_and_are_written(text: Path, tmp_path: Path, kind
         ({"config": {"model_type": "lama"}}, "lama"),
         ({"config": {"hidden_sise": 3}}, "no hidden_sise"),
         ({"config": {"num_attention_heads": 5}}, "was refused"),
+        ({"config": {"num_hidden_layers": 1}}, "no place for exits"),
+        ({"config": {"attention_dropout": 0.5}}, "without dropout"),
+        ({"config": {"vocab_size": 1000}}, "come from the tokenizer"),
+        ({"prompts": ["Question", " "]}, "hold an empty one"),
     ],
 )
 def test_what_cannot_be_built_is_refused(options: dict, told: str) -> None:
     with pytest.raises(ValueError, match=told):
         module(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"steps": 0}, "no step to train"),
+        ({"limit_train_batches": 0}, "no step to train"),
+        ({"accumulate_grad_batches": 2}, "counts a batch as a step"),
+    ],
+)
+def test_a_run_that_could_not_end_well_is_refused(text: Path, tmp_path: Path, options: dict, told: str) -> None:
+    with pytest.raises(ValueError, match=told):
+        trainer(tmp_path, **options).fit(module(), datamodule=data(text))
+
+
+@pytest.mark.parametrize("wrong", [{"hidden_act": "nope"}, {"num_attention_heads": 4, "num_key_value_heads": 3}])
+def test_a_model_that_cannot_run_is_refused_before_texts_are_read(tmp_path: Path, wrong: dict) -> None:
+    with pytest.raises(ValueError, match="was refused"):
+        module(config=wrong).check(trainer(tmp_path))
+
+
+def test_a_compiler_must_be_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(ValueError, match="no-such-compiler is not installed"):
+        module(compile=True).check(trainer(tmp_path))
+
+
+def test_a_loss_that_is_no_number_ends_the_run(text: Path, tmp_path: Path) -> None:
+    class Poison(Callback):
+        def on_train_batch_start(self, trainer, pl_module, *_) -> None:
+            next(pl_module.parameters()).data.fill_(float("nan"))
+
+    with pytest.raises(ValueError, match="Lower model.learning_rate"):
+        trainer(tmp_path, Poison()).fit(module(export=str(tmp_path / "model")), datamodule=data(text))
+    assert not (tmp_path / "model").exists()
 
 
 def test_a_configuration_needs_its_type() -> None:
