@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 CANNOT = """\
@@ -25,6 +25,8 @@ def card(name: str, report: dict[str, Any]) -> str:
         "---\nlibrary_name: transformers\npipeline_tag: text-generation\n---",
         f"# {name}",
         _summary(report),
+        "## Use",
+        _use(report),
         "## Recipe",
         _recipe(report),
         "## Text",
@@ -75,6 +77,24 @@ def _made(report: dict[str, Any]) -> str:
     )
 
 
+def _use(report: dict[str, Any]) -> str:
+    lines = [f"With this folder as FOLDER: `{command(report['depths'])}`"]
+    if "teacher" in report and not report["config"]["keep"]:
+        lines.append("It keeps no attention, so transformers runs it with `use_cache=False` only.")
+    else:
+        lines.append("In transformers: `AutoModelForCausalLM.from_pretrained(FOLDER)`.")
+    return "\n\n".join(lines)
+
+
+def command(depths: Iterable[str], folder: str = "FOLDER") -> str:
+    """What to type next: decode from the exits, at ``depths`` but the last, or train some."""
+    exits = ", ".join(f"{depth}: {{}}" for depth in sorted(map(int, depths))[:-1])
+    if not exits:
+        return f"dynamax fit -c configs/demo/fit.yaml --model.backbone Folder --model.backbone.path {folder}"
+    policy = f"--exits '{{{exits}}}' --policy MaxProb --threshold 0.5"
+    return f'dynamax generate "..." --backbone Folder --backbone.path {folder} {policy}'
+
+
 def _recipe(report: dict[str, Any]) -> str:
     rows = [
         ("configuration", _listed(report["config"])),
@@ -122,7 +142,7 @@ def _distance(validation: dict[Any, dict[Any, dict[str, float]]]) -> str:
 
 def _samples(samples: Sequence[dict[str, str]]) -> str:
     lines = [f"- {_quoted(each['prompt'])} ({each['sampling']}): {_quoted(each['text'])}" for each in samples]
-    return "\n".join(lines)
+    return "\n".join(["Prompts may stand in the training text.", "", *lines])
 
 
 def _quoted(text: str) -> str:

@@ -57,7 +57,7 @@ def write_model(
     exits: Sequence[int],
     prompts: Sequence[str],
     facts: dict[str, Any],
-) -> None:
+) -> dict[str, Any]:
     """Write weights in float16, configuration, tokenizer, ``training.json`` and a card: whole or not at all.
 
     Args:
@@ -67,6 +67,9 @@ def write_model(
         exits: Depths to measure beside the top.
         prompts: What to continue for the samples.
         facts: How it was trained, as JSON values.
+
+    Returns:
+        The report that was written.
     """
     folder = Path(target)
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -89,6 +92,7 @@ def write_model(
         (fresh / REPORT).write_text(json.dumps(report, indent=1), "utf-8")
         (fresh / "README.md").write_text(card(folder.name, report), "utf-8")
         put(fresh, folder, Path(scratch) / "before")
+    return report
 
 
 def half(model: PreTrainedModel) -> PreTrainedModel:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from dynamax.backbones.hf import HFBackbone
 from dynamax.data.language import LanguageData
 from dynamax.metrics.language import DepthScores
+from dynamax.modules.card import command
 from dynamax.modules.export import check_target, write_model
 from dynamax.modules.limits import one_device
 from dynamax.modules.record import TrainingRecord, read_depths
@@ -208,8 +209,10 @@ class LanguageModule(LightningModule, ABC):
         if self.export is None or cast(Any, self.trainer).fast_dev_run:
             return
         self.to(self.trainer.strategy.root_device)  # Lightning has taken it off already
-        write_model(self.export, self.backbone, self.data, self.exits, self.prompts, self._facts())
-        print(f"Wrote the model to {self.export}")
+        report = write_model(self.export, self.backbone, self.data, self.exits, self.prompts, self._facts())
+        told = ", ".join(f"{row['perplexity']:.1f} at {depth}" for depth, row in report["depths"].items())
+        print(f"Wrote the model to {self.export}. Perplexity on held-out text by depth: {told}")
+        print(f"Next: {command(report['depths'], self.export)}")
 
     def _facts(self) -> dict[str, Any]:
         return {

@@ -55,10 +55,11 @@ class NextToken(LanguageObjective):
 
 @final
 class LayerSkip(LanguageObjective):
-    """LayerSkip's recipe: cross-entropy at the top and at one exit, in rotation; deeper blocks are left out at random.
+    """After LayerSkip: cross-entropy at the top and at one exit, in rotation; deeper blocks are left out at random.
 
-    All depths share the final norm and the output matrix. A block that is left out is left out for the whole
-    batch, as if it were not there.
+    All depths share the final norm and the output matrix. Simpler than the paper in three ways: a block is left out
+    for the whole batch and not by sample, as if it were not there; it is as often at the first step as at the last
+    (theirs rises over training from the start); and every exit has the same weight (theirs grows with depth).
 
     Args:
         weight: Of the exit's cross-entropy; the top's has weight 1.
