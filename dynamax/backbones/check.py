@@ -44,7 +44,8 @@ def check_backbone(
         reference: The model's own logits, ``tokens_BT -> logits_BTV``, by code that shares as little as
             possible with the backbone. ``HFBackbone`` brings one: ``backbone.reference``.
         tokens_BT: Tokens to run, at least 16 long; make them longer than a sliding window. Random if left out.
-        tolerance: Largest error relative to the norm of the (centred) reference; by dtype if left out.
+        tolerance: Largest error relative to the norm of the (centred) reference; by dtype if left out. In bfloat16
+            that is wide: it finds a wrong mask or position, not a lost cap on the logits. Check in float32 too.
 
     Returns:
         The error of each mode.

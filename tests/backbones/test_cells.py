@@ -6,7 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from dynamax.backbones.cells import Past, Recurrent
+from dynamax.backbones.cache import Cache
+from dynamax.backbones.cells import Keys, Past, Recurrent
+from dynamax.types import Memory, Span
 
 
 def decayed_sum(past: Past | None, x_BT: Tensor) -> tuple[Tensor, Past]:
@@ -25,6 +27,30 @@ def read(cell: Recurrent, *numbers: float) -> None:
 
 def state(*numbers: float) -> Tensor:
     return decayed_sum(None, torch.tensor([numbers]))[1][0]
+
+
+def test_cropped_keys_leave_no_holes() -> None:
+    """Positions skipped and taken back are seen again once they are written."""
+    keys, one = Keys(4), torch.zeros(1, 1, 1, 2)
+    keys.append(one, one)
+    keys.skip(2)
+    assert keys.holes == {1, 2}
+    keys.crop(2)
+    assert keys.holes == {1}
+    keys.append(one, one)
+    assert keys.holes == {1}
+
+
+def test_a_mark_gives_back_what_heads_remembered_each_time() -> None:
+    cache = Cache(Span(0, 2))
+    cache.memories[1, "gate"] = Memory(values={"sum": torch.ones(1)}, read=3)
+    mark = cache.mark()
+    for _ in range(2):
+        memory = cache.memories[1, "gate"]
+        memory.values["sum"], memory.read = torch.zeros(1), 9
+        cache.rollback(mark)
+        assert cache.memories[1, "gate"].read == 3
+        assert cache.memories[1, "gate"].values["sum"].item() == 1.0
 
 
 @pytest.mark.parametrize("keep", [0, 1, 2, 3])

@@ -12,7 +12,7 @@ from dynamax.backbones.chunk import Chunk
 from dynamax.backbones.hf import HFBackbone
 from dynamax.testing import check_backbone
 from tests.float64 import upcast64
-from tests.tiny import FAMILIES, tiny
+from tests.tiny import FAMILIES, RECURRENT, tiny
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -24,7 +24,7 @@ def test_contract(name):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("name", ["llama", "mistral-eager", "mixtral", "gemma2", "gpt2"])
+@pytest.mark.parametrize("name", ["llama", "mistral-eager", "mixtral", "gemma2", "gpt2", *RECURRENT])
 def test_tolerances_suit_each_dtype(name, dtype):
     backbone = HFBackbone(tiny(name, dtype=dtype))
     check_backbone(backbone, backbone.reference)
