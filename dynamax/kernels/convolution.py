@@ -7,6 +7,9 @@ from torch import Tensor
 
 from dynamax.kernels.backend import at_least_float32, backend, kernel
 
+FEW = 16
+"""Positions up to which all taps at once are faster."""
+
 
 def convolve(
     x_BTC: Tensor, window_BWC: Tensor | None, weight_CK: Tensor, bias_C: Tensor | None
@@ -38,12 +41,18 @@ def compiled(x_BTC: Tensor, taps: int) -> bool:
 
 
 def _taps(whole_BTC: Tensor, weight_CK: Tensor, bias_C: Tensor | None, length: int) -> Tensor:
-    """A tap at a time. A grouped convolution costs more over a few positions, on a CPU (``benchmarks.chunks``)."""
-    whole, weight_KC = at_least_float32(whole_BTC), at_least_float32(weight_CK).T
-    y_BTC = whole[:, :length] * weight_KC[0]
-    for tap in range(1, len(weight_KC)):
-        y_BTC = torch.addcmul(y_BTC, whole[:, tap : tap + length], weight_KC[tap])
-    return (y_BTC if bias_C is None else y_BTC + bias_C).to(whole_BTC.dtype)
+    """All taps of a few positions at once, of many a tap at a time, which needs a quarter of the room.
+
+    A grouped convolution costs more over a few positions, on a CPU (``benchmarks.chunks``).
+    """
+    whole_BTC, weight_CK, dtype = at_least_float32(whole_BTC), at_least_float32(weight_CK), whole_BTC.dtype
+    if length <= FEW:
+        y_BTC = (whole_BTC.unfold(1, weight_CK.shape[1], 1) * weight_CK).sum(-1)
+    else:
+        y_BTC = whole_BTC[:, :length] * weight_CK[:, 0]
+        for tap in range(1, weight_CK.shape[1]):
+            y_BTC = torch.addcmul(y_BTC, whole_BTC[:, tap : tap + length], weight_CK[:, tap])
+    return (y_BTC if bias_C is None else y_BTC + bias_C).to(dtype)
 
 
 def _kernel(x_BTC: Tensor, window_BWC: Tensor, weight_CK: Tensor, bias_C: Tensor | None) -> Tensor:

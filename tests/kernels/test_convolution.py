@@ -25,7 +25,7 @@ def summed(x, window, weight, bias):
 
 
 @pytest.mark.parametrize("taps", [1, 2, 4])
-@pytest.mark.parametrize("length", [1, 2, 9])
+@pytest.mark.parametrize("length", [1, 2, 16, 17, 40])
 def test_convolution_continues_from_its_window(length, taps):
     arguments = inputs(length, taps)
     for given, wanted in zip(convolve(*arguments), summed(*arguments), strict=True):
