@@ -6,7 +6,7 @@
 Backbones: SmolLM2 and the siblings, which lie in folders of their own under ``--assets``. All gates of a backbone are
 trained in one fit on the same labels, from text it writes itself; then everything is read off the stored states of
 held-out documents. On a CPU, float32, batch 1. Each backbone is written down as soon as it is finished; one that is
-there, with the same options and weights, is not measured again unless ``--fresh`` is given.
+there, with the same options, weights and accounting, is not measured again unless ``--fresh`` is given.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from benchmarks.cross_backbones import LENSES, NAMES, Contender, Training, contender, fit, options
-from benchmarks.cross_figures import CONSISTENCIES, NOTES, THRESHOLDS, measure
+from benchmarks.cross_figures import ACCOUNTING, CONSISTENCIES, NOTES, THRESHOLDS, measure
 from benchmarks.cross_plot import draw
 from benchmarks.cross_readings import read
 from benchmarks.cross_tables import markdown, text
@@ -67,8 +67,8 @@ def finished(given: Contender, training: Training, *, out: Path, store: str, fre
 
 def wished(given: Contender, training: Training) -> dict[str, Any]:
     """What a part must have been measured with, as it stands in the file."""
-    levels = {"thresholds": THRESHOLDS, "consistencies": CONSISTENCIES}
-    return json.loads(json.dumps({**options(given, training), **levels}))
+    fixed = {"thresholds": THRESHOLDS, "consistencies": CONSISTENCIES, "accounting": ACCOUNTING}
+    return json.loads(json.dumps({**options(given, training), **fixed}))
 
 
 def measured(given: Contender, training: Training, *, store: str) -> dict[str, Any]:

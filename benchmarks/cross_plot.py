@@ -19,6 +19,7 @@ GREY = "#8A8A8A"
 LOWEST = 0.5
 """Where the axis of consistency begins: nobody decodes with less."""
 COLUMNS = 4
+HINT = f"Better is up and left · the upright axis begins at {LOWEST:.0%}"
 TITLE = "Every gate on every backbone: what is kept, and what it costs"
 
 
@@ -49,8 +50,9 @@ def draw(parts: Sequence[Part], path: Path) -> None:
     cells[0].set_xlim(*_reach(parts))
     size = min(13.0, 1.7 * width)
     figure.text(0.02, 1 - 0.3 / height, TITLE, va="center", fontsize=size, fontweight="bold", color=INK)
+    figure.text(0.02, 1 - 0.55 / height, HINT, va="center", fontsize=9, color="#666666")
     _legend(figure, cells, parts)
-    figure.tight_layout(rect=(0.005, 0.62 / height if len(cells) == len(parts) else 0, 0.995, 1 - 0.5 / height))
+    figure.tight_layout(rect=(0.005, 0.62 / height if len(cells) == len(parts) else 0, 0.995, 1 - 0.7 / height))
     _write(figure, path)
 
 
@@ -74,7 +76,7 @@ def _panel(axes: Axes, part: Part) -> None:
         marks = known["equal_thresholds"]
         axes.plot(_bytes(marks), _kept(marks), marker=SHAPES[index], markersize=5, linestyle="none", **style)
         axes.plot([], [], marker=SHAPES[index], markersize=5, linewidth=1.5, label=short(gate), **style)
-    axes.plot(1.0, 1.0, marker="*", markersize=13, color=INK, linestyle="none", label="full model", zorder=4)
+    axes.plot(1.0, 1.0, marker="*", markersize=13, color=INK, linestyle="none", label="full model", zorder=1.5)
     axes.set_title(part["title"], fontsize=10, loc="left", color=INK)
     _dress(axes)
 

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any, Literal, cast
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from callbacks import watch
+from dynamax.heads.saved import RECORD
+from dynamax.types import Spec
 
 
 class HeadsCheckpoint(Callback):
     """Saves the heads after each validation and at the end of ``fit``, as safetensors and JSON.
 
     A checkpoint of the trainer holds the best figure, so that a resumed run does not put worse heads in their place.
-    With ``trainer.fast_dev_run`` nothing is saved.
+    With ``trainer.fast_dev_run`` nothing is saved. Heads of another backbone that lie in the folder are replaced, and a
+    line says whose they were.
 
     Args:
         folder: Where the best heads go; the newest go to ``last`` inside it.
@@ -45,8 +49,10 @@ class HeadsCheckpoint(Callback):
         self.best = state_dict["best"]
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuse a model that has no heads to save."""
-        watch.heads(pl_module, self)
+        """Refuse a model that has no heads to save; say whose heads of another backbone will be replaced."""
+        spec = watch.heads(pl_module, self).spec
+        if trainer.is_global_zero and not _trial(trainer) and (other := replaced(self.folder, spec)):
+            print(f"The heads in {self.folder} were trained for another backbone, {other}; this fit replaces them.")
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save the newest heads, and the best if these are."""
@@ -85,6 +91,17 @@ class HeadsCheckpoint(Callback):
         if trainer.is_global_zero:
             module = watch.heads(pl_module, self)
             module.bank.save(self.folder / name, module.spec)
+
+
+def replaced(folder: Path, spec: Spec) -> str | None:
+    """The backbone of the heads in a folder, if it is another; None too where there are none, or none to be read."""
+    try:
+        record = json.loads((folder / RECORD).read_text())
+        backbone, theirs = record["backbone"], record["fingerprint"]
+        name = f"{backbone['family']} of {backbone['depth']} blocks, fingerprint {theirs}"
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return None
+    return name if theirs != spec.fingerprint else None
 
 
 def _trial(trainer: Trainer) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
@@ -21,6 +22,7 @@ FULL = "Full"
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 SHAPES = ("o", "s", "^", "D", "v", "P", "X")
 INK, PALE = "#222222", "#DDDDDD"
+HINT = "Better is up; left for costs, right for speed-up\nA curve's thresholds are in the legend"
 
 
 class Panel(NamedTuple):
@@ -32,7 +34,19 @@ class Panel(NamedTuple):
     ticks: PercentFormatter | str
 
 
-def panels(rows: Sequence[Row], depth: int) -> list[Panel]:
+class Height(NamedTuple):
+    """The axis of what is kept: the figure drawn, where the full model stands on it, its name."""
+
+    key: str
+    whole: float
+    label: str
+
+
+AGREEMENT = Height("agreement", 1.0, "Tokens that are the full model's own")
+DRAFTS = Height("drafts_kept", 0.0, "Tokens that are drafts kept")
+
+
+def panels(rows: Sequence[Row], depth: int, height: Height = AGREEMENT) -> list[Panel]:
     """The panels that these rows have figures for; where nothing was decoded, only depth was counted."""
     share = PercentFormatter(1.0, decimals=0)
     wanted = [
@@ -41,14 +55,14 @@ def panels(rows: Sequence[Row], depth: int) -> list[Panel]:
         Panel("speed_up", 1.0, "Speed-up, measured beside\nfull decoding, interleaved", "{x:g}×"),
     ]
     blocks = Panel("blocks_per_token", float(depth), f"Blocks a token, of {depth}", "{x:g}")
-    return [panel for panel in wanted if curves(rows, panel.key)] or [blocks]
+    return [panel for panel in wanted if curves(rows, panel.key, height)] or [blocks]
 
 
-def curves(rows: Sequence[Row], key: str) -> dict[str, list[Row]]:
-    """Rows of each policy that have this figure, from the lowest threshold to the highest; the full model left out."""
+def curves(rows: Sequence[Row], key: str, height: Height = AGREEMENT) -> dict[str, list[Row]]:
+    """Rows of each policy that have both figures, from the lowest threshold to the highest; the full model left out."""
     lines: dict[str, list[Row]] = {}
     for row in rows:
-        if row["policy"] != FULL and row[key] is not None and row["agreement"] is not None:
+        if row["policy"] != FULL and row[key] is not None and row[height.key] is not None:
             lines.setdefault(row["policy"], []).append(row)
     return {policy: sorted(line, key=_threshold) for policy, line in lines.items()}
 
@@ -58,8 +72,8 @@ def _threshold(row: Row) -> float:
     return row["threshold"] if isinstance(row["threshold"], int | float) else 0.0
 
 
-def draw(rows: Sequence[Row], *, depth: int, title: str, subtitle: str, path: Path) -> None:
-    """Draw agreement against each cost and against measured speed-up; the PNG appears whole or not at all.
+def draw(rows: Sequence[Row], *, depth: int, title: str, subtitle: str, path: Path, height: Height = AGREEMENT) -> None:
+    """Draw what is kept against each cost and against measured speed-up; the PNG appears whole or not at all.
 
     Args:
         rows: One a policy and threshold.
@@ -67,18 +81,20 @@ def draw(rows: Sequence[Row], *, depth: int, title: str, subtitle: str, path: Pa
         title: Line above the panels.
         subtitle: Smaller line under it: on what it was measured.
         path: The PNG.
+        height: What is kept: agreement, or drafts where decoding is lossless.
     """
     figure = Figure(figsize=(12.6, 5.2), dpi=140, facecolor="white")
     FigureCanvasAgg(figure)
-    chosen = panels(rows, depth)
+    chosen = panels(rows, depth, height)
     grid = figure.subplots(1, len(chosen), sharey=True, squeeze=False)[0]
     for axes, panel in zip(grid, chosen, strict=True):
-        _plot(axes, rows, panel)
+        _plot(axes, rows, panel, height)
         _dress(axes, panel)
     grid[0].yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-    grid[0].set_ylabel("Tokens that are the full model's own")
+    grid[0].set_ylabel(height.label)
     figure.text(0.063, 0.95, title, va="center", fontsize=14, fontweight="bold", color=INK)
     figure.text(0.063, 0.893, subtitle, va="center", fontsize=9, color="#666666")
+    figure.text(0.98, 0.922, HINT, va="center", ha="right", fontsize=9, color="#666666")
     handles, labels = grid[0].get_legend_handles_labels()
     columns = min(len(handles), 4)
     figure.legend(handles, labels, loc="lower center", ncols=columns, frameon=False, fontsize=9.5)
@@ -87,13 +103,13 @@ def draw(rows: Sequence[Row], *, depth: int, title: str, subtitle: str, path: Pa
     _write(figure, path)
 
 
-def _plot(axes: Axes, rows: Sequence[Row], panel: Panel) -> None:
+def _plot(axes: Axes, rows: Sequence[Row], panel: Panel, height: Height) -> None:
     axes.axvline(panel.whole, color=PALE, linewidth=1, zorder=1)
-    axes.axhline(1.0, color=PALE, linewidth=1, zorder=1)
-    for index, (policy, line) in enumerate(curves(rows, panel.key).items()):
+    axes.axhline(height.whole, color=PALE, linewidth=1, zorder=1)
+    for index, (policy, line) in enumerate(curves(rows, panel.key, height).items()):
         axes.plot(
             [row[panel.key] for row in line],
-            [row["agreement"] for row in line],
+            [row[height.key] for row in line],
             color=COLOURS[index % len(COLOURS)],
             marker=SHAPES[index % len(SHAPES)],
             markersize=6,
@@ -102,12 +118,22 @@ def _plot(axes: Axes, rows: Sequence[Row], panel: Panel) -> None:
             zorder=3,
         )
     star = {"marker": "*", "markersize": 17, "color": INK, "linestyle": "none", "clip_on": False}
-    axes.plot(panel.whole, 1.0, label="full model", zorder=4, **star)
+    axes.plot(panel.whole, height.whole, label="full model", zorder=2, **star)  # beneath curves that come as far
 
 
 def _name(policy: str, line: Sequence[Row]) -> str:
+    policy = short(policy)
     thresholds = [row["threshold"] for row in line if isinstance(row["threshold"], int | float)]
     return f"{policy}, {thresholds[0]:g} to {thresholds[-1]:g}" if len(thresholds) > 1 else policy
+
+
+def short(policy: str) -> str:
+    """A policy as people call it: a gate's confidence goes by the gate.
+
+    >>> short("GateConfidence(MambaGate)"), short("AnyOf(GateConfidence(MambaGate), MaxProb)")
+    ('MambaGate', 'AnyOf(MambaGate, MaxProb)')
+    """
+    return re.sub(r"GateConfidence\((\w+)\)", r"\1", policy)
 
 
 def _dress(axes: Axes, panel: Panel) -> None:

@@ -16,6 +16,7 @@ from dynamax.modules.results import DecodingResults
 
 FIGURES = (
     "agreement",
+    "drafts_kept",
     "answer_agreement",
     "blocks_per_token",
     "flops_fraction",
@@ -57,6 +58,7 @@ def report(found: DecodingResults) -> dict[str, Any]:
     return {
         "task": found.task,
         "backbone": found.backbone,
+        "decoding": found.decoding,
         "environment": found.environment,
         "exits": found.exits,
         "frontier": found.rows,
@@ -80,7 +82,7 @@ def _finite(value: Any) -> Any:  # noqa: ANN401 - any JSON value
 
 def picture(found: DecodingResults, path: Path) -> None:
     """Draw ``frontier.png``."""
-    from callbacks.drawing import draw  # matplotlib is slow to import and only a test that has ended needs it
+    from callbacks.drawing import AGREEMENT, DRAFTS, draw  # matplotlib is slow to import, and no other command needs it
 
     draw(
         found.rows,
@@ -88,6 +90,7 @@ def picture(found: DecodingResults, path: Path) -> None:
         title=f"Leaving early on {found.task['name']}: what is kept, and what it costs",
         subtitle=_measured_on(found),
         path=path,
+        height=DRAFTS if _lossless(found) else AGREEMENT,
     )
 
 
@@ -95,21 +98,50 @@ def _measured_on(found: DecodingResults) -> str:
     backbone, where = found.backbone, found.environment
     name = f"{backbone['family']}, {backbone['depth']} blocks of width {backbone['width']}"
     machine = ", ".join(str(where[key]) for key in ("device", "dtype") if key in where)
-    return f"{name} · {found.task['examples']} examples · {machine} · a curve's thresholds are in the legend"
+    parts = (name, f"{found.task['examples']} examples", machine, *_manner(found))
+    return " · ".join(parts)
+
+
+def _manner(found: DecodingResults) -> list[str]:
+    """How decoding was done, where it was not as usual: early exit, exact state, greedy."""
+    known = found.decoding
+    usual = {"rule": "Exact", "sampler": "Greedy"}
+    given = {"rule": known["rule"], "sampler": known["sampler"]["name"]}
+    drafts = [f"lossless, at most {known['draft_limit']} drafts"] if _lossless(found) else []
+    return drafts + [f"{name} {given[name]}" for name in usual if given[name] != usual[name]]
+
+
+def _lossless(found: DecodingResults) -> bool:
+    return found.decoding["mode"] == "lossless"
 
 
 def table(found: DecodingResults) -> str:
     """The frontier, a line for each policy and threshold."""
     name, headline = found.task["name"], found.task["headline"]
-    heads = ["same\ntokens", "same\nanswers", "blocks\na token", "FLOPs", "bytes", "ms a\ntoken", "speed-\nup"]
+    heads = [
+        "drafts\nkept" if _lossless(found) else "same\ntokens",
+        "same\nanswers",
+        "blocks\na token",
+        "FLOPs",
+        "bytes",
+        "ms a\ntoken",
+        "speed-\nup",
+    ]
     heads.append(headline.replace("_", "\n"))
-    lines = [(row["policy"], watch.threshold(row["threshold"]), _cells(row)) for row in found.rows]
-    return watch.table(f"{name}, {found.task['examples']} examples: each policy beside the full model", heads, lines)
+    lines = [(row["policy"], watch.threshold(row["threshold"]), _cells(row, _columns(found))) for row in found.rows]
+    title = f"{name}, {found.task['examples']} examples: each policy beside the full model"
+    manner = _manner(found)
+    return watch.table("\n".join([title, *(["Decoding: " + ", ".join(manner)] if manner else [])]), heads, lines)
 
 
-def _cells(row: Mapping[str, Any]) -> list[str]:
+def _columns(found: DecodingResults) -> list[str]:
+    """Lossless text is the full model's whatever the policy: there the drafts kept tell policies apart."""
+    return [name for name in FIGURES if name != ("agreement" if _lossless(found) else "drafts_kept")]
+
+
+def _cells(row: Mapping[str, Any], columns: Sequence[str]) -> list[str]:
     formats = ("{:.1%}", "{:.0%}", "{:.1f}", "{:.0%}", "{:.0%}", "{:.2f}", "{:.2f}×", "{:.3f}")
-    values = [row[figure] for figure in FIGURES]
+    values = [row[figure] for figure in columns]
     return ["" if value is None else form.format(value) for form, value in zip(formats, values, strict=True)]
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from time import perf_counter
@@ -67,13 +68,30 @@ def fill_store(
     compute = str(next(backbone.parameters()).dtype).removeprefix("torch.")
     inputs = store_inputs(backbone.spec, tokenizer, source, exits, k=k, dtype=dtype, compute=compute)
     path = store_folder(folder, inputs)
-    with locked(path), Progress(source.count(), shown=progress) as bar:
+    with locked(path):
         writer = StoreWriter(path, Manifest(inputs, versions()))
-        filler = Filler(reader, tokenizer, source, writer, bar)
-        filler.mend()
-        if not writer.manifest.whole:
-            filler.extend(shard_bytes)
+        with told_when_stopped(writer, source.count()), Progress(source.count(), shown=progress) as bar:
+            filler = Filler(reader, tokenizer, source, writer, bar)
+            filler.mend()
+            if not writer.manifest.whole:
+                filler.extend(shard_bytes)
     return Store(path)
+
+
+@contextlib.contextmanager
+def told_when_stopped(writer: StoreWriter, groups: int | None) -> Iterator[None]:
+    """Say what is kept when the user interrupts; a shard that is not full is dropped, since it would end elsewhere.
+
+    Args:
+        writer: Of the store.
+        groups: How many there are; None if unknown.
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        kept = f"{writer.manifest.next_group}" + (f" of {groups}" if groups is not None else "")
+        logger.warning("Stopped. %s groups of documents are kept; run the same command to go on.", kept)
+        raise
 
 
 def find_store(folder: str | Path, inputs: dict[str, Any]) -> Store | None:

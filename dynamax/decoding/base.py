@@ -47,4 +47,8 @@ class Decoder(ABC):
             forced_BT: Tokens to go on with in place of the generated ones; the steps still tell what
                 would have been generated at each position.
             probe: A clock.
+
+        Raises:
+            ValueError: At the first step: if the prompt is not token ids of shape [B, T] within the vocabulary, or
+                does not fit the context together with the limit.
         """

@@ -58,7 +58,7 @@ class EarlyExit(Decoder):
         probe: Probe | None = None,
     ) -> Iterator[Step]:
         """See ``Decoder.decode``."""
-        checked_prompt(prompt_BT, limit=limit, context=self.backbone.spec.context)
+        checked_prompt(prompt_BT, limit=limit, spec=self.backbone.spec)
         cache = self.backbone.new_cache(prompt_BT.shape[1] + limit, pad_B)
         ascent = Ascent(self.backbone, self.bank, cache)
         clock = probe or Probe()

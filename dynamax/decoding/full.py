@@ -39,7 +39,7 @@ class Full(Decoder):
     ) -> Iterator[Step]:
         """See ``Decoder.decode``."""
         spec = self.backbone.spec
-        checked_prompt(prompt_BT, limit=limit, context=spec.context)
+        checked_prompt(prompt_BT, limit=limit, spec=spec)
         cache = self.backbone.new_cache(prompt_BT.shape[1] + limit, pad_B)
         clock = probe or Probe()
 

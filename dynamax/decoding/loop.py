@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from dynamax.types import Step
+from dynamax.types import Spec, Step
 
 
 def drive(
@@ -51,20 +51,36 @@ def drive(
         feed_BT = (taken.token_B if forced_BT is None else forced_BT[:, index])[:, None]
 
 
-def checked_prompt(prompt_BT: Tensor, *, limit: int, context: int) -> None:
-    """Raise if prompt and answer together do not fit the backbone's context.
+def checked_prompt(prompt_BT: Tensor, *, limit: int, spec: Spec) -> None:
+    """Raise if the prompt is not one that the backbone can read, or does not fit its context with the answer.
+
+    Waits for the device once, to look at the tokens.
 
     Raises:
-        ValueError: If the prompt is empty, the limit below 1, or both together are too long.
+        ValueError: If the prompt is no integer tensor of two dimensions, or empty, or has a token outside the
+            vocabulary; if the limit is below 1, or both together are too long.
     """
-    length = prompt_BT.shape[1]
+    if prompt_BT.dim() != 2 or prompt_BT.dtype not in (torch.int64, torch.int32):
+        raise ValueError(
+            f"The prompt is a {prompt_BT.dtype} tensor of shape {list(prompt_BT.shape)}; wanted: token ids, int64, of "
+            f"shape [rows, tokens]. Give what the tokenizer returns, one prompt as prompt[None], ids as prompt.long()."
+        )
+    rows, length = prompt_BT.shape
+    if not rows:
+        raise ValueError("The prompt has no rows; wanted: shape [rows, tokens] with at least one row. Give a prompt.")
     if length < 1 or limit < 1:
         raise ValueError(
             f"The prompt has {length} tokens and the limit is {limit}; both must be at least 1. "
             f"Give a prompt that is not empty and ask for at least one token."
         )
-    if length + limit > context:
+    least, most = torch.stack(prompt_BT.aminmax()).tolist()
+    if least < 0 or most >= spec.vocab:
+        raise ValueError(
+            f"The prompt has the token {least if least < 0 else most}, but the backbone's vocabulary is 0 to "
+            f"{spec.vocab - 1}. Encode the prompt with the backbone's own tokenizer."
+        )
+    if length + limit > spec.context:
         raise ValueError(
             f"The prompt has {length} tokens and {limit} more were asked for, but the backbone's context holds "
-            f"{context}. Shorten the prompt to {max(context - limit, 0)} tokens or lower the limit."
+            f"{spec.context}. Shorten the prompt to {max(spec.context - limit, 0)} tokens or lower the limit."
         )

@@ -68,7 +68,7 @@ class SelfSpeculative(Decoder):
                 "Lossless decoding was given forced tokens, but its own are full decoding's already. "
                 "Force tokens on EarlyExit, or leave forced_BT out."
             )
-        checked_prompt(prompt_BT, limit=limit, context=self.backbone.spec.context)
+        checked_prompt(prompt_BT, limit=limit, spec=self.backbone.spec)
         cache = self.backbone.new_cache(prompt_BT.shape[1] + limit + self.draft_limit, pad_B)
         ascent = Ascent(self.backbone, self.bank, cache)
         clock = probe or Probe()

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from lightning.pytorch import LightningModule
 
+from dynamax.backbones.hf import UNBOUNDED
 from dynamax.backbones.skipped import Exact, SkippedState
 from dynamax.backbones.sources import Source
 from dynamax.decoding.base import Decoder, Probe
@@ -27,6 +28,7 @@ from dynamax.modules.results import DecodingResults, Tally, named
 from dynamax.policies.base import TerminationPolicy
 from dynamax.policies.schedule import Never
 from dynamax.tasks.base import Example, GenerationTask
+from dynamax.types import Spec
 
 
 @dataclass
@@ -133,7 +135,8 @@ class DecodingModule(LightningModule):
 
     def _point(self, policy: TerminationPolicy) -> Point:
         costs = CostModel(self.backbone, self.bank.listening(policy.gates))
-        return Point(self.decoder(policy), costs, Tally(policy.label, policy.threshold), policy)
+        tally = Tally(policy.label, policy.threshold, drafts=self.mode == "lossless")
+        return Point(self.decoder(policy), costs, tally, policy)
 
     def _load_bank(self) -> ExitBank:
         if self.heads is not None:
@@ -185,7 +188,8 @@ class DecodingModule(LightningModule):
         rows = [point.tally.row(task, bench.full.tally) for point in (bench.full, *bench.points)]
         self.results = DecodingResults(
             task={"name": type(task).__name__, "headline": task.headline, "examples": len(bench.full.tally.scores)},
-            backbone=dataclasses.asdict(self.backbone.spec),
+            backbone=facts(self.backbone.spec),
+            decoding=self.manner(),
             environment=environment(self.device, dtype=self.dtype_name, batch=1),
             exits=[self._exit(depth) for depth in self.bank.depths],
             rows=rows,
@@ -195,6 +199,19 @@ class DecodingModule(LightningModule):
             for name in ("agreement", "blocks_per_token", "flops_fraction", "speed_up", "score"):
                 if row[name] is not None:
                     self.log(f"test/{point}/{name}", float(row[name]))
+
+    def manner(self) -> dict[str, Any]:
+        """How tokens are decoded, as JSON values; ``draft_limit`` is None where nothing is drafted."""
+        options = {name: value for name, value in vars(self.sampler).items() if not name.startswith("_")}
+        plain = {name: value for name, value in options.items() if isinstance(value, int | float | str | None)}
+        return {
+            "mode": self.mode,
+            "rule": type(self.rule).__name__,
+            "draft_limit": self.draft_limit if self.mode == "lossless" else None,
+            "sampler": {"name": type(self.sampler).__name__, **plain},
+            "chat": self.chat,
+            "heads": self.heads,
+        }
 
     def predict_step(self, example: Example, index: int) -> dict[str, Any]:
         """Answer one example with the first policy: text, tokens, and the depth each token left at."""
@@ -236,6 +253,11 @@ class DecodingModule(LightningModule):
             "flops": sum(head["flops"] for head in told.values()),
             "heads": told,
         }
+
+
+def facts(spec: Spec) -> dict[str, Any]:
+    """A backbone's spec as JSON values; ``context`` is None where no length is too long."""
+    return {**dataclasses.asdict(spec), "context": None if spec.context == UNBOUNDED else spec.context}
 
 
 def check_names(policies: Sequence[TerminationPolicy]) -> None:

@@ -25,16 +25,20 @@ class Tally:
     Attributes:
         policy: Its label.
         threshold: None for a policy without.
+        drafts: Whether it drafts and verifies, so that it can be told how many drafts were kept.
         tokens: Tokens decoded along the full model's answers, or surveyed.
         compared: Those of them at which the most likely token can be compared with the full model's.
+        kept: Tokens that were drafted at an exit and stood up to verification.
         timed: Tokens that were timed and charged. The full model's are timed anew beside every policy.
     """
 
     policy: str
     threshold: float | Mapping[int, float] | None
+    drafts: bool = False
     tokens: int = 0
     compared: int = 0
     agreed: int = 0
+    kept: int = 0
     calls: int = 0
     flops: float = 0.0
     bytes: float = 0.0
@@ -55,6 +59,7 @@ class Tally:
                 of their own, so that nothing can be compared.
         """
         self.tokens += len(steps)
+        self.kept += sum(step.accepted for step in steps)
         self.calls += sum(sum(step.work.calls) for step in steps)
         self.depths.update(step.depth for step in steps)
         if top_T is not None:
@@ -90,6 +95,7 @@ class Tally:
             "policy": self.policy,
             "threshold": self.threshold,
             "agreement": _ratio(self.agreed, self.compared),
+            "drafts_kept": _ratio(self.kept, self.tokens) if self.drafts else None,
             "answer_agreement": statistics.fmean(self.same_answers) if self.same_answers else None,
             "blocks_per_token": _ratio(self.calls, self.tokens),
             "flops_fraction": _ratio(self.flops, self.full_flops),
@@ -149,7 +155,10 @@ class DecodingResults:
 
     Attributes:
         task: Class name of the task, its headline score and how many examples were run.
-        backbone: Its spec.
+        backbone: Its spec; ``context`` is None where no length is too long.
+        decoding: The mode, the rule for skipped state, the most drafts before a verification (None where nothing is
+            drafted), the sampler, whether prompts stood in the chat template, and the folder of the heads (None for
+            untrained exits).
         environment: Machine, device, versions.
         exits: One mapping an exit, shallowest first.
         rows: The full model first, then one mapping for each policy at each threshold.
@@ -157,6 +166,7 @@ class DecodingResults:
 
     task: dict[str, Any]
     backbone: dict[str, Any]
+    decoding: dict[str, Any]
     environment: dict[str, Any]
     exits: list[dict[str, Any]]
     rows: list[dict[str, Any]]

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from benchmarks import cross
-from benchmarks.cross_backbones import Contender, Fitted, Training, contender, fit
-from benchmarks.cross_figures import choose, figures, fixed, measure, mixed
+from benchmarks.cross_backbones import NAMES, Contender, Fitted, Training, contender, fit
+from benchmarks.cross_figures import ACCOUNTING, NEVER, NOTES, choose, figures, fixed, measure, mixed
 from benchmarks.cross_plot import draw
 from benchmarks.cross_readings import Ledger, Readings, always, first, oracle, read
 from dynamax.backbones.base import Backbone
@@ -141,7 +141,9 @@ def test_the_lowest_threshold_that_is_consistent_enough_is_chosen():
     assert choose(readings, "gate", 1.0) == pytest.approx(0.5)
     assert choose(readings, "gate", 0.75) == pytest.approx(0.4)
     hopeless = made([[0], [0]], [[1.0], [1.0]])
-    assert choose(hopeless, "gate", 1.0) == 1.0
+    never = choose(hopeless, "gate", 1.0)
+    assert never == NEVER
+    assert first(hopeless.confidence["gate"] >= never).tolist() == [2], "a confidence of 1 does not reach it"
 
 
 def test_halves_share_no_prompt():
@@ -195,6 +197,16 @@ def test_the_command_measures_each_backbone_once(tmp_path, monkeypatch, capsys):
     assert max(map(len, printed.splitlines())) <= 100
     draw([*written["backbones"].values()] * 3, tmp_path / "six.png")
     assert (tmp_path / "six.png").stat().st_size > files["cross.png"].stat().st_size
+    monkeypatch.setattr(cross, "ACCOUNTING", cross.ACCOUNTING + 1)
+    cross.main([*asked, "--threads", "1", "--backbones", "llama"])
+    assert len(counts) == 5
+
+
+def test_the_figures_that_come_with_the_repository_hold() -> None:
+    kept = json.loads((Path(cross.__file__).parent / "results" / "cross.json").read_text())
+    assert kept["notes"] == list(NOTES)
+    assert set(kept["backbones"]) == set(NAMES)
+    assert {part["options"]["accounting"] for part in kept["backbones"].values()} == {ACCOUNTING}
 
 
 def test_a_missing_folder_is_named(tmp_path, capsys):

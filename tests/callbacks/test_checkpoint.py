@@ -13,9 +13,11 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger
 
 from callbacks import ExitAccuracy, HeadsCheckpoint
+from callbacks.checkpoint import replaced
 from dynamax.backbones.sources import Folder
 from dynamax.heads import ExitBank
 from tests.callbacks.conftest import evaluated, trained
+from tests.folders import model_folder
 
 
 def test_the_newest_heads_come_back_as_they_were(tiny_source: Folder, tmp_path: Path) -> None:
@@ -79,6 +81,32 @@ def test_a_resumed_run_remembers_the_best(tiny_source: Folder, tmp_path: Path) -
 def test_a_trial_run_saves_nothing_and_complains_of_nothing(tiny_source: Folder, tmp_path: Path) -> None:
     trained(tiny_source, tmp_path, [HeadsCheckpoint(str(tmp_path / "heads"))], fast_dev_run=True)
     assert not (tmp_path / "heads").exists()
+
+
+def test_heads_of_another_backbone_are_replaced_with_a_word(
+    tiny_source: Folder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = Folder(str(model_folder(tmp_path / "other", seed=1)))
+    heads = tmp_path / "heads"
+    trained(tiny_source, tmp_path, [HeadsCheckpoint(str(heads))])
+    trained(tiny_source, tmp_path, [HeadsCheckpoint(str(heads))])
+    assert "another backbone" not in capsys.readouterr().out, "heads of the same backbone are no surprise"
+    trained(other, tmp_path, [HeadsCheckpoint(str(heads))], fast_dev_run=True)
+    assert "another backbone" not in capsys.readouterr().out, "a trial run replaces nothing"
+    trained(other, tmp_path, [HeadsCheckpoint(str(heads))])
+    theirs = tiny_source.load().spec.fingerprint
+    told = f"The heads in {heads} were trained for another backbone, llama of 6 blocks, fingerprint {theirs}; this fit"
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "another backbone" in line]
+    assert line.startswith(told)
+    assert json.loads((heads / "heads.json").read_text())["fingerprint"] == other.load().spec.fingerprint
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"format": 1}'])
+def test_a_record_that_cannot_be_read_names_nobody(tiny_source: Folder, tmp_path: Path, content: str) -> None:
+    spec = tiny_source.load().spec
+    assert replaced(tmp_path, spec) is None
+    (tmp_path / "heads.json").write_text(content)
+    assert replaced(tmp_path, spec) is None
 
 
 class Figures:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from matplotlib.figure import Figure
 from matplotlib.image import imread
 
 from callbacks import drawing, frontier
@@ -19,6 +20,7 @@ SCHEMA = {
     "policy",
     "threshold",
     "agreement",
+    "drafts_kept",
     "blocks_per_token",
     "flops_fraction",
     "bytes_fraction",
@@ -33,6 +35,7 @@ def row(policy: str, threshold: Any, saved: float, **changed: Any) -> dict[str, 
         "policy": policy,
         "threshold": threshold,
         "agreement": 1 - saved / 2,
+        "drafts_kept": None,
         "answer_agreement": 1 - saved,
         "blocks_per_token": 30 * (1 - saved),
         "flops_fraction": 1 - saved,
@@ -45,10 +48,22 @@ def row(policy: str, threshold: Any, saved: float, **changed: Any) -> dict[str, 
     }
 
 
-def found(*rows: dict[str, Any]) -> DecodingResults:
+USUAL = {
+    "mode": "early-exit",
+    "rule": "Exact",
+    "draft_limit": None,
+    "sampler": {"name": "Greedy"},
+    "chat": False,
+    "heads": "runs/heads",
+}
+LOSSLESS = {**USUAL, "mode": "lossless", "draft_limit": 4}
+
+
+def found(*rows: dict[str, Any], **manner: Any) -> DecodingResults:  # noqa: ANN401 - decoding's own values
     return DecodingResults(
         task={"name": "Questions", "headline": "exact_match", "examples": 3},
         backbone={"family": "llama", "depth": 30, "width": 576},
+        decoding={**USUAL, **manner},
         environment={"device": "a machine", "dtype": "float32"},
         exits=[{"depth": 15, "agreement": 0.5, "gate_auroc": {"LinearGate": None}, "latency_ms": {"p50": 1, "p95": 2}}],
         rows=[row("Full", None, 0.0), *rows],
@@ -64,11 +79,39 @@ def test_the_report_has_its_schema_and_survives_json(tmp_path: Path) -> None:
     assert "NaN" not in text
     assert "Infinity" not in text
     report = json.loads(text)
-    assert {"backbone", "environment", "exits", "frontier"} <= report.keys()
+    assert list(report) == ["task", "backbone", "decoding", "environment", "exits", "frontier"]
+    assert report["decoding"] == USUAL
     assert all(line.keys() >= SCHEMA for line in report["frontier"])
     assert report["frontier"][1]["score"] is None
     assert report["frontier"][2]["threshold"] == {"15": 0.5, "20": 0.6}
     assert [path.name for path in tmp_path.iterdir()] == ["report.json"]
+
+
+def test_how_decoding_was_done_is_told_where_it_was_not_as_usual() -> None:
+    rows = [row("MaxProb", 0.9, 0.1, drafts_kept=0.25)]
+    usual = frontier.table(found(*rows))
+    assert "Decoding:" not in usual
+    assert "95.0%" in usual
+    skipping = found(*rows, rule="Skip", sampler={"name": "Sampled", "seed": 0})
+    assert "Decoding: rule Skip, sampler Sampled" in frontier.table(skipping)
+    assert "rule Skip · sampler Sampled" in frontier._measured_on(skipping)
+    lossless = frontier.table(found(*rows, **LOSSLESS))
+    assert "Decoding: lossless, at most 4 drafts" in lossless
+    assert "drafts" in lossless
+    assert "25.0%" in lossless
+    assert "95.0%" not in lossless
+
+
+def test_lossless_runs_are_drawn_over_the_drafts_kept(tmp_path: Path) -> None:
+    rows = [row("MaxProb", level, level / 2, agreement=None, drafts_kept=1 - level) for level in (0.5, 0.9)]
+    assert drawing.curves(rows, "flops_fraction") == {}
+    assert [line["threshold"] for line in drawing.curves(rows, "flops_fraction", drawing.DRAFTS)["MaxProb"]] == [
+        0.5,
+        0.9,
+    ]
+    frontier.picture(found(*rows, **LOSSLESS), tmp_path / "lossless.png")
+    frontier.picture(found(*rows), tmp_path / "empty.png")
+    assert (tmp_path / "lossless.png").stat().st_size > (tmp_path / "empty.png").stat().st_size
 
 
 def test_a_report_that_cannot_be_written_leaves_the_old_one(tmp_path: Path) -> None:
@@ -93,6 +136,15 @@ def test_curves_go_up_the_thresholds_and_leave_the_full_model_out() -> None:
     lines = drawing.curves(rows, "flops_fraction")
     assert list(lines) == ["MaxProb", "Never"]
     assert [line["threshold"] for line in lines["MaxProb"]] == [0.5, 0.9]
+
+
+def test_gates_go_by_their_own_name_and_the_full_model_hides_no_point() -> None:
+    axes = Figure().subplots()
+    rows = [row("GateConfidence(MambaGate)", level, 1 - level) for level in (0.5, 1.0)]
+    drawing._plot(axes, rows, drawing.panels(rows, 30)[0], drawing.AGREEMENT)
+    curve, star = axes.get_lines()[-2:]
+    assert (curve.get_label(), star.get_label()) == ("MambaGate, 0.5 to 1", "full model")
+    assert star.get_zorder() < curve.get_zorder()
 
 
 def test_likelihood_tasks_are_drawn_over_depth(tmp_path: Path) -> None:

@@ -151,6 +151,17 @@ def test_what_an_interrupted_run_left_can_be_read(tmp_path, backbone, tokenizer)
     store.verify()
 
 
+def test_an_interrupted_run_tells_what_is_kept_and_goes_on(tmp_path, backbone, tokenizer, uninterrupted, caplog):
+    with pytest.raises(KeyboardInterrupt):
+        Crash(12, error=KeyboardInterrupt()).during(lambda: fill(tmp_path, backbone, tokenizer))
+    (folder,) = tmp_path.iterdir()
+    done = Manifest.load(folder).next_group
+    assert 0 < done < 6
+    told = f"Stopped. {done} of 6 groups of documents are kept; run the same command to go on."
+    assert [record.getMessage() for record in caplog.records] == [told]
+    assert contents(fill(tmp_path, backbone, tokenizer).folder) == uninterrupted
+
+
 @pytest.mark.slow
 def test_kill_9_and_the_lock_of_a_dead_process(tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}

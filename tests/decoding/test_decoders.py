@@ -15,7 +15,7 @@ from dynamax.heads.gates import AttentionGate, MambaGate
 from dynamax.policies.learned import GateConfidence
 from dynamax.policies.schedule import AtDepth, Never
 from tests.float64 import upcast64
-from tests.laws.house import DEPTH, Dice, LyingLens, exits, pair, prompt
+from tests.laws.house import DEPTH, VOCAB, Dice, LyingLens, exits, pair, prompt
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +70,33 @@ def test_forced_tokens_that_do_not_reach_the_last_step_are_refused(house) -> Non
 def test_a_limit_below_one_is_refused(house, limit: int) -> None:  # noqa: ANN001
     with pytest.raises(ValueError, match="must be at least 1"):
         list(Full(house[0]).decode(prompt(6), limit=limit))
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [
+        (torch.tensor([1, 2, 3]), r"torch.int64 tensor of shape \[3\]; wanted: .* \[rows, tokens\].*prompt\[None\]"),
+        (torch.ones(1, 1, 3, dtype=torch.long), r"shape \[1, 1, 3\]"),
+        (torch.ones(1, 3), "torch.float32 tensor.*int64.*prompt.long"),
+        (torch.ones(1, 3, dtype=torch.bool), "torch.bool tensor"),
+        (torch.ones(1, 0, dtype=torch.long), "0 tokens .* must be at least 1"),
+        (torch.ones(0, 3, dtype=torch.long), "no rows"),
+        (torch.tensor([[1, 2], [VOCAB, 0]]), f"token {VOCAB}, .* vocabulary is 0 to {VOCAB - 1}. Encode"),
+        (torch.tensor([[1, -1]]), "token -1, "),
+    ],
+)
+def test_a_prompt_that_cannot_be_read_is_refused_by_every_decoder(house, given, wanted: str) -> None:  # noqa: ANN001
+    backbone, bank = house
+    assert backbone.spec.vocab == VOCAB
+    for decoder in (Full(backbone), EarlyExit(backbone, bank, Never()), SelfSpeculative(backbone, bank, Never())):
+        with pytest.raises(ValueError, match=wanted):
+            list(decoder.decode(given, limit=2))
+
+
+def test_the_last_token_of_the_vocabulary_and_short_integers_are_read(house) -> None:  # noqa: ANN001
+    start = torch.tensor([[0, VOCAB - 1]])
+    one, other = (list(Full(house[0]).decode(given, limit=2)) for given in (start, start.int()))
+    assert [int(step.token_B) for step in one] == [int(step.token_B) for step in other]
 
 
 def test_a_prompt_longer_than_the_context_is_refused(house) -> None:  # noqa: ANN001

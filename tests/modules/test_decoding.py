@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,10 @@ from dynamax.data.tasks import TaskData
 from dynamax.decoding.early_exit import EarlyExit
 from dynamax.decoding.full import Full
 from dynamax.decoding.sampling import Sampled
+from dynamax.decoding.speculative import SelfSpeculative
 from dynamax.heads.bank import Exit
 from dynamax.heads.gates import LinearGate, MambaGate
-from dynamax.modules.decoding import DecodingModule, Sweep
+from dynamax.modules.decoding import DecodingModule, Sweep, facts
 from dynamax.policies.combine import AnyOf
 from dynamax.policies.confidence import Margin, MaxProb
 from dynamax.policies.learned import GateConfidence
@@ -88,9 +90,52 @@ def test_exits_are_surveyed_and_timed(folder: Folder) -> None:
 
 
 def test_lossless_decoding_says_what_the_full_model_says(folder: Folder) -> None:
-    rows = run(folder, [Sweep(MaxProb(0.5), [0.0, 0.02])], mode="lossless", draft_limit=3).results.rows
-    assert all(row["agreement"] == row["answer_agreement"] == 1.0 for row in rows)
-    assert rows[1]["blocks_per_token"] != 6
+    module = run(folder, [Sweep(MaxProb(0.5), [0.0, 1.0])], mode="lossless", draft_limit=3)
+    whole, always, never = module.results.rows
+    assert all(row["agreement"] == row["answer_agreement"] == 1.0 for row in (whole, always, never))
+    assert always["blocks_per_token"] != 6
+    assert whole["drafts_kept"] is None
+    assert never["drafts_kept"] == 0.0
+    assert always["drafts_kept"] == drafts_kept(module) > 0
+
+
+def drafts_kept(module: DecodingModule) -> float:
+    """Of the first policy, decoded here once more without the module."""
+    decoder = SelfSpeculative(module.backbone, module.bank, MaxProb(0.0), draft_limit=3)
+    accepted: list[bool] = []
+    for example in Questions(limit=3, max_new_tokens=12).examples():
+        prompt_1T = torch.tensor([module.bench.tokenizer(example.prompt)["input_ids"]])
+        limit = len(list(Full(module.backbone).decode(prompt_1T, limit=12, stop=[0])))
+        accepted += [step.accepted for step in decoder.decode(prompt_1T, limit=limit)][1:]
+    return sum(accepted) / len(accepted)
+
+
+def test_results_tell_how_decoding_was_done(folder: Folder) -> None:
+    task = Questions(limit=1, max_new_tokens=4)
+    usual = run(folder, [Sweep(Never())], task).results
+    assert usual.decoding == {
+        "mode": "early-exit",
+        "rule": "Exact",
+        "draft_limit": None,
+        "sampler": {"name": "Greedy"},
+        "chat": False,
+        "heads": None,
+    }
+    assert usual.rows[1]["drafts_kept"] is None
+    sampler = Sampled(0.5, top_k=3, seed=4)
+    drafted = run(folder, [Sweep(Never())], task, mode="lossless", draft_limit=3, sampler=sampler).results.decoding
+    told = {"name": "Sampled", "temperature": 0.5, "top_k": 3, "top_p": 1.0, "seed": 4}
+    assert (drafted["mode"], drafted["draft_limit"], drafted["sampler"]) == ("lossless", 3, told)
+    assert run(folder, [Sweep(Never())], task, rule=Propagate()).results.decoding["rule"] == "Propagate"
+
+
+def test_a_model_without_a_limit_has_no_context(folder: Folder, tmp_path: Path) -> None:
+    recurrent = model_folder(tmp_path / "mamba2", "mamba2")
+    config = json.loads((recurrent / "config.json").read_text())
+    del config["max_position_embeddings"]  # mamba2's own configuration has none
+    (recurrent / "config.json").write_text(json.dumps(config))
+    contexts = {source: facts(source.load().spec)["context"] for source in (folder, Folder(str(recurrent)))}
+    assert list(contexts.values()) == [512, None]
 
 
 def test_sampling_compares_what_is_most_likely(folder: Folder) -> None:
