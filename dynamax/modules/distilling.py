@@ -128,6 +128,10 @@ class DistillationModule(LanguageModule):
     def _teacher(self) -> HFBackbone:
         return self._loaded[0]
 
+    def context(self) -> int:
+        """The teacher's."""
+        return self._teacher.spec.context
+
     def build(self) -> HFBackbone:
         """The teacher with its attention converted, in float32."""
         tokenizer = tokenizer_hash(self.teacher.tokenizer())

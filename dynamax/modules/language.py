@@ -5,9 +5,6 @@ Knows no loss, and not where the model's first weights are from.
 
 from __future__ import annotations
 
-import os
-import shutil
-import sys
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from time import perf_counter
@@ -16,12 +13,13 @@ from typing import Any, ClassVar, Protocol, cast
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
-from torch import Tensor, nn
+from torch import Tensor
 
 from dynamax.backbones.hf import HFBackbone
 from dynamax.data.language import LanguageData
 from dynamax.metrics.language import DepthScores
 from dynamax.modules.card import command
+from dynamax.modules.compiling import check_compiler, compile_blocks
 from dynamax.modules.export import check_target, write_model
 from dynamax.modules.limits import one_device
 from dynamax.modules.record import TrainingRecord, read_depths
@@ -90,6 +88,10 @@ class LanguageModule(LightningModule, ABC):
         """What is trained, from what, towards what, as JSON values: for card and report."""
 
     @abstractmethod
+    def context(self) -> int:
+        """Longest sequence the model reads; known once ``check`` has run."""
+
+    @abstractmethod
     def identity(self) -> dict[str, Any]:
         """What a checkpoint must share with the run that goes on with it, but for the text."""
 
@@ -105,7 +107,6 @@ class LanguageModule(LightningModule, ABC):
             return
         self.backbone = self.build()
         context, tokenizer = self.backbone.spec.context, self.data.streams.tokenizer
-        check_length(self.data.length, context)
         for prompt in self.prompts:
             if len(tokenizer(prompt)["input_ids"]) >= context:
                 raise ValueError(f"A prompt leaves no room in a context of {context} tokens: {prompt!r}. Shorten it.")
@@ -115,15 +116,8 @@ class LanguageModule(LightningModule, ABC):
 
     @property
     def data(self) -> LanguageData:
-        """The text.
-
-        Raises:
-            ValueError: If it is of another class.
-        """
-        data = getattr(self.trainer, "datamodule", None)
-        if not isinstance(data, LanguageData):
-            raise ValueError(f"{type(self).__name__} was given data of {type(data).__name__}; give it LanguageData.")
-        return data
+        """The text; ``check_data`` has looked at it."""
+        return cast(Any, self.trainer).datamodule
 
     # -- optimisation -------------------------------------------------------------------------------
 
@@ -157,10 +151,25 @@ class LanguageModule(LightningModule, ABC):
         if self.export is not None:
             check_target(self.export)
 
+    def check_data(self, data: object) -> None:
+        """Refuse text that the model could not read, before it is written.
+
+        Raises:
+            ValueError: If it is of another class, or its blocks are longer than the context.
+        """
+        if not isinstance(data, LanguageData):
+            raise ValueError(f"{type(self).__name__} was given data of {type(data).__name__}; give it LanguageData.")
+        if data.length > self.context():
+            raise ValueError(
+                f"Blocks of {data.length} tokens were given to a model whose context holds {self.context()}. Lower "
+                f"data.length, or raise the context in model.config."
+            )
+
     def setup(self, stage: str) -> None:
         """The same, for those who come without the command line."""
         if stage == "fit":
             self.check(self.trainer)
+            self.check_data(self.data)
 
     def on_train_start(self) -> None:
         """The clock starts."""
@@ -257,40 +266,6 @@ class LanguageModule(LightningModule, ABC):
         return {**self.identity(), "exits": self.exits, "optimiser": self.optimiser._asdict(), "text": text}
 
 
-def check_length(length: int, context: int) -> None:
-    """Refuse blocks that a model cannot read.
-
-    Raises:
-        ValueError: If they are longer than its context.
-    """
-    if length > context:
-        raise ValueError(
-            f"Blocks of {length} tokens were given to a model whose context holds {context}. Lower data.length, or "
-            f"raise the context in model.config."
-        )
-
-
-def check_compiler() -> None:
-    """Refuse to compile without the compiler that PyTorch calls on a CPU.
-
-    Raises:
-        ValueError: If it is not installed.
-    """
-    compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
-    if shutil.which(compiler) is None:
-        raise ValueError(
-            f"model.compile needs a C++ compiler, and {compiler} is not installed. Install it (apt install g++), or "
-            f"set model.compile to false."
-        )
-
-
 def described(part: object) -> dict[str, Any]:
     """A part of a run, by its class and its options."""
     return {"name": type(part).__name__, **vars(part)}
-
-
-def compile_blocks(blocks: Sequence[nn.Module]) -> None:
-    """Compile each block in place. One with a mixer of ours is a graph of its own, and PyTorch would stop at eight."""
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, len(blocks) + 1)
-    for block in blocks:
-        block.compile()

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from dynamax.backbones.families import family
-from dynamax.backbones.hf import HFBackbone
+from dynamax.backbones.hf import HFBackbone, context_of
 from dynamax.modules.configuration import check_depths, check_runs, check_trained, configuration
 from dynamax.modules.language import LanguageModule, described
 from dynamax.modules.schedule import OneRate
@@ -76,6 +76,10 @@ class PretrainingModule(LanguageModule):
         """
         super().check(trainer)
         check_runs(configuration(self.config), self.config)
+
+    def context(self) -> int:
+        """The configuration's."""
+        return context_of(configuration(self.config))
 
     def build(self) -> HFBackbone:
         """A random model with the vocabulary of the data."""
