@@ -126,6 +126,14 @@ def test_heads_beside_exits_are_refused(run: Run, capsys: pytest.CaptureFixture[
     assert "exactly one of the two" in capsys.readouterr().err
 
 
+def test_a_gate_that_no_exit_has_is_told_before_anything_is_said(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    ask = [option.replace("{2: {}, ", "{2: {gates: [LinearGate]}, ") for option in ASK]
+    assert run(*ask, "--policy", "GateConfidence", "--policy.threshold=0.5", "--policy.gate=AttentionGate") == 2
+    shown = capsys.readouterr()
+    assert "no exit has; gates of the exits: LinearGate." in shown.err
+    assert shown.out == ""
+
+
 def test_the_demos_heads_are_the_default(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(*(option for option in ASK if not option.startswith("--exits")), "--policy", "Never") == 2
     assert "no saved heads in runs/demo/heads" in capsys.readouterr().err
