@@ -54,6 +54,10 @@ CASES = {
         ["Never has no threshold"],
     ),
     "heads missing": (TEST, ["no saved heads in heads", "run fit"]),
+    "checkpoint": ([*FIT, "--ckpt_path", "nope.ckpt"], ["no checkpoint nope.ckpt", "--ckpt_path"]),
+    "checkpoint of heads": (["validate", *FIT[1:], "--ckpt_path", "parts"], ["no checkpoint parts"]),
+    "heads decode nothing": (["test", *FIT[1:]], ["test decodes a task", "HeadsModule. Use: dynamax fit"]),
+    "a decoder has no heads": (["fit", *TEST[1:]], ["fit trains exit heads", "DecodingModule. Use: dynamax test"]),
     "empty file": ([*FIT, "--data.text.path", "empty.txt"], ["empty.txt"]),
     "row without the field": ([*FIT, "--data.text.path", "rows.csv"], ["text", "rows.csv", "body"]),
     "task's row without a field": (
