@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Sequence
 from difflib import get_close_matches
-from pathlib import Path
+from os.path import isdir
 from typing import NamedTuple
 
 KEY = re.compile(r'Parser key "([^"]+)"')
@@ -64,7 +64,7 @@ def _where(lines: Sequence[str], place: int) -> str:
 
 def _no_class(where: str, given: str, known: Known, lines: Sequence[str]) -> str:
     key = where.rsplit(".", 1)[-1]
-    if Path(given).is_dir() and "Folder" in known.classes(key):
+    if isdir(given) and "Folder" in known.classes(key):
         return (
             f"{where} was given the folder {given}; wanted: a class. For a model in a folder, write "
             f"--{where} Folder --{where}.path {given}, or in a file {key}: {{class_path: Folder, init_args: {{path: "

@@ -66,6 +66,7 @@ CASES = {
         [*FIT, "--model.backbone=parts"],
         ["model.backbone was given the folder parts", "--model.backbone Folder --model.backbone.path parts"],
     ),
+    "no path": ([*FIT, f"--model.backbone=/{'x' * 300}"], ["which is not there"]),
     "model folder of generate": (["generate", "Who?", "--backbone=./parts"], ["--backbone Folder --backbone.path ./p"]),
     "nothing given": (["fit"], ["start from a whole run: -c configs/demo/fit.yaml"]),
     "no prompt": (["generate"], ["no prompt", 'dynamax generate "']),
