@@ -46,8 +46,10 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     debug = "--debug" in arguments or bool(os.environ.get("DYNAMAX_DEBUG"))
     try:
         _dispatch([argument for argument in arguments if argument != "--debug"])
-    except KeyboardInterrupt:
-        sys.exit(130)
+    except (KeyboardInterrupt, SystemExit) as ended:
+        if isinstance(ended, KeyboardInterrupt) or isinstance(ended.__context__, KeyboardInterrupt):
+            sys.exit(130)  # Lightning turns Ctrl-C into an exit of 1
+        raise
     except Exception as error:
         code, message = verdict(error)
         if debug or code is None:

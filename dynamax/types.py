@@ -176,8 +176,8 @@ class Evidence:
         if name is None or name not in self._gates or (gate is None and len(self._gates) > 1):
             known = ", ".join(self._gates) or "none"
             raise ValueError(
-                f"The policy asked exit {self.depth} for the gate {gate or '(unnamed)'}; its gates are: {known}. "
-                f"Name one of them in the policy (gate: NAME), or give every exit such a gate."
+                f"The policy asked exit {self.depth} for the gate {gate or '(unnamed)'}; its gates that the policy may "
+                f"ask are: {known}. Name one of them in the policy (gate: NAME), or give every exit such a gate."
             )
         if name not in self._confidences:
             self._confidences[name] = self._gates[name]()

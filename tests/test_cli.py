@@ -50,6 +50,28 @@ def test_a_wrong_command_is_a_usage_error(capsys: pytest.CaptureFixture[str], gi
     assert told in capsys.readouterr().err
 
 
+def stopped(_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def stopped_in_lightning(_: object) -> None:
+    try:
+        raise KeyboardInterrupt
+    except KeyboardInterrupt:
+        sys.exit(1)
+
+
+@pytest.mark.parametrize("action", [stopped, stopped_in_lightning])
+def test_control_c_is_130(monkeypatch: pytest.MonkeyPatch, action: object) -> None:
+    monkeypatch.setattr("dynamax.commands.info.main", action)
+    assert code("info") == 130
+
+
+def test_other_exits_keep_their_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dynamax.commands.info.main", lambda _: sys.exit(3))
+    assert code("info") == 3
+
+
 def test_debug_shows_where_it_was_raised() -> None:
     with pytest.raises(UsageError, match="no command"):
         main(["generat", "--debug"])

@@ -7,6 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from os.path import commonprefix
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -20,6 +21,7 @@ from dynamax.commands.parsing import Parser, one_screen, prepare
 from dynamax.decoding.sampling import Greedy, Sampled, Sampler
 from dynamax.device import chosen
 from dynamax.heads.bank import Exit
+from dynamax.heads.saved import RECORD
 from dynamax.metrics.cost import CostModel
 from dynamax.modules.answers import encode
 from dynamax.modules.decoding import DecodingModule, Sweep
@@ -27,6 +29,7 @@ from dynamax.policies.base import TerminationPolicy
 from dynamax.types import Step
 
 DEMO = "runs/demo/heads"
+WITHOUT_HEADS = "--exits '{2: {}, 4: {}}' --policy MaxProb --policy.threshold 0.5"
 SHORT = {"--threshold": "--policy.threshold"}
 DEFAULTS = {
     "backbone": {"class_path": "SmolLM2"},
@@ -96,7 +99,7 @@ def generate(
     module = DecodingModule(
         backbone,
         [Sweep(policy)],
-        heads=DEMO if heads is None and exits is None else heads,
+        heads=_folder(heads) if exits is None else heads,
         exits=exits,
         rule=rule,
         sampler=_sampler(temperature, top_k, top_p, seed),
@@ -108,6 +111,16 @@ def generate(
     module.configure_model()
     module.to(torch.device(chosen(device)))
     speak(module, prompt, limit=limit)
+
+
+def _folder(heads: str | None) -> str:
+    folder = DEMO if heads is None else heads
+    if not (Path(folder) / RECORD).is_file():
+        raise UsageError(
+            f"There are no saved heads in {folder}. Wanted: a folder that fit wrote, --heads FOLDER. A model that was "
+            f"trained with exits needs no heads: {WITHOUT_HEADS}"
+        )
+    return folder
 
 
 def _sampler(temperature: float | None, top_k: int | None, top_p: float | None, seed: int | None) -> Sampler:
@@ -136,7 +149,9 @@ def speak(module: DecodingModule, prompt: str, *, limit: int) -> None:
     for piece, depth in pieces(_kept(decoded, steps), bench.tokenizer, stop):
         print(palette.paint(piece, depth), end="", flush=True)
     seconds = time.perf_counter() - began
-    print("\n\n" + palette.legend(Counter(step.depth for step in steps if not step.prefill)))
+    print("\n")
+    if depths := Counter(step.depth for step in steps if not step.prefill):
+        print(palette.legend(depths))
     print(balance(bench.points[0].costs, steps, prompt_1T.shape[1], seconds))
 
 
@@ -168,14 +183,16 @@ def pieces(steps: Iterator[Step], tokenizer: PreTrainedTokenizerBase, stop: Sequ
 def balance(costs: CostModel, steps: Sequence[Step], prompt: int, seconds: float) -> str:
     """One line: what was saved beside full decoding of the same tokens, the prompt's own pass left out."""
     decoded = [step for step in steps if not step.prefill]
+    first = len(steps) - len(decoded)
     if not decoded:
         return "The first token comes from the prompt's own pass, and there was no other: nothing could be saved."
     flops = sum(costs.step(step, prompt + index).flops for index, step in enumerate(decoded))
     whole = sum(costs.full(prompt + index).flops for index in range(len(decoded)))
     blocks, total = sum(sum(step.work.calls) for step in decoded) / len(decoded), costs.spec.depth
     return (
-        f"{len(steps)} tokens in {seconds:.1f} s. Blocks a token: {blocks:.1f} of {total}, {_saved(blocks / total)}; "
-        f"FLOPs: {_saved(flops / whole)}."
+        f"{len(steps)} tokens in {seconds:.1f} s: {first} from the prompt's own pass, at full depth, and "
+        f"{len(decoded)} as shared out above. Of these, blocks a token: {blocks:.1f} of {total}, "
+        f"{_saved(blocks / total)}; FLOPs: {_saved(flops / whole)}."
     )
 
 

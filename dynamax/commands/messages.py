@@ -8,9 +8,11 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Sequence
 from difflib import get_close_matches
+from os.path import isdir
 from typing import NamedTuple
 
 KEY = re.compile(r'Parser key "([^"]+)"')
+PATH = re.compile(r"(?:Expected a path but |given class_path ')([^\s']+)")
 NESTED = re.compile(r"NestedArg\(key='([\w.]+)'")
 LONGEST = 12
 DEMOS = {"fit": "fit", "cache": "fit", "validate": "fit", "test": "test", "predict": "test"}
@@ -61,14 +63,38 @@ def _where(lines: Sequence[str], place: int) -> str:
 
 
 def _no_class(where: str, given: str, known: Known, lines: Sequence[str]) -> str:
-    if given.endswith((".yaml", ".yml", ".json")) or "/" in given:
+    key = where.rsplit(".", 1)[-1]
+    if isdir(given) and "Folder" in known.classes(key):
+        return (
+            f"{where} was given the folder {given}; wanted: a class. For a model in a folder, write "
+            f"--{where} Folder --{where}.path {given}, or in a file {key}: {{class_path: Folder, init_args: {{path: "
+            f"{given}}}}}."
+        )
+    if _is_file(given):
         return (
             f"{where} names the file {given}, which is not there. A path inside a file counts from that file, one on "
             f"the command line from the current folder. Correct the path."
         )
-    key = where.rsplit(".", 1)[-1]
     names = ", ".join(known.listed(key))
     return f"{where} names the class {given}, which is not known.{_near(given, known.classes(key))} Known: {names}."
+
+
+def _is_file(given: str) -> bool:
+    return given.endswith((".yaml", ".yml", ".json")) or "/" in given
+
+
+def _no_module(where: str, given: str, known: Known, lines: Sequence[str]) -> str:
+    file = next(filter(_is_file, PATH.findall("\n".join(lines))), None)
+    if file is not None:  # taken for module.Class because of its dot
+        return _no_class(where, file, known, lines)
+    return (
+        f"{where}: the module {given} cannot be imported; put its folder on PYTHONPATH, or install the package that "
+        f"holds it."
+    )
+
+
+def _not_in_module(where: str, given: str, known: Known, lines: Sequence[str]) -> str:
+    return f"{where}: {given}. Correct the name."
 
 
 def _no_option(where: str, given: str, known: Known, lines: Sequence[str]) -> str:
@@ -99,9 +125,12 @@ def _no_config(where: str, given: str, known: Known, lines: Sequence[str]) -> st
 
 
 def _wrong_type(where: str, given: str, known: Known, lines: Sequence[str]) -> str:
-    values = [line.split("Given value: ", 1)[1] for line in lines if "Given value: " in line]
-    wanted = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", given).replace("NoneType", "null")
-    return f"{where} was given {values[0] if values else 'something else'}; wanted: {wanted}. Change it."
+    wanted, _, value = given.partition(". Got value: ")
+    values = [value, *(line.split("Given value: ", 1)[1] for line in lines if "Given value: " in line)]
+    value = next(filter(None, values), "something else")
+    wanted = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", wanted.rstrip("]")).replace("NoneType", "null")
+    near = _near(value, re.findall(r"'([^']+)'", wanted))
+    return f"{where} was given {value}; wanted: {wanted}.{near or ' Change it.'}"
 
 
 PATTERNS = (
@@ -112,9 +141,12 @@ PATTERNS = (
     (r"[Uu]nrecognized arguments: (.+)", _unrecognized),
     (r"the following arguments are required: (.+)", _missing),
     (r"File does not exist: '?([^']+)'?", _no_config),
+    (r"No module named '([^']+)'", _no_module),
+    (r"(module '[\w.]+' has no attribute '\w+')", _not_in_module),
+    (r"(cannot import name '\w+' from '[\w.]+')", _not_in_module),
     (r"Subtypes: \[((?:<class '(?:int|float|str|bool|NoneType)'>|dict\[.*?\]|list\[.*?\]|, )+)\]", _wrong_type),
-    (r"Expected a typing.Literal\[(.*?)\]\. Got value", _wrong_type),
-    (r"Expected a (<class '(?:int|float|str|bool)'>)", _wrong_type),
+    (r"Expected a typing.Literal\[(.*)", _wrong_type),
+    (r"Expected a (<class '(?:int|float|str|bool)'>.*)", _wrong_type),
 )
 
 

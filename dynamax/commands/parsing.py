@@ -18,6 +18,7 @@ from transformers.utils.logging import disable_progress_bar
 from dynamax.backbones.skipped import SkippedState
 from dynamax.backbones.sources import Source
 from dynamax.commands.messages import Known, UsageError, explain
+from dynamax.commands.overlay import set_rules
 from dynamax.data import answers, corpora, generated, glosses, hidden, language, tasks
 from dynamax.data.text import Corpus, TextSource
 from dynamax.decoding.sampling import Sampler
@@ -82,6 +83,18 @@ class Parser(LightningArgumentParser):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401 - those of jsonargparse
         super().__init__(*args, **{"exit_on_error": False, "allow_abbrev": False, **kwargs})
+
+    def add_class_arguments(self, *args: Any, **kwargs: Any) -> list[str]:  # noqa: ANN401 - those of jsonargparse
+        """Options of a class; some of them replace an earlier value as a whole."""
+        added = super().add_class_arguments(*args, **kwargs)
+        set_rules(self)
+        return added
+
+    def add_function_arguments(self, *args: Any, **kwargs: Any) -> list[str]:  # noqa: ANN401 - those of jsonargparse
+        """The same of a function."""
+        added = super().add_function_arguments(*args, **kwargs)
+        set_rules(self)
+        return added
 
     def instantiate_classes(self, cfg: Any, **kwargs: Any) -> Namespace:  # noqa: ANN401 - those of jsonargparse
         """What LightningCLI calls, by the name that jsonargparse has for it now."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -13,6 +14,7 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from dynamax.backbones.sources import Source
 from dynamax.commands.messages import UsageError
 from dynamax.commands.parsing import Parser, one_screen, prepare
+from dynamax.modules.decoding import DecodingModule
 from dynamax.modules.distilling import DistillationModule
 from dynamax.modules.heads import HeadsModule
 from dynamax.modules.language import LanguageModule
@@ -21,6 +23,20 @@ from dynamax.modules.pretraining import PretrainingModule
 
 LANGUAGE: dict[str, type[LanguageModule]] = {"train": PretrainingModule, "distill": DistillationModule}
 """Commands that train a whole model, and what they train."""
+MEANT: dict[str, type[LightningModule]] = {"fit": HeadsModule, "test": DecodingModule, **LANGUAGE}
+"""Our models, by the command that each is for first of all."""
+TAKES: dict[str, tuple[str, tuple[type[LightningModule], ...]]] = {
+    "fit": ("trains exit heads", (HeadsModule,)),
+    "cache": ("fills the store that exit heads are trained on", (HeadsModule,)),
+    "validate": ("scores what was trained", (HeadsModule, LanguageModule)),
+    "test": ("decodes a task", (DecodingModule,)),
+    "predict": ("decodes a task", (DecodingModule,)),
+    "train": ("trains a language model from the start", (PretrainingModule,)),
+    "distill": ("trains a student of a Transformer", (DistillationModule,)),
+}
+"""What commands do, and those of our models that they can do it with."""
+CHECKPOINTS = r"best|last|hpc|registry.*|\w+://.+"
+"""Values of ``ckpt_path`` that Lightning finds a file for."""
 
 
 class StoreTrainer(Trainer):
@@ -84,11 +100,22 @@ class DynamaxCLI(LightningCLI):
         """Parse; mistakes are told in one screen."""
         with one_screen(parser):
             self.config = parser.parse_args(cast(Sequence[str], args))
+        path = self.config[self.config.subcommand].get("ckpt_path")
+        if path and not re.fullmatch(CHECKPOINTS, str(path)) and not Path(path).is_file():
+            raise UsageError(f"There is no checkpoint {path}. Correct the path after --ckpt_path.")
+
+    def after_instantiate_classes(self) -> None:
+        """Refuse a model that another command is for."""
+        command = str(self.subcommand)
+        does, kinds = TAKES[command]
+        ours = isinstance(self.model, tuple(MEANT.values()))
+        if not isinstance(self.model, kinds) and (ours or command in LANGUAGE):
+            meant = next((name for name, kind in MEANT.items() if isinstance(self.model, kind)), "fit")
+            name = type(self.model).__name__
+            raise UsageError(f"{command} {does}, but the model is {name}. Use: dynamax {meant} ...")
 
     def before_cache(self) -> None:
         """Build the heads before the store is filled: a mistake in them shows now, not minutes later."""
-        if isinstance(self.model, LanguageModule):
-            raise UsageError(f"fit trains exit heads, but the model is {_meant(self.model)}")
         self.model.configure_model()
 
     def before_fit(self) -> None:
@@ -99,39 +126,35 @@ class DynamaxCLI(LightningCLI):
             self.model.check_epochs(self.trainer)
 
     def before_validate(self) -> None:
-        """Refuse to score heads that nobody trained."""
-        if not isinstance(self.model, HeadsModule):
+        """Refuse to score what nobody trained."""
+        if self.config.validate.ckpt_path is not None:
+            return
+        if isinstance(self.model, LanguageModule):
+            raise UsageError(
+                "validate was given no checkpoint, so it would score a model that nobody trained. Name one that "
+                "training saved: --ckpt_path FILE."
+            )
+        if not isinstance(self.model, HeadsModule) or self.model.saved is not None:
             return
         self.model.configure_model()
-        fresh = self.model.saved is None and self.config.validate.ckpt_path is None
-        if fresh and list(self.model.bank.parameters()):
+        if list(self.model.bank.parameters()):
             raise UsageError(
                 "validate was given no trained heads, so it would score fresh ones. Name the folder that fit wrote, "
                 "such as --model.heads runs/demo/heads, or a checkpoint of the trainer, --ckpt_path FILE."
             )
 
     def before_train(self) -> None:
-        """Refuse what other commands are for, and mistakes that would show after the text has been written only."""
-        self._before_language("train", "a language model from the start")
+        """Refuse mistakes that would show only after the text has been written."""
+        cast(LanguageModule, self.model).check(self.trainer)
 
     def before_distill(self) -> None:
         """The same."""
-        self._before_language("distill", "a student of a Transformer")
-
-    def _before_language(self, command: str, trained: str) -> None:
-        if not isinstance(self.model, LANGUAGE[command]):
-            raise UsageError(f"{command} trains {trained}, but the model is {_meant(self.model)}")
-        self.model.check(self.trainer)
+        self.before_train()
 
     def predict(self, **options: Any) -> None:  # noqa: ANN401 - those of Trainer.predict
         """Print each answer as a line of JSON."""
         for answer in self.trainer.predict(**options) or []:
             print(json.dumps(answer))
-
-
-def _meant(model: LightningModule) -> str:
-    command = next((name for name, kind in LANGUAGE.items() if isinstance(model, kind)), "fit")
-    return f"{type(model).__name__}. Use: dynamax {command} ..."
 
 
 def _backbone(model: LightningModule) -> Source | None:

@@ -62,9 +62,20 @@ class ExitBank(nn.Module):
 
         Args:
             gates: Class names of the gates to keep; None keeps all.
+
+        Raises:
+            ValueError: If a gate is named that no exit has.
         """
         if gates is None:
             return self
+        there = sorted({name for depth in self.depths for name in self.gates(depth)})
+        for name in gates:
+            if name not in there:
+                raise ValueError(
+                    f"The policy asks for the gate {name}, which no exit has; gates of the exits: "
+                    f"{', '.join(there) or 'none'}. Name one of them in the policy (gate: NAME), or train exits with "
+                    f"such a gate."
+                )
         other = copy.copy(self)
         other._modules = {}
         other.exits = nn.ModuleDict(

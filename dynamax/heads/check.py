@@ -21,6 +21,11 @@ from dynamax.heads.exits import Exit
 from dynamax.types import Memory, Site, Spec
 
 TOLERANCE = 1e-10
+REMEDIES = {
+    True: "carry over everything it needs in memory.values",
+    False: "set recurrent = True and carry over what it needs in memory.values",
+}
+"""What to do about scores that depend on earlier positions, by whether the gate is recurrent."""
 
 
 def toy_site(*, depth: int = 2, width: int = 64, vocab: int = 97, fingerprint: str = "toy") -> Site:
@@ -54,8 +59,8 @@ def check_head(head_class: type[ExitHead], **options: object) -> None:
 
     Shapes and precision, at one position too; the input is left alone; rows do not mix; no position
     sees a later one; every parameter gets a finite gradient; a recurrent gate gives the same however
-    its sequence is cut, with padding at the left or without, and keeps old memories intact; FLOPs
-    and memory are told; saved and loaded it is the same head.
+    its sequence is cut, with padding at the left or without, and keeps old memories intact; any other gate
+    scores a position as if it stood alone; FLOPs and memory are told; saved and loaded it is the same head.
 
     Args:
         head_class: A subclass of ``Lens`` or ``Gate``.
@@ -151,9 +156,15 @@ def check_memory(gate: Gate) -> None:
     """Cut anywhere, padded or not, a sequence gives the same scores; an old memory is not changed by later reads."""
     h_BTD = states(2, 9, dtype=torch.float64)
     whole_BT = gate.score(h_BTD)
+    if not gate.recurrent:
+        alone_BT = torch.cat([gate.score(h_BTD[:, t : t + 1]) for t in range(9)], 1)
+        message = "says recurrent = False, but its score of a position depends on earlier ones; "
+        demand(gate, near(alone_BT, whole_BT), message + REMEDIES[False])
     for cuts in ((9,), (1,) * 9, (4, 5), (2, 6, 1)):
         same = near(continued(gate, h_BTD, cuts, Memory()), whole_BT)
-        demand(gate, same, f"gives other scores when nine positions come in chunks of {cuts}; {remedy(gate)}")
+        demand(
+            gate, same, f"gives other scores when nine positions come in chunks of {cuts}; {REMEDIES[gate.recurrent]}"
+        )
     memory = Memory()
     continued(gate, h_BTD[:, :4], (4,), memory)
     first, second = (continued(gate, h_BTD[:, 4:], (5,), memory.copy()) for _ in range(2))
@@ -169,13 +180,6 @@ def check_memory(gate: Gate) -> None:
         scores_BT = continued(gate, padded_BTD, (2, 5, 5), Memory(pad_B))
         same = near(scores_BT[:1, 3:], whole_BT[:1])
         demand(gate, same, "gives a row other scores when it is padded at the left; mask by memory.live(T)")
-
-
-def remedy(gate: Gate) -> str:
-    """What to do about scores that depend on the cuts."""
-    if gate.recurrent:
-        return "carry over everything it needs in memory.values"
-    return "if it looks at earlier positions, set recurrent = True and carry them over in memory.values"
 
 
 def near(given: Tensor, wanted: Tensor) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 
 from torch import nn
 
@@ -13,7 +14,7 @@ from dynamax.heads.lenses import LogitLens
 from dynamax.types import Site
 
 
-@dataclass
+@dataclass(repr=False)
 class Exit:
     """What stands at one depth.
 
@@ -24,6 +25,16 @@ class Exit:
 
     lens: Callable[[Site], Lens] | None = None
     gates: list[Callable[[Site], Gate]] = field(default_factory=list)
+
+    def __repr__(self) -> str:
+        return f"Exit({factory_name(self.lens or LogitLens)}, [{', '.join(map(factory_name, self.gates))}])"
+
+
+def factory_name(factory: Callable[[Site], ExitHead]) -> str:
+    """The name of the class that a factory makes heads of, where it can be told."""
+    parts = (factory.func, *factory.args) if isinstance(factory, partial) else (factory,)
+    classes = [part.__name__ for part in parts if isinstance(part, type)]
+    return classes[-1] if classes else getattr(factory, "__name__", repr(factory))
 
 
 def check_depths(exits: Mapping[int, Exit], total: int) -> None:

@@ -2,11 +2,15 @@
 
 Each file is replaced as a whole. The record stands in both, so that a pair that does not belong
 together is noticed. Knows how heads are named and built, not what they do.
+
+A registered class goes by its short name, any other by ``module.Class``. Only a name with a dot is
+imported, but importing runs the module: a record from somebody else names code, so read it first.
 """
 
 from __future__ import annotations
 
 import json
+import pkgutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
@@ -52,8 +56,19 @@ def record(spec: Spec, heads: Mapping[int, tuple[ExitHead, Sequence[ExitHead]]])
 
 
 def entry(head: ExitHead) -> dict[str, Any]:
-    """One head: its class name and options."""
-    return {"class": type(head).__name__, "options": head.recipe}
+    """One head: the name of its class and its options."""
+    return {"class": recorded_name(type(head)), "options": head.recipe}
+
+
+def recorded_name(head: type[ExitHead]) -> str:
+    """The short name of a registered class; ``module.Class`` of any other, so that it is found again."""
+    name = head.__name__
+    return name if name in HEADS.points() and HEADS.get(name) is head else dotted(head)
+
+
+def dotted(head: type[ExitHead]) -> str:
+    """``module.Class``."""
+    return f"{head.__module__}.{head.__qualname__}"
 
 
 def recipes(record: Mapping[str, Any]) -> dict[int, tuple[Factory, list[Factory]]]:
@@ -68,15 +83,43 @@ def recipes(record: Mapping[str, Any]) -> dict[int, tuple[Factory, list[Factory]
 def factory(entry: Mapping[str, Any]) -> Factory:
     """The class of one saved head, with its options.
 
-    A class need not be registered if it has been imported: short names in YAML work the same way.
+    A class need not be registered: a name with a dot is imported, which runs its module.
 
     Raises:
-        ValueError: If no class of that name is registered or imported.
+        ValueError: If no class of that name is registered or imported, or none can be imported.
     """
-    name = entry["class"]
-    imported = {head.__name__: head for head in subclasses(ExitHead)}
-    head = imported[name] if name in imported and name not in HEADS.points() else HEADS.get(name)
-    return partial(built, head, entry["options"])
+    return partial(built, known(entry["class"]), entry["options"])
+
+
+def known(name: str) -> type[ExitHead]:
+    """The class a record names: registered, imported already, or imported now if its name has a dot.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    imported = {spelt: head for head in subclasses(ExitHead) for spelt in (head.__name__, dotted(head))}
+    if name in imported and name not in HEADS.points():
+        return imported[name]
+    return fetched(name) if "." in name else HEADS.get(name)
+
+
+def fetched(name: str) -> type[ExitHead]:
+    """The class ``module.Class``, imported now.
+
+    Raises:
+        ValueError: If it cannot be imported, or is no exit head.
+    """
+    module = name.rpartition(".")[0]
+    try:
+        found = pkgutil.resolve_name(name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(
+            f"The saved heads use the class {name}, which cannot be imported: {error}. Put the folder that holds "
+            f"{module} on PYTHONPATH, or install its package."
+        ) from error
+    if not (isinstance(found, type) and issubclass(found, ExitHead)):
+        raise ValueError(f"The saved heads use {name}, which is no exit head. Wanted: a subclass of Lens or Gate.")
+    return found
 
 
 def built(head: type[ExitHead], options: dict[str, Any], site: Site) -> ExitHead:

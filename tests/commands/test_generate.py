@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 from dynamax.backbones.sources import Folder
-from dynamax.commands.generate import balance, pieces
+from dynamax.commands.generate import WITHOUT_HEADS, balance, pieces
 from dynamax.commands.painting import Palette, coloured
 from dynamax.decoding.full import Full
 from dynamax.metrics.cost import CostModel
@@ -44,7 +45,7 @@ def test_never_leaving_says_what_the_model_says(
     assert "\x1b" not in shown
     assert "exit 2  0%" in shown
     assert "full depth 6  100%" in shown
-    assert "Blocks a token: 6.0 of 6, 0% saved" in shown
+    assert "blocks a token: 6.0 of 6, 0% saved" in shown
 
 
 def test_tokens_are_painted_by_depth(
@@ -54,7 +55,7 @@ def test_tokens_are_painted_by_depth(
     assert run(*ASK, "--policy", "AtDepth", "--policy.depth", "2") == 0
     shown = capsys.readouterr().out
     assert len(PAINT.findall(answer(shown))) >= 2
-    assert "Blocks a token: 2.0 of 6, 67% saved" in shown
+    assert "blocks a token: 2.0 of 6, 67% saved" in shown
     monkeypatch.setenv("NO_COLOR", "1")
     assert run(*ASK, "--policy", "AtDepth", "--policy.depth", "2") == 0
     assert PAINT.sub("", shown).splitlines()[:-1] == capsys.readouterr().out.splitlines()[:-1]
@@ -76,7 +77,17 @@ def test_sampling_depends_on_its_seed_alone(run: Run, capsys: pytest.CaptureFixt
 
 def test_one_token_saves_nothing(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(*ASK, "--policy", "Never", "--limit", "1") == 0
-    assert "nothing could be saved" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "nothing could be saved" in shown
+    assert "exit 2" not in shown
+
+
+def test_the_first_token_is_counted_apart(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(*ASK, "--policy", "MaxProb", "--threshold", "0", "--limit", "2") == 0
+    shown = capsys.readouterr().out
+    assert "exit 2  100%" in shown
+    assert "2 tokens in" in shown
+    assert "1 from the prompt's own pass, at full depth, and 1 as shared out above" in shown
 
 
 def test_options_may_come_from_a_file(run: Run, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -126,9 +137,24 @@ def test_heads_beside_exits_are_refused(run: Run, capsys: pytest.CaptureFixture[
     assert "exactly one of the two" in capsys.readouterr().err
 
 
-def test_the_demos_heads_are_the_default(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(*(option for option in ASK if not option.startswith("--exits")), "--policy", "Never") == 2
-    assert "no saved heads in runs/demo/heads" in capsys.readouterr().err
+def test_a_gate_that_no_exit_has_is_told_before_anything_is_said(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    ask = [option.replace("{2: {}, ", "{2: {gates: [LinearGate]}, ") for option in ASK]
+    assert run(*ask, "--policy", "GateConfidence", "--policy.threshold=0.5", "--policy.gate=AttentionGate") == 2
+    shown = capsys.readouterr()
+    assert "no exit has; gates of the exits: LinearGate." in shown.err
+    assert shown.out == ""
+
+
+@pytest.mark.parametrize(("more", "folder"), [([], "runs/demo/heads"), (["--heads", "nowhere"], "nowhere")])
+def test_heads_that_are_not_there_are_told_with_what_goes_without(
+    run: Run, capsys: pytest.CaptureFixture[str], more: list[str], folder: str
+) -> None:
+    ask = [option for option in ASK if not option.startswith("--exits")]
+    assert run(*ask, *more) == 2
+    message = capsys.readouterr().err
+    assert f"no saved heads in {folder}." in message
+    assert WITHOUT_HEADS in message
+    assert run(*ask, *shlex.split(WITHOUT_HEADS)) == 0
 
 
 def test_the_end_is_not_printed() -> None:
@@ -139,7 +165,8 @@ def test_the_balance_counts_blocks_and_flops(tiny_folder: Path) -> None:
     backbone = Folder(str(tiny_folder)).load()
     steps = list(Full(backbone).decode(torch.tensor([[1, 2, 3]]), limit=5))
     assert balance(CostModel(backbone), steps, 3, 2.0) == (
-        "5 tokens in 2.0 s. Blocks a token: 6.0 of 6, 0% saved; FLOPs: 0% saved."
+        "5 tokens in 2.0 s: 1 from the prompt's own pass, at full depth, and 4 as shared out above. Of these, blocks a "
+        "token: 6.0 of 6, 0% saved; FLOPs: 0% saved."
     )
 
 

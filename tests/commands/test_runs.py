@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -84,6 +85,18 @@ def test_the_trainers_that_come_with_the_project_train_as_many_epochs_as_the_dem
     trainer = ["--trainer", str(TRAINERS / name), "--trainer.log_every_n_steps", "1"]
     assert run("fit", "-c", "fit.yaml", *trainer, "--model.lens_epochs", str(demo)) == 0
     assert not (place / "heads").exists()
+
+
+def test_control_c_while_training_is_130(run: Run, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stopped(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("dynamax.modules.heads.HeadsModule.training_step", stopped)
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        assert run("fit", "-c", "fit.yaml") == 130
+    finally:
+        signal.signal(signal.SIGINT, before)  # Lightning ignores further ones
 
 
 def test_a_trial_run_of_fit_leaves_no_heads(run: Run, place: Path) -> None:

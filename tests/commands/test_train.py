@@ -60,6 +60,7 @@ def test_a_model_is_trained_and_then_has_heads_fitted_to_it(run: Run, prepared: 
 
 def test_a_finished_run_goes_on_with_more_steps(run: Run, prepared: Path) -> None:
     assert run(*ARGUMENTS) == 0
+    assert run("validate", *ARGUMENTS[1:], "--ckpt_path", "checkpoints/last.ckpt") == 0
     assert run(*ARGUMENTS, "--ckpt_path", "last", "--trainer.max_steps", "8") == 0
     assert '"steps": 8' in (prepared / "model" / "training.json").read_text()
 
@@ -74,6 +75,11 @@ def test_a_later_file_changes_the_objective(run: Run, prepared: Path) -> None:
 
 CASES = {
     "another model": (["train", "-c", "fit.yaml"], ["HeadsModule", "Use: dynamax fit"]),
+    "filling": (["cache", *ARGUMENTS[1:]], ["cache fills the store", "PretrainingModule. Use: dynamax train"]),
+    "decoding": (["test", *ARGUMENTS[1:]], ["test decodes a task", "PretrainingModule. Use: dynamax train"]),
+    "answering": (["predict", *ARGUMENTS[1:]], ["predict decodes a task", "PretrainingModule. Use: dynamax train"]),
+    "untrained": (["validate", *ARGUMENTS[1:]], ["given no checkpoint", "--ckpt_path FILE"]),
+    "no checkpoint": ([*ARGUMENTS, "--ckpt_path", "last.ckpt"], ["no checkpoint last.ckpt", "--ckpt_path"]),
     "another command": (["fit", *ARGUMENTS[1:]], ["PretrainingModule", "Use: dynamax train"]),
     "objective": ([*ARGUMENTS, "--model.objective", "LayerSkep"], ["Did you mean LayerSkip", "NextToken"]),
     "family": ([*ARGUMENTS, "--model.config={model_type: lama}"], ["lama", "llama, "]),

@@ -127,6 +127,7 @@ def test_a_distillation_is_built(name: str, monkeypatch: pytest.MonkeyPatch) -> 
 def test_options_of_generate_are_taken(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     given: list[dict] = []
     monkeypatch.setattr(generate, "speak", lambda module, prompt, *, limit: given.append({"module": module}))
+    monkeypatch.setattr(generate, "_folder", str)  # heads need not be there
     monkeypatch.setattr(generate.DecodingModule, "configure_model", lambda self: None)
     with pytest.raises(SystemExit) as ended:
         main(["generate", "Who?", "-c", str(CONFIGS / name)])

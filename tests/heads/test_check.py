@@ -101,6 +101,10 @@ def unmasked(self, h_BTD, memory=None):
     return s_BT
 
 
+def remembering(self, h_BTD, memory=None):
+    return right(self, h_BTD) if memory is None else unmasked(self, h_BTD, memory)
+
+
 def untold(self, h_BTD, memory=None):
     return unmasked(self, h_BTD, memory)
 
@@ -122,7 +126,9 @@ def hidden_state(self, h_BTD, memory=None):
     ("score", "recurrent", "message"),
     [
         (backwards, False, "must be causal"),
-        (past, False, r"chunks of \(1, .*set recurrent = True"),
+        (past, False, "says recurrent = False, .* depends on earlier ones; set recurrent = True"),
+        (unmasked, False, "says recurrent = False, .* depends on earlier ones; set recurrent = True"),
+        (remembering, False, r"chunks of \(9,\); set recurrent = True"),
         (past, True, "carry over everything it needs in memory.values"),
         (rows, False, "rows must not mix"),
         (overwrite, False, "wrote into its input"),

@@ -1,0 +1,80 @@
+"""A later file or option over an earlier one: exits begin anew, a model's config is merged."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+Run = Callable[..., int]
+EXITS = "{2: {lens: LogitLens}, 4: {gates: [{class_path: MambaGate, init_args: {d_state: 4}}]}}"
+CONFIG = "{model_type: llama, num_hidden_layers: 6, hidden_size: 32}"
+
+
+@pytest.fixture
+def given(run: Run, capsys: pytest.CaptureFixture[str]) -> Callable[..., dict[str, Any]]:
+    """The options that a command line comes to."""
+
+    def one(*arguments: str) -> dict[str, Any]:
+        capsys.readouterr()
+        assert run(*arguments, "--print_config") == 0
+        return yaml.safe_load(capsys.readouterr().out)
+
+    return one
+
+
+def exits(options: dict[str, Any]) -> dict[int, tuple[str | None, list[tuple[str, Any]]]]:
+    """Lens, and gates with their state size, by depth."""
+    found = {}
+    for depth, exit_ in options["exits"].items():
+        lens = exit_["lens"] and exit_["lens"]["class_path"].rpartition(".")[2]
+        gates = [(gate["class_path"].rpartition(".")[2], gate.get("init_args", {})) for gate in exit_["gates"]]
+        found[int(depth)] = lens, [(name, options.get("d_state")) for name, options in gates]
+    return found
+
+
+WANTED = {2: ("LogitLens", []), 4: (None, [("MambaGate", 4)])}
+
+
+def test_exits_of_a_later_file_begin_anew(given: Callable[..., dict[str, Any]], place: Path) -> None:
+    (place / "later.yaml").write_text(f"model: {{init_args: {{exits: {EXITS}}}}}")
+    assert exits(given("fit", "-c", "fit.yaml", "-c", "later.yaml")["model"]["init_args"]) == WANTED
+
+
+def test_exits_on_the_command_line_begin_anew(given: Callable[..., dict[str, Any]]) -> None:
+    assert exits(given("fit", "-c", "fit.yaml", "--model.exits", EXITS)["model"]["init_args"]) == WANTED
+    again = ["--model.exits={2: {gates: [{class_path: MambaGate, init_args: {d_state: 4}}]}}", "--model.exits"]
+    last = given("fit", "-c", "fit.yaml", *again, "{2: {gates: [MambaGate]}}")["model"]["init_args"]
+    assert exits(last) == {2: (None, [("MambaGate", 32)])}, "options of an earlier gate of that class are gone too"
+
+
+def test_a_part_of_an_exit_changes_the_earlier_one(given: Callable[..., dict[str, Any]]) -> None:
+    options = given("fit", "-c", "fit.yaml", "--model.exits.2.lens", "TunedLens")["model"]["init_args"]
+    gates = [("LinearGate", None), ("MambaGate", 32)]
+    assert exits(options) == {2: ("TunedLens", gates), 4: ("LowRankLens", gates)}
+
+
+def test_exits_of_generate_begin_anew(given: Callable[..., dict[str, Any]], place: Path) -> None:
+    (place / "first.yaml").write_text("exits: {2: {lens: TunedLens}, 4: {gates: [LinearGate]}}\npolicy: Never\n")
+    (place / "later.yaml").write_text(f"exits: {EXITS}")
+    ask = ["generate", "Who?", "-c", "first.yaml"]
+    assert exits(given(*ask, "-c", "later.yaml")) == WANTED
+    assert exits(given(*ask, "--exits", EXITS)) == WANTED
+
+
+def test_a_models_config_is_merged_unless_it_names_its_type(given: Callable[..., dict[str, Any]], place: Path) -> None:
+    (place / "train.yaml").write_text(
+        f"model: {{class_path: PretrainingModule, init_args: {{config: {CONFIG}, exits: [2], objective: LayerSkip}}}}"
+    )
+    (place / "later.yaml").write_text("model: {init_args: {config: {num_hidden_layers: 4}}}")
+
+    def config(*more: str) -> dict[str, Any]:
+        return given("train", "-c", "training.yaml", "-c", "train.yaml", *more)["model"]["init_args"]["config"]
+
+    wanted = {"model_type": "llama", "num_hidden_layers": 4, "hidden_size": 32}
+    assert config("-c", "later.yaml") == config("--model.config={num_hidden_layers: 4}") == wanted
+    assert config("--model.config.num_hidden_layers", "4") == wanted
+    assert config("--model.config={model_type: mamba2}") == {"model_type": "mamba2"}
