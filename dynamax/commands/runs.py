@@ -145,7 +145,9 @@ class DynamaxCLI(LightningCLI):
 
     def before_train(self) -> None:
         """Refuse mistakes that would show only after the text has been written."""
-        cast(LanguageModule, self.model).check(self.trainer)
+        model = cast(LanguageModule, self.model)
+        model.check(self.trainer)
+        model.check_data(self.datamodule)
 
     def before_distill(self) -> None:
         """The same."""

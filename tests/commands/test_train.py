@@ -91,6 +91,11 @@ CASES = {
         ["nope lacks data.noun", "wordnet-base"],
     ),
     "vocabulary": ([*ARGUMENTS, "--data.vocab", "4096"], ["4096", "lower vocab"]),
+    "context": ([*ARGUMENTS, "--data.length", "512"], ["Blocks of 512 tokens", "context holds 256"]),
+    "data": (
+        [*ARGUMENTS, "--data", "TaskData", "--data.task", "Questions"],
+        ["was given data of TaskData; give it LanguageData"],
+    ),
     "export": ([*ARGUMENTS, "--model.export", "parts"], ["parts exists and is no model"]),
     "no end": ([*ARGUMENTS, "--trainer.max_steps", "-1", "--trainer.max_epochs", "-1"], ["Set trainer.max_steps"]),
 }
@@ -100,3 +105,8 @@ CASES = {
 def test_mistakes_are_told_in_one_screen(refused: Refused, prepared: Path, case: str) -> None:
     refused(*CASES[case])
     assert not (prepared / "model").exists()
+
+
+def test_blocks_too_long_are_told_before_texts_are_read(refused: Refused, prepared: Path) -> None:
+    refused([*ARGUMENTS, "--data.length", "512"], ["Lower data.length"])
+    assert not (prepared / "text").exists()
