@@ -37,11 +37,13 @@ check: $(READY)
 	$(BIN)pyright
 	$(BIN)lint-imports --no-logo
 
+# Each writes its figures to benchmarks/results.
 bench: $(READY)
-	$(PY) -m benchmarks.decode
-	$(PY) -m benchmarks.decode --model mamba2-130m
-	$(PY) -m benchmarks.chunks
-	$(PY) -m benchmarks.store
+	$(PY) -m benchmarks.decode --out benchmarks/results/decode.json
+	$(PY) -m benchmarks.decode --model mamba2-130m --prompts 4 --tokens 24 --out benchmarks/results/decode-mamba2.json
+	$(PY) -m benchmarks.decode --model mamba-130m --prompts 4 --tokens 24 --out benchmarks/results/decode-mamba.json
+	$(PY) -m benchmarks.chunks --out benchmarks/results/chunks.json
+	$(PY) -m benchmarks.store --rounds 5 --out benchmarks/results/store.json
 
 # Every gate on every backbone; the siblings lie in assets/. What is measured already is kept.
 cross: $(READY)
