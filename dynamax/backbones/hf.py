@@ -40,10 +40,14 @@ class HFBackbone(Backbone):
     Attributes:
         model: The wrapped model.
         row: Its row of the family table.
+
+    Raises:
+        ValueError: If it is no causal language model of transformers, of an unknown family, or with other attention.
     """
 
     def __init__(self, model: PreTrainedModel, *, fingerprint: str | None = None) -> None:
         super().__init__()
+        check_model(model)
         self.row = family(model.config.model_type)
         check_attention(model.config, self.row)
         self.model = model.requires_grad_(False).eval()
@@ -144,6 +148,24 @@ class HFBackbone(Backbone):
         low, high = turned.chunk(2, -1)
         turned = (turned * cos_11R + torch.cat([-high, low], -1) * sin_11R) / length
         return torch.cat([turned, kept], -1).to(k_BHTD.dtype)
+
+
+def check_model(model: object) -> None:
+    """Refuse what is no causal language model of transformers.
+
+    Raises:
+        ValueError: If it is something else, or has no output matrix.
+    """
+    if not isinstance(model, PreTrainedModel):
+        raise ValueError(
+            f"HFBackbone was given {model!r:.80}; wanted: a model of transformers. To load one by name use "
+            f"dynamax.backbones.sources.Hub, from a folder Folder."
+        )
+    if model.get_output_embeddings() is None:
+        raise ValueError(
+            f"{type(model).__name__} has no output matrix; wanted: a causal language model. Load it with "
+            f"AutoModelForCausalLM."
+        )
 
 
 def spec_of(config: PretrainedConfig, *, vocab: int, fingerprint: str) -> Spec:

@@ -55,6 +55,13 @@ def test_a_copy_stands_alone(family):
     assert other.unembed(other.run(other.embed(TOKENS_BT), Span(0, 6))).equal(said)
 
 
+def test_what_is_no_causal_language_model_is_refused():
+    with pytest.raises(ValueError, match="given 'someone/some-model'; wanted: a model of transformers"):
+        HFBackbone("someone/some-model")
+    with pytest.raises(ValueError, match="LlamaModel has no output matrix"):
+        HFBackbone(tiny("llama").model)
+
+
 def test_no_positions_are_refused():
     backbone = HFBackbone(tiny("mamba2"))
     with pytest.raises(ValueError, match="no positions"):
