@@ -50,7 +50,7 @@ cross: $(READY)
 	$(PY) -m benchmarks.cross --out benchmarks/results/cross.json --markdown runs/cross.md --plot docs/cross.png
 
 gpu: $(READY)
-	$(PY) -m pytest -m gpu tests/gpu
+	$(PY) -m pytest -m gpu tests/gpu tests/modules tests/metrics tests/data
 	$(PY) -m benchmarks.gpu
 
 clean:
