@@ -67,6 +67,7 @@ class PretrainingModule(LanguageModule):
         super().__init__(check_depths(exits, depth), optimiser, compile=compile, export=export, prompts=prompts)
         self.config = dict(config)
         self.objective = objective
+        self._runs = False
 
     def check(self, trainer: Trainer) -> None:
         """Run a model of this configuration too: mistakes in it show before texts are read.
@@ -75,7 +76,9 @@ class PretrainingModule(LanguageModule):
             ValueError: If training could not end well, or transformers cannot run such a model.
         """
         super().check(trainer)
-        check_runs(configuration(self.config), self.config)
+        if not self._runs:
+            check_runs(configuration(self.config), self.config)
+            self._runs = True
 
     def context(self) -> int:
         """The configuration's."""

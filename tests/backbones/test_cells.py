@@ -25,6 +25,11 @@ def read(cell: Recurrent, *numbers: float) -> None:
     cell.advance(decayed_sum, (torch.tensor([numbers]),))
 
 
+def held(cell: Recurrent) -> Tensor:
+    assert cell.past is not None
+    return cell.past[0]
+
+
 def state(*numbers: float) -> Tensor:
     return decayed_sum(None, torch.tensor([numbers]))[1][0]
 
@@ -65,11 +70,10 @@ def test_the_first_positions_since_a_mark_can_be_kept_again_and_again(keep: int)
         cell.crop(2 + keep, mark)
         assert cell.fill == 2 + keep
         kept = (1.0, 2.0, 3.0, 4.0, 5.0)[: 2 + keep]
-        assert cell.past is not None
-        assert cell.past[0].equal(state(*kept))
+        assert held(cell).equal(state(*kept))
         cell.crop(2, mark)
     read(cell, 6.0)
-    assert cell.past[0].equal(state(1.0, 2.0, 6.0))
+    assert held(cell).equal(state(1.0, 2.0, 6.0))
 
 
 def test_what_was_dropped_is_not_read_again() -> None:
@@ -81,8 +85,7 @@ def test_what_was_dropped_is_not_read_again() -> None:
     cell.crop(3, mark)
     read(cell, 8.0, 9.0)
     cell.crop(4, mark)
-    assert cell.past is not None
-    assert cell.past[0].equal(state(1.0, 2.0, 3.0, 8.0))
+    assert held(cell).equal(state(1.0, 2.0, 3.0, 8.0))
 
 
 def test_behind_skipped_positions_none_can_be_kept() -> None:
@@ -94,8 +97,7 @@ def test_behind_skipped_positions_none_can_be_kept() -> None:
     with pytest.raises(AssertionError, match="only positions after the newest mark can be kept"):
         cell.crop(2, mark)
     cell.crop(1, mark)
-    assert cell.past is not None
-    assert cell.past[0].equal(state(1.0))
+    assert held(cell).equal(state(1.0))
 
 
 def test_an_older_mark_can_be_returned_to_but_not_beyond() -> None:
@@ -108,8 +110,7 @@ def test_an_older_mark_can_be_returned_to_but_not_beyond() -> None:
     with pytest.raises(AssertionError, match="only positions after the newest mark can be kept"):
         cell.crop(2, older)
     cell.crop(1, older)
-    assert cell.past is not None
-    assert cell.past[0].equal(state(1.0))
+    assert held(cell).equal(state(1.0))
 
 
 def test_a_mark_before_the_first_position() -> None:

@@ -14,7 +14,7 @@ from unittest.mock import patch
 import pytest
 
 from dynamax.data import writer
-from dynamax.data.fill import Progress, fill_store, find_store, store_folder, store_inputs, tokenizer_hash
+from dynamax.data.fill import fill_store, find_store, store_folder, store_inputs, tokenizer_hash
 from dynamax.data.manifest import Manifest
 from dynamax.data.store import Store
 from dynamax.data.writer import locked
@@ -283,19 +283,3 @@ def test_two_writers_of_one_folder_are_refused(tmp_path, backbone, tokenizer):
 def test_a_source_without_documents_is_refused(tmp_path, backbone, tokenizer):
     with pytest.raises(ValueError, match="RandomText gave no documents"):
         fill(tmp_path, backbone, tokenizer, RandomText(groups=0))
-
-
-def test_the_bar_tells_tokens_a_second_and_time_left(capsys):
-    with Progress(4, shown=True) as bar:
-        bar.skip(2)
-        bar.advance(100)
-        bar.advance(100)
-    shown = capsys.readouterr().err
-    assert "tokens/s" in shown
-    assert "100%" in shown
-    assert "4/4" in shown
-    with Progress(4, shown=False) as bar:
-        bar.advance(1)
-    with Progress(None, shown=True) as bar:
-        bar.advance(1)
-    assert "%" not in capsys.readouterr().err

@@ -258,21 +258,6 @@ def test_predict_answers_with_the_first_policy(folder: Folder) -> None:
     assert all(answer["depths"][1:] == [2] * (len(answer["depths"]) - 1) for answer in told)
 
 
-@pytest.mark.parametrize(
-    ("options", "wanted"),
-    [
-        ({}, "exactly one of the two"),
-        ({"heads": "a", "exits": {2: Exit()}}, "exactly one of the two"),
-        ({"exits": {2: Exit()}, "mode": "lossless", "rule": Propagate()}, "needs Exact"),
-        ({"exits": {2: Exit()}, "policies": [Sweep(Never()), Sweep(Never())]}, "Two policies go by the name Never,"),
-        ({"exits": {2: Exit()}, "policies": [Sweep(MaxProb(0.1), [0.5, 0.5])]}, "by the name MaxProb@0.5,"),
-    ],
-)
-def test_bad_arguments_are_refused(folder: Folder, options: dict, wanted: str) -> None:
-    with pytest.raises(ValueError, match=wanted):
-        DecodingModule(folder, **{"policies": [Sweep(Never())], **options})
-
-
 def test_policies_made_of_policies_are_told_apart(folder: Folder) -> None:
     sweeps = [
         Sweep(AnyOf([MaxProb(0.5), AtDepth(4)])),

@@ -88,6 +88,16 @@ def test_only_mixers_move_and_the_teacher_is_in_no_checkpoint(distilled, teacher
     assert not torch.equal(moved, theirs["model.layers.0.self_attn.q_proj.weight"])
 
 
+def test_a_student_begins_with_its_teachers_weights_as_the_teacher_holds_them(
+    teacher: Folder, folder: Path, tmp_path: Path
+) -> None:
+    built, start = module(teacher, teacher_dtype="bfloat16"), Start()
+    trainer(tmp_path, start, steps=1, limit_val_batches=0).fit(built, datamodule=text(folder, teacher))
+    name = "model.layers.1.self_attn.q_proj.weight"  # a block that keeps its attention
+    wanted = teacher.load().model.state_dict()[name].bfloat16().float()
+    assert start.weights[f"backbone.model.{name}"].equal(wanted)
+
+
 def test_every_weight_moves_if_asked(teacher: Folder, folder: Path, tmp_path: Path) -> None:
     built, start = module(teacher, trained="all"), Start()
     trainer(tmp_path, start, steps=6, limit_val_batches=0).fit(built, datamodule=text(folder, teacher))
