@@ -53,7 +53,7 @@ def test_decode_has_every_contender_and_its_floors(tmp_path: Path, monkeypatch: 
 
 
 def test_chunks_has_every_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
-    found = report(chunks, tmp_path, monkeypatch)
+    found = report(chunks, tmp_path, monkeypatch, "--dtype", "bfloat16")
     assert set(found["ms"]) == {"1", "2", "4", "8", "16"}
     assert all(set(row) == {"transformers", "dynamax", "convolve", "grouped"} for row in found["ms"].values())
     assert len(capsys.readouterr().out.splitlines()) == 6
