@@ -24,7 +24,7 @@ from benchmarks.cross_figures import ACCOUNTING, CONSISTENCIES, NOTES, THRESHOLD
 from benchmarks.cross_plot import draw
 from benchmarks.cross_readings import read
 from benchmarks.cross_tables import markdown, text
-from dynamax.atomic import write_atomically
+from dynamax.files import write_atomically
 from dynamax.metrics.environment import environment
 
 

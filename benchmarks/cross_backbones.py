@@ -117,7 +117,7 @@ def contender(name: str, *, assets: Path, lens: LensName | None = None) -> Conte
 def options(given: Contender, training: Training) -> dict[str, Any]:
     """Everything the figures of a backbone depend on but the machine, as JSON values."""
     return {
-        "fingerprint": given.source.top().spec.fingerprint,
+        "fingerprint": given.source.output_stage().spec.fingerprint,
         "text": given.text.identity(),
         "exits": list(given.exits),
         "lens": given.lens,

@@ -12,8 +12,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from benchmarks.cross_tables import Part, Row, short
-from callbacks.drawing import COLOURS, INK, PALE, SHAPES
-from dynamax.atomic import write_atomically
+from callbacks.plots import COLOURS, INK, PALE, SHAPES
+from dynamax.files import write_atomically
 
 GREY = "#8A8A8A"
 LOWEST = 0.5

@@ -17,7 +17,7 @@ from dynamax.data.batch import HiddenBatch
 from dynamax.heads.bank import ExitBank
 from dynamax.metrics.cost import FREE, Cost, CostModel
 from dynamax.objectives.base import counted
-from dynamax.objectives.readout import Reader, within
+from dynamax.objectives.readout import ExitReader, in_top_k
 from dynamax.types import Site, Step, Work
 
 
@@ -80,7 +80,7 @@ def read(bank: ExitBank, sites: Mapping[int, Site], batches: Iterable[HiddenBatc
 
     The first position that counts, the prompt's last, is left out: decoding decides it at the top.
     """
-    reader = Reader("lens", within(1))
+    reader = ExitReader("lens", in_top_k(1))
     right: list[list[Tensor]] = []
     said: dict[str, list[list[Tensor]]] = {name: [] for name in bank.gates(bank.depths[0])}
     places: list[tuple[Tensor, Tensor, Tensor]] = []
@@ -147,7 +147,7 @@ class Ledger:
     def __init__(self, backbone: Backbone, bank: ExitBank, gate: str | None) -> None:
         self.depths = (*bank.depths, backbone.spec.depth)
         self.gate = gate
-        self.costs = CostModel(backbone, bank.listening(() if gate is None else (gate,)))
+        self.costs = CostModel(backbone, bank.select_gates(() if gate is None else (gate,)))
         self._steps: dict[tuple[int, tuple[int, ...], int], Cost] = {}
         self._full: dict[int, Cost] = {}
 

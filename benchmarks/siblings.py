@@ -20,8 +20,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 
-from callbacks.drawing import COLOURS, INK, PALE
-from dynamax.atomic import write_atomically
+from callbacks.plots import COLOURS, INK, PALE
+from dynamax.files import write_atomically
 
 KINDS = {"llama": "Transformer", "mamba2": "Mamba-2", "granite": "hybrid"}
 RUNS = {"": "with exits", "plain": "without", "shallow": "of four blocks only"}

@@ -66,7 +66,7 @@ class PassageText(TextSource):
             yield [document for text in group for document in windows(text, tokenizer, length=256)]
 
 
-class Bench:
+class EvalContext:
     """A backbone, its tokenizer, and folders that go away."""
 
     def __init__(self, args: argparse.Namespace, scratch: Path) -> None:
@@ -76,7 +76,7 @@ class Bench:
         self.device, self.scratch = torch.device(args.device), scratch
         self.readout: Site | None = None
         if args.dtype != "float32":
-            self.readout = source.top(dtype="float32", device=args.device).site(self.backbone.spec.depth)
+            self.readout = source.output_stage(dtype="float32", device=args.device).site(self.backbone.spec.depth)
 
     def fill(self, name: str, **options: Any) -> Store:  # noqa: ANN401 - those of fill_store
         """Fill ``scratch/name``."""
@@ -113,7 +113,7 @@ def seconds(run: Callable[[], object]) -> tuple[float, float]:
     return time.perf_counter() - wall, time.process_time() - processor
 
 
-def measure_writing(bench: Bench, rounds: int) -> dict[str, Any]:
+def measure_writing(bench: EvalContext, rounds: int) -> dict[str, Any]:
     """A bare pass and filling, in turn; each round after the first counts."""
     bares, fills = [], []
     for number in range(rounds + 1):
@@ -136,7 +136,7 @@ def measure_writing(bench: Bench, rounds: int) -> dict[str, Any]:
     }
 
 
-def measure_reading(bench: Bench, rounds: int) -> dict[str, Any]:
+def measure_reading(bench: EvalContext, rounds: int) -> dict[str, Any]:
     """Documents and megabytes a second, warm and cold, from a store of some size."""
     folder = grown(bench.fill("round-0"), bench.scratch / "large")
     reads = {"warm": [read(folder)[0] for _ in range(rounds + 1)][1:]}
@@ -178,7 +178,7 @@ def read(folder: Path) -> tuple[float, int, int]:
     return time.perf_counter() - start, len(store), store.bytes
 
 
-def measure_kills(bench: Bench, args: argparse.Namespace) -> dict[str, Any]:
+def measure_kills(bench: EvalContext, args: argparse.Namespace) -> dict[str, Any]:
     """Kill a filling process ``args.kills`` times, let the last one end, compare with an uninterrupted store."""
     whole = bench.fill("uninterrupted", shard_bytes=1 << 20)
     folder, draw, left = bench.scratch / "killed", random.Random(args.seed), []
@@ -241,10 +241,10 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     if args.child is not None:
-        Bench(args, args.child.parent).fill(args.child.name, shard_bytes=1 << 20)
+        EvalContext(args, args.child.parent).fill(args.child.name, shard_bytes=1 << 20)
         return
     with tempfile.TemporaryDirectory(dir=args.scratch) as scratch:
-        bench = Bench(args, Path(scratch))
+        bench = EvalContext(args, Path(scratch))
         report = {
             "environment": {
                 **environment(args.device, dtype=args.dtype, batch=8),

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from callbacks import watch
+from callbacks import common
 from dynamax.modules.heads import HeadsModule
 
 
@@ -36,16 +36,16 @@ class ExitAccuracy(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Tell what the last validation found."""
-        _tell(trainer, validated(watch.heads(pl_module, self), trainer.callback_metrics), "held-out documents")
+        _tell(trainer, validated(common.heads(pl_module, self), trainer.callback_metrics), "held-out documents")
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Tell what was found, if validation stands alone."""
         if trainer.state.fn == "validate":
-            _tell(trainer, validated(watch.heads(pl_module, self), trainer.callback_metrics), "held-out documents")
+            _tell(trainer, validated(common.heads(pl_module, self), trainer.callback_metrics), "held-out documents")
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Tell what was found along the full model's answers."""
-        exits = watch.results(pl_module, self).exits
+        exits = common.results(pl_module, self).exits
         found = [Accuracy(each["depth"], each["agreement"], each["gate_auroc"]) for each in exits]
         _tell(trainer, found, "the full model's own answers")
 
@@ -69,7 +69,7 @@ def validated(module: HeadsModule, figures: Mapping[str, Tensor]) -> list[Accura
 def _tell(trainer: Trainer, found: Sequence[Accuracy], over: str) -> None:
     for exit_ in found:
         aurocs = {f"exits/auroc_{gate}": auroc for gate, auroc in exit_.aurocs.items()}
-        watch.log(trainer, {"exits/agreement": exit_.agreement, **aurocs}, step=exit_.depth)
+        common.log(trainer, {"exits/agreement": exit_.agreement, **aurocs}, step=exit_.depth)
     if trainer.is_global_zero:
         print(table(found, over))
 
@@ -83,4 +83,4 @@ def table(found: Sequence[Accuracy], over: str) -> str:
         cells = ["" if auroc is None else f"{auroc:.3f}" for auroc in aurocs]
         agreement = "" if exit_.agreement is None else f"{exit_.agreement:.1%}"
         lines.append(("", f"exit {exit_.depth}", [agreement, *cells]))
-    return watch.table(f"Exits over {over}", ["lens\nagrees", *(f"{gate}\nAUROC" for gate in gates)], lines)
+    return common.table(f"Exits over {over}", ["lens\nagrees", *(f"{gate}\nAUROC" for gate in gates)], lines)

@@ -8,7 +8,8 @@ from typing import Any, Literal, cast
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from callbacks import watch
+from callbacks import common
+from dynamax.errors import UserError
 from dynamax.heads.saved import RECORD
 from dynamax.types import Spec
 
@@ -50,7 +51,7 @@ class HeadsCheckpoint(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse a model that has no heads to save; say whose heads of another backbone will be replaced."""
-        spec = watch.heads(pl_module, self).spec
+        spec = common.heads(pl_module, self).spec
         if trainer.is_global_zero and not _trial(trainer) and (other := replaced(self.folder, spec)):
             print(f"The heads in {self.folder} were trained for another backbone, {other}; this fit replaces them.")
 
@@ -68,13 +69,13 @@ class HeadsCheckpoint(Callback):
         """Save the newest heads.
 
         Raises:
-            ValueError: If the monitored figure was never logged, so that no heads were the best.
+            UserError: If the monitored figure was never logged, so that no heads were the best.
         """
         if _trial(trainer):
             return
         self._save(trainer, pl_module, "last")
         if self.best is None:
-            raise ValueError(
+            raise UserError(
                 f"HeadsCheckpoint was told to monitor {self.monitor}, which was never logged. Logged: "
                 f"{', '.join(sorted(trainer.callback_metrics)) or 'nothing'}. Monitor one of these; the newest heads "
                 f"are in {self.folder / 'last'}."
@@ -89,7 +90,7 @@ class HeadsCheckpoint(Callback):
 
     def _save(self, trainer: Trainer, pl_module: LightningModule, name: str) -> None:
         if trainer.is_global_zero:
-            module = watch.heads(pl_module, self)
+            module = common.heads(pl_module, self)
             module.bank.save(self.folder / name, module.spec)
 
 

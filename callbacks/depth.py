@@ -7,7 +7,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from callbacks import watch
+from callbacks import common
 
 EIGHTHS = " ▏▎▍▌▋▊▉█"
 WIDTH = 5
@@ -22,14 +22,14 @@ class ExitDepth(Callback):
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the shares and print the histogram."""
-        rows = watch.results(pl_module, self).rows
+        rows = common.results(pl_module, self).rows
         seen: dict[str, int] = {}
         for row in rows:
             policy = row["policy"]
             seen[policy] = seen.get(policy, -1) + 1
             figures = {f"depth/{policy}/share_at_{depth}": share for depth, share in shares(row).items()}
             figures[f"depth/{policy}/blocks_per_token"] = row["blocks_per_token"]
-            watch.log(trainer, figures, step=seen[policy])
+            common.log(trainer, figures, step=seen[policy])
         if trainer.is_global_zero:
             print(table(rows))
 
@@ -53,9 +53,9 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
         share = shares(row)
         blocks = row["blocks_per_token"]
         cells = [bar(share.get(depth, 0.0)) for depth in depths]
-        lines.append((row["policy"], watch.threshold(row["threshold"]), [*cells, f"{blocks:.1f}" if blocks else ""]))
+        lines.append((row["policy"], common.threshold(row["threshold"]), [*cells, f"{blocks:.1f}" if blocks else ""]))
     heads = [f"{depth}{' ' * (WIDTH + 1)}" for depth in depths]
-    return watch.table("Share of tokens that leave at each depth", [*heads, "blocks\na token"], lines)
+    return common.table("Share of tokens that leave at each depth", [*heads, "blocks\na token"], lines)
 
 
 def bar(share: float) -> str:

@@ -10,8 +10,8 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from callbacks import watch
-from dynamax.atomic import write_atomically
+from callbacks import common
+from dynamax.files import write_atomically
 from dynamax.modules.results import DecodingResults
 
 FIGURES = (
@@ -41,7 +41,7 @@ class ExitFrontier(Callback):
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log, print, draw, write."""
-        found = watch.results(pl_module, self)
+        found = common.results(pl_module, self)
         _log(trainer, found.rows)
         if not trainer.is_global_zero:
             return
@@ -82,7 +82,7 @@ def _finite(value: Any) -> Any:  # noqa: ANN401 - any JSON value
 
 def picture(found: DecodingResults, path: Path) -> None:
     """Draw ``frontier.png``."""
-    from callbacks.drawing import AGREEMENT, DRAFTS, draw  # matplotlib is slow to import, and no other command needs it
+    from callbacks.plots import AGREEMENT, DRAFTS, draw  # matplotlib is slow to import, and no other command needs it
 
     draw(
         found.rows,
@@ -128,10 +128,10 @@ def table(found: DecodingResults) -> str:
         "speed-\nup",
     ]
     heads.append(headline.replace("_", "\n"))
-    lines = [(row["policy"], watch.threshold(row["threshold"]), _cells(row, _columns(found))) for row in found.rows]
+    lines = [(row["policy"], common.threshold(row["threshold"]), _cells(row, _columns(found))) for row in found.rows]
     title = f"{name}, {found.task['examples']} examples: each policy beside the full model"
     manner = _manner(found)
-    return watch.table("\n".join([title, *(["Decoding: " + ", ".join(manner)] if manner else [])]), heads, lines)
+    return common.table("\n".join([title, *(["Decoding: " + ", ".join(manner)] if manner else [])]), heads, lines)
 
 
 def _columns(found: DecodingResults) -> list[str]:
@@ -151,4 +151,4 @@ def _log(trainer: Trainer, rows: Sequence[Mapping[str, Any]]) -> None:
         policy = row["policy"]
         seen[policy] = seen.get(policy, -1) + 1
         named = {f"frontier/{policy}/{name}": row[name] for name in ("threshold", *FIGURES)}
-        watch.log(trainer, named, step=seen[policy])
+        common.log(trainer, named, step=seen[policy])

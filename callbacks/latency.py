@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from callbacks import watch
+from callbacks import common
 from dynamax.decoding.probe import Clock, clock
+from dynamax.errors import UserError
 
 Times = Mapping[str, Mapping[int, Sequence[float]]]
 
@@ -31,14 +32,14 @@ class ExitLatency(Callback):
 
     def __init__(self, warmup: int = 8) -> None:
         if warmup < 0:
-            raise ValueError(f"ExitLatency was given warmup {warmup}; it must be 0 or more decode steps.")
+            raise UserError(f"ExitLatency was given warmup {warmup}; it must be 0 or more decode steps.")
         self.warmup = warmup
         self._clock: Clock | None = None
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start watching, with the clock that is right for the device."""
         self._clock = clock(pl_module.device, warmup=self.warmup)
-        watch.decoding(pl_module, self).add_probe(self._clock)
+        common.decoding(pl_module, self).add_probe(self._clock)
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Read the clock, once; log and print."""
@@ -47,7 +48,7 @@ class ExitLatency(Callback):
         for kind, by_depth in times.items():
             for depth, ms in by_depth.items():
                 p50, p95 = percentiles(ms)
-                watch.log(trainer, {f"latency/{kind}_p50_ms": p50, f"latency/{kind}_p95_ms": p95}, step=depth)
+                common.log(trainer, {f"latency/{kind}_p50_ms": p50, f"latency/{kind}_p95_ms": p95}, step=depth)
         if trainer.is_global_zero and times:
             print(table(times, f"{type(self._clock).__name__} on {pl_module.device}"))
 
@@ -74,7 +75,7 @@ def table(times: Times, source: str) -> str:
     kinds = [kind for kind in KINDS if kind in times]
     depths = sorted({depth for by_depth in times.values() for depth in by_depth})
     lines = [("", f"{depth} blocks", [_cell(times[kind].get(depth, ())) for kind in kinds]) for depth in depths]
-    return watch.table(f"Latency, ms: median / p95 (steps); {source}", [KINDS[kind] for kind in kinds], lines)
+    return common.table(f"Latency, ms: median / p95 (steps); {source}", [KINDS[kind] for kind in kinds], lines)
 
 
 def _cell(times_ms: Sequence[float]) -> str:

@@ -8,15 +8,13 @@ from __future__ import annotations
 import errno
 import os
 import sys
-import traceback
 from collections.abc import Sequence
 from difflib import get_close_matches
 from importlib import import_module
 from typing import NamedTuple, NoReturn
 
 from dynamax import __version__
-from dynamax.commands.messages import UsageError
-from dynamax.registry import packages
+from dynamax.errors import UserError
 
 
 class Command(NamedTuple):
@@ -68,11 +66,11 @@ def _dispatch(arguments: list[str]) -> None:
     elif first in COMMANDS:
         import_module(COMMANDS[first].module).main(arguments)
     elif first.startswith("-"):
-        raise UsageError(f"{first} stands before a command. Write the command first: dynamax fit {first} ...")
+        raise UserError(f"{first} stands before a command. Write the command first: dynamax fit {first} ...")
     else:
         near = get_close_matches(first, COMMANDS, n=1, cutoff=0.5)
         hint = f" Did you mean {near[0]}?" if near else ""
-        raise UsageError(f"There is no command {first!r}.{hint} Commands: {', '.join(COMMANDS)}.")
+        raise UserError(f"There is no command {first!r}.{hint} Commands: {', '.join(COMMANDS)}.")
 
 
 def overview() -> str:
@@ -98,18 +96,10 @@ def overview() -> str:
 def verdict(error: BaseException) -> tuple[int | None, str]:
     """Exit code and message: 2 for a mistake in what was asked, 1 for a failure around us, None for a bug.
 
-    A ``ValueError`` is a message to the user if one of our modules, or of a plug-in's, raised it; the
-    parser may have wrapped it.
+    The parser may have wrapped the error.
     """
-    if isinstance(error, UsageError):
+    if isinstance(error, UserError):
         return 2, str(error)
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return 1, f"The disk is full: {error}. Free some room and run the same command again."
-    if isinstance(error, ValueError) and _raised_by(error) in packages():
-        return 2, str(error)
     return verdict(error.__cause__) if error.__cause__ is not None else (None, "")
-
-
-def _raised_by(error: BaseException) -> str:
-    frames = list(traceback.walk_tb(error.__traceback__))
-    return frames[-1][0].f_globals.get("__name__", "").split(".")[0] if frames else ""

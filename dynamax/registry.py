@@ -7,6 +7,8 @@ from difflib import get_close_matches
 from importlib.metadata import EntryPoint, entry_points
 from typing import Generic, TypeVar
 
+from dynamax.errors import UserError
+
 T = TypeVar("T")
 
 
@@ -27,14 +29,14 @@ class Registry(Generic[T]):
         """Entry points by name.
 
         Raises:
-            ValueError: If two installed distributions offer the same name.
+            UserError: If two installed distributions offer the same name.
         """
         if self._points is None:
             found: dict[str, EntryPoint] = {}
             for point in entry_points(group=self.group):
                 known = found.get(point.name)
                 if known is not None and known.value != point.value:
-                    raise ValueError(
+                    raise UserError(
                         f"Two installed packages offer the {self.kind} {point.name}: {known.value} and {point.value}. "
                         f"Uninstall one, or rename its class and entry point."
                     )
@@ -50,15 +52,15 @@ class Registry(Generic[T]):
         """The class of that name, imported now if it was not yet.
 
         Raises:
-            ValueError: If the name is unknown, near names are listed; if its class cannot be imported.
+            UserError: If the name is unknown, near names are listed; if its class cannot be imported.
         """
         points = self.points()
         if name not in points:
-            raise ValueError(self.unknown(name))
+            raise UserError(self.unknown(name))
         try:
             return points[name].load()
         except (ImportError, AttributeError) as error:
-            raise ValueError(self.unloadable(points[name], error)) from error
+            raise UserError(self.unloadable(points[name], error)) from error
 
     def unloadable(self, point: EntryPoint, error: Exception) -> str:
         """The message for a class that cannot be imported: where it should be, and what Python found there."""

@@ -1,6 +1,6 @@
 """Contracts for plug-in authors: run these on a class of your own before anyone else does.
 
-Each check raises ``ValueError`` with what differed; none needs the network or a GPU.
+Each check raises ``UserError`` with what differed; none needs the network or a GPU.
 """
 
 from __future__ import annotations

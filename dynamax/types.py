@@ -18,6 +18,8 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from dynamax.errors import UserError
+
 
 class Span(NamedTuple):
     """Blocks ``start`` up to, not including, ``stop``; block indices count from 0."""
@@ -170,12 +172,12 @@ class Evidence:
             gate: Class name of the gate; may be left out where the exit has just one.
 
         Raises:
-            ValueError: If the exit has no such gate, or several and none was named.
+            UserError: If the exit has no such gate, or several and none was named.
         """
         name = gate if gate is not None else next(iter(self._gates), None)
         if name is None or name not in self._gates or (gate is None and len(self._gates) > 1):
             known = ", ".join(self._gates) or "none"
-            raise ValueError(
+            raise UserError(
                 f"The policy asked exit {self.depth} for the gate {gate or '(unnamed)'}; its gates that the policy may "
                 f"ask are: {known}. Name one of them in the policy (gate: NAME), or give every exit such a gate."
             )
@@ -212,7 +214,7 @@ NO_WORK = Work((), (), ())
 
 
 @dataclass(frozen=True)
-class BlockShape:
+class BlockCost:
     """What one block costs, in counts that no run is needed for.
 
     Attributes:

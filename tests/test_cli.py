@@ -11,7 +11,7 @@ import torch
 
 from dynamax import __version__
 from dynamax.cli import COMMANDS, main, verdict
-from dynamax.commands.messages import UsageError
+from dynamax.errors import UserError
 from dynamax.policies import MaxProb
 
 
@@ -73,13 +73,13 @@ def test_other_exits_keep_their_code(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_debug_shows_where_it_was_raised() -> None:
-    with pytest.raises(UsageError, match="no command"):
+    with pytest.raises(UserError, match="no command"):
         main(["generat", "--debug"])
 
 
 def test_debug_by_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DYNAMAX_DEBUG", "1")
-    with pytest.raises(UsageError, match="no command"):
+    with pytest.raises(UserError, match="no command"):
         main(["generat"])
 
 

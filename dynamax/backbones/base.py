@@ -15,7 +15,8 @@ from dynamax.backbones.cache import Cache
 from dynamax.backbones.cells import Part
 from dynamax.backbones.chunk import Chunk
 from dynamax.backbones.stores import Pass, Peek, Store, WriteOnly, Written
-from dynamax.types import BlockShape, Site, Span, Spec
+from dynamax.errors import UserError
+from dynamax.types import BlockCost, Site, Span, Spec
 
 Visit = Callable[[int, Tensor], object]
 
@@ -59,7 +60,7 @@ class Backbone(nn.Module, ABC):
         """Normalised states to float32 logits, over the vocabulary or over candidate tokens."""
 
     @abstractmethod
-    def shape(self, index: int) -> BlockShape:
+    def block_cost(self, index: int) -> BlockCost:
         """What the block costs."""
 
     @abstractmethod
@@ -100,7 +101,7 @@ class Backbone(nn.Module, ABC):
             cache.balance()
         mine, chunk = h_BTD.shape[1], None
         if not mine:
-            raise ValueError(f"run was given no positions: {tuple(h_BTD.shape)}. Give it at least one.")
+            raise UserError(f"run was given no positions: {tuple(h_BTD.shape)}. Give it at least one.")
         for index in range(*span):
             debt_BTD = cache.due(index)
             if debt_BTD is not None:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from dynamax.backbones.base import Backbone
 from dynamax.backbones.cache import Cache
+from dynamax.errors import UserError
 from dynamax.types import Span
 
 Reference = Callable[[Tensor], Tensor]
@@ -51,7 +52,7 @@ def check_backbone(
         The error of each mode.
 
     Raises:
-        ValueError: If a mode differs: which, by how much, where first.
+        UserError: If a mode differs: which, by how much, where first.
     """
     return check_modes(backbone, reference, MODES, tokens_BT=tokens_BT, tolerance=tolerance)
 
@@ -70,7 +71,7 @@ def check_modes(
     if tokens_BT is None:
         tokens_BT = torch.randint(backbone.spec.vocab, (2, 24), generator=torch.Generator().manual_seed(0))
     if tokens_BT.shape[1] < 16:
-        raise ValueError(f"{tokens_BT.shape[1]} tokens were given to check a backbone with; give at least 16.")
+        raise UserError(f"{tokens_BT.shape[1]} tokens were given to check a backbone with; give at least 16.")
     tokens_BT = tokens_BT.to(weight.device)
     bound = TOLERANCES[weight.dtype] if tolerance is None else tolerance
     errors = {}
@@ -84,11 +85,11 @@ def compare(backbone: Backbone, mode: str, got_BTV: Tensor, wanted_BTV: Tensor, 
     """Relative error of logits.
 
     Raises:
-        ValueError: If it exceeds the bound, or a shape or dtype is wrong.
+        UserError: If it exceeds the bound, or a shape or dtype is wrong.
     """
     family = backbone.spec.family
     if got_BTV.shape != wanted_BTV.shape or torch.finfo(got_BTV.dtype).bits < 32:
-        raise ValueError(
+        raise UserError(
             f"{family}, {mode}: logits {tuple(got_BTV.shape)} in {got_BTV.dtype} were given, "
             f"{tuple(wanted_BTV.shape)} in float32 at least are wanted."
         )
@@ -98,7 +99,7 @@ def compare(backbone: Backbone, mode: str, got_BTV: Tensor, wanted_BTV: Tensor, 
     if not error <= bound:
         gap_T = (got_BTV - wanted_BTV).abs().amax((0, 2))
         worst = int(gap_T.argmax())
-        raise ValueError(
+        raise UserError(
             f"{family}, {mode}: logits differ from the model's own by {error:.1e} of their norm ({bound:.1e} is "
             f"allowed); most at position {worst} of {len(gap_T)}, by {gap_T[worst]:.2e}. Do not use this backbone "
             f"with these weights; compare its masks, positions, windows and scales with the model's forward."

@@ -10,6 +10,8 @@ from typing import Any, final
 from safetensors import safe_open
 from torch import Tensor
 
+from dynamax.errors import UserError
+
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
@@ -22,7 +24,7 @@ class Checkpoint(Mapping[str, Tensor]):
         folder: A folder in transformers' layout.
 
     Raises:
-        ValueError: If it has no safetensors, or a file that its index names is missing.
+        UserError: If it has no safetensors, or a file that its index names is missing.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -34,7 +36,7 @@ class Checkpoint(Mapping[str, Tensor]):
         elif (folder / SINGLE).is_file():
             self._places = dict.fromkeys(self._open(SINGLE).keys(), SINGLE)
         else:
-            raise ValueError(
+            raise UserError(
                 f"{folder} has neither {SINGLE} nor {INDEX}. Give a folder with safetensors; older weights become "
                 f"some when transformers loads them and save_pretrained writes them again."
             )
@@ -42,7 +44,7 @@ class Checkpoint(Mapping[str, Tensor]):
     def _check(self) -> None:
         for file in sorted(set(self._places.values())):
             if not (self._folder / file).is_file():
-                raise ValueError(f"{self._folder / file} is missing, but the index names it. Fetch the folder again.")
+                raise UserError(f"{self._folder / file} is missing, but the index names it. Fetch the folder again.")
 
     def _open(self, file: str) -> Any:  # noqa: ANN401  (safetensors exports no type)
         if file not in self._files:

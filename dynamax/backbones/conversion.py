@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig
 
+from dynamax.errors import UserError
+
 TEACHERS = ("llama", "mistral")
 COPIED = (
     "vocab_size",
@@ -49,12 +51,12 @@ def student_configuration(teacher: PretrainedConfig, keep: Collection[int]) -> P
         keep: Blocks that stay, counted from 0; the others become Mamba-2.
 
     Raises:
-        ValueError: If the teacher is of another layout, or a block is not one of its own or stands twice.
+        UserError: If the teacher is of another layout, or a block is not one of its own or stands twice.
     """
     check_teacher(teacher)
     depth = teacher.num_hidden_layers
     if len(set(keep)) < len(keep) or not all(0 <= block < depth for block in keep):
-        raise ValueError(
+        raise UserError(
             f"keep {list(keep)} was given for a teacher of {depth} blocks; wanted different blocks in 0 to {depth - 1}."
         )
     known = teacher.to_dict()
@@ -86,10 +88,10 @@ def check_teacher(config: PretrainedConfig) -> None:
     """Refuse a teacher whose blocks have no place in the student.
 
     Raises:
-        ValueError: Saying what the student has no place for.
+        UserError: Saying what the student has no place for.
     """
     if config.model_type not in TEACHERS:
-        raise ValueError(
+        raise UserError(
             f"The teacher is a {config.model_type}; only {' and '.join(TEACHERS)} have the layout that is converted."
         )
     known = config.to_dict()
@@ -102,7 +104,7 @@ def check_teacher(config: PretrainedConfig) -> None:
     }
     for fault, there in faults.items():
         if there:
-            raise ValueError(f"The teacher has {fault}, for which the student has no place. Take another teacher.")
+            raise UserError(f"The teacher has {fault}, for which the student has no place. Take another teacher.")
 
 
 def student_weights(

@@ -1,7 +1,7 @@
 """The family table: what differs between transformers' model types, one row a type.
 
 Rows are explicit: a type is in the table because its logits were compared with transformers' own,
-never because its modules have familiar names. A row names small functions of ``traits``.
+never because its modules have familiar names. A row names small functions of ``family_functions``.
 """
 
 from __future__ import annotations
@@ -14,14 +14,16 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
-from dynamax.backbones import shapes, traits
+from dynamax.backbones import costs
+from dynamax.backbones import family_functions as functions
 from dynamax.backbones.cells import Part
 from dynamax.backbones.chunk import Chunk, Rotary
 from dynamax.backbones.mixers import Mixer
+from dynamax.errors import UserError
 
 
 @dataclass(frozen=True)
-class Row:
+class FamilySpec:
     """How one model type is driven block by block.
 
     Attributes:
@@ -49,105 +51,111 @@ class Row:
     norm: str = "norm"
     cache: str = "past_key_values"
     attention: str = "sdpa"
-    windows: Callable[[PretrainedConfig], traits.Windows] = traits.unbounded
-    kinds: Callable[[PretrainedConfig], traits.Kinds] = traits.one_kind
-    rotary: Callable[[nn.Module], Rotary | None] = traits.shared_rotary
-    place: Callable[[nn.Module, Tensor, Chunk], Tensor] = traits.tokens_only
-    logits: Callable[[PretrainedConfig, Tensor], Tensor] = traits.plain_logits
-    experts: Callable[[PretrainedConfig], float] = shapes.dense
-    parts: Callable[[PretrainedConfig], traits.Parts] = traits.only_keys
-    mixer: Callable[[nn.Module], Mixer | None] = traits.no_mixer
-    call: Callable[[nn.Module, Tensor, int, dict[str, Any]], Tensor] = traits.plainly
-    residual: Callable[[PretrainedConfig, Tensor], Tensor] = traits.whole
-    used: Callable[[PretrainedConfig, int, str], bool] = shapes.all_used
+    windows: Callable[[PretrainedConfig], functions.Windows] = functions.unbounded
+    kinds: Callable[[PretrainedConfig], functions.Kinds] = functions.one_kind
+    rotary: Callable[[nn.Module], Rotary | None] = functions.shared_rotary
+    place: Callable[[nn.Module, Tensor, Chunk], Tensor] = functions.tokens_only
+    logits: Callable[[PretrainedConfig, Tensor], Tensor] = functions.plain_logits
+    experts: Callable[[PretrainedConfig], float] = costs.dense
+    parts: Callable[[PretrainedConfig], functions.Parts] = functions.only_keys
+    mixer: Callable[[nn.Module], Mixer | None] = functions.no_mixer
+    call: Callable[[nn.Module, Tensor, int, dict[str, Any]], Tensor] = functions.plainly
+    residual: Callable[[PretrainedConfig, Tensor], Tensor] = functions.whole
+    used: Callable[[PretrainedConfig, int, str], bool] = costs.all_used
     first: Part = "keys"
 
 
-PURE = Row(
+PURE = FamilySpec(
     embedding="embeddings",
     norm="norm_f",
     cache="cache_params",
     attention="eager",
-    rotary=traits.no_rotary,
-    parts=traits.parts_by_type,
+    rotary=functions.no_rotary,
+    parts=functions.parts_by_type,
 )
 """Blocks of a recurrent mixer and nothing else."""
 
-HYBRID = Row(parts=traits.parts_by_type, mixer=traits.ssd)
+HYBRID = FamilySpec(parts=functions.parts_by_type, mixer=functions.ssd)
 """Attention in some blocks, Mamba-2 in others, or both in one."""
 
-FAMILIES: dict[str, Row] = {
-    "llama": Row(),
-    "mistral": Row(windows=traits.same_window),
-    "mixtral": Row(windows=traits.same_window, experts=shapes.routed),
-    "qwen2": Row(windows=traits.windows_by_type),
-    "qwen3": Row(windows=traits.windows_by_type),
-    "gemma2": Row(attention="eager", windows=traits.windows_by_type, logits=traits.capped_logits),
-    "gemma3_text": Row(
-        windows=traits.windows_by_type,
-        kinds=traits.kinds_by_type,
-        rotary=traits.rotary_by_type,
-        logits=traits.capped_logits,
+FAMILIES: dict[str, FamilySpec] = {
+    "llama": FamilySpec(),
+    "mistral": FamilySpec(windows=functions.same_window),
+    "mixtral": FamilySpec(windows=functions.same_window, experts=costs.routed),
+    "qwen2": FamilySpec(windows=functions.windows_by_type),
+    "qwen3": FamilySpec(windows=functions.windows_by_type),
+    "gemma2": FamilySpec(attention="eager", windows=functions.windows_by_type, logits=functions.capped_logits),
+    "gemma3_text": FamilySpec(
+        windows=functions.windows_by_type,
+        kinds=functions.kinds_by_type,
+        rotary=functions.rotary_by_type,
+        logits=functions.capped_logits,
     ),
-    "phi3": Row(windows=traits.same_window),
-    "gpt_neox": Row(embedding="embed_in", norm="final_layer_norm", cache="layer_past"),
-    "gpt2": Row(embedding="wte", blocks="h", norm="ln_f", rotary=traits.no_rotary, place=traits.learned_positions),
-    "olmo2": Row(),
-    "starcoder2": Row(windows=traits.same_window),
-    "mamba": replace(PURE, mixer=traits.selective),
-    "mamba2": replace(PURE, mixer=traits.ssd),
-    "falcon_mamba": replace(PURE, mixer=traits.normed_selective),
+    "phi3": FamilySpec(windows=functions.same_window),
+    "gpt_neox": FamilySpec(embedding="embed_in", norm="final_layer_norm", cache="layer_past"),
+    "gpt2": FamilySpec(
+        embedding="wte", blocks="h", norm="ln_f", rotary=functions.no_rotary, place=functions.learned_positions
+    ),
+    "olmo2": FamilySpec(),
+    "starcoder2": FamilySpec(windows=functions.same_window),
+    "mamba": replace(PURE, mixer=functions.selective),
+    "mamba2": replace(PURE, mixer=functions.ssd),
+    "falcon_mamba": replace(PURE, mixer=functions.normed_selective),
     "jamba": replace(
-        HYBRID, norm="final_layernorm", rotary=traits.no_rotary, experts=shapes.routed, mixer=traits.normed_selective
+        HYBRID,
+        norm="final_layernorm",
+        rotary=functions.no_rotary,
+        experts=costs.routed,
+        mixer=functions.normed_selective,
     ),
     "bamba": replace(HYBRID, norm="final_layernorm"),
     "zamba2": replace(
         HYBRID,
         norm="final_layernorm",
-        rotary=traits.rotary_if_wanted,
-        place=traits.twice,
-        call=traits.beside_embedding,
-        residual=traits.first_half,
-        used=shapes.own_adapter,
-        mixer=traits.free_ssd,
+        rotary=functions.rotary_if_wanted,
+        place=functions.twice,
+        call=functions.beside_embedding,
+        residual=functions.first_half,
+        used=costs.own_adapter,
+        mixer=functions.free_ssd,
     ),
     "granitemoehybrid": replace(
         HYBRID,
-        rotary=traits.rotary_if_wanted,
-        place=traits.multiplied,
-        logits=traits.divided_logits,
-        experts=shapes.routed,
+        rotary=functions.rotary_if_wanted,
+        place=functions.multiplied,
+        logits=functions.divided_logits,
+        experts=costs.routed,
     ),
     "falcon_h1": replace(
         HYBRID,
         norm="final_layernorm",
-        place=traits.multiplied,
-        logits=traits.multiplied_logits,
-        mixer=traits.scaled_ssd,
+        place=functions.multiplied,
+        logits=functions.multiplied_logits,
+        mixer=functions.scaled_ssd,
         first="recurrent",
     ),
     "nemotron_h": replace(
         HYBRID,
         embedding="embeddings",
         norm="norm_f",
-        rotary=traits.no_rotary,
-        experts=shapes.routed,
-        mixer=traits.free_ssd,
+        rotary=functions.no_rotary,
+        experts=costs.routed,
+        mixer=functions.free_ssd,
     ),
-    "lfm2": replace(HYBRID, norm="embedding_norm", mixer=traits.short_convolution),
+    "lfm2": replace(HYBRID, norm="embedding_norm", mixer=functions.short_convolution),
 }
 
 
-def family(model_type: str) -> Row:
+def family(model_type: str) -> FamilySpec:
     """The row of a model type.
 
     Raises:
-        ValueError: If the table has no such row; near and known types are named.
+        UserError: If the table has no such row; near and known types are named.
     """
     if model_type not in FAMILIES:
         near = get_close_matches(model_type, FAMILIES, n=3, cutoff=0.5)
         hint = f" Near: {', '.join(near)}." if near else ""
-        raise ValueError(
+        raise UserError(
             f"The model type {model_type!r} is not in the family table.{hint} Known: {', '.join(sorted(FAMILIES))}. "
             f"Use one of these, or write a Backbone of your own and prove it with dynamax.testing.check_backbone."
         )

@@ -22,6 +22,8 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import GenerationConfig, LlamaConfig, PreTrainedTokenizerFast
 
+from dynamax.errors import UserError
+
 NAMES = {
     "token_embd": "model.embed_tokens",
     "output_norm": "model.norm",
@@ -63,7 +65,7 @@ class Metadata:
     def __getitem__(self, key: str) -> Any:  # noqa: ANN401
         value = self.get(key)
         if value is None:
-            raise ValueError(f"{self._path} has no entry {key!r}. Convert the model to GGUF with a current llama.cpp.")
+            raise UserError(f"{self._path} has no entry {key!r}. Convert the model to GGUF with a current llama.cpp.")
         return value
 
 
@@ -75,7 +77,7 @@ def dequantise(path: Path, folder: Path) -> None:
         folder: An empty folder.
 
     Raises:
-        ValueError: If the file holds something this module does not cover.
+        UserError: If the file holds something this module does not cover.
     """
     reader = open_gguf(path)
     metadata = Metadata(reader, path)
@@ -96,19 +98,19 @@ def open_gguf(path: Path) -> GGUFReader:
     """Open a file.
 
     Raises:
-        ValueError: If it is not GGUF.
+        UserError: If it is not GGUF.
     """
     try:
         return GGUFReader(path)
     except (ValueError, IndexError, OSError) as error:
-        raise ValueError(f"{path} is not a readable GGUF file ({error}). Fetch it again.") from error
+        raise UserError(f"{path} is not a readable GGUF file ({error}). Fetch it again.") from error
 
 
 def refuse(metadata: Metadata, reader: GGUFReader, path: Path) -> None:
     """Turn away what would be loaded wrongly.
 
     Raises:
-        ValueError: Naming what is not covered.
+        UserError: Naming what is not covered.
     """
     arch = metadata["general.architecture"]
     scaling = metadata.get("llama.rope.scaling.type", "none")
@@ -120,7 +122,7 @@ def refuse(metadata: Metadata, reader: GGUFReader, path: Path) -> None:
     }
     found = [fault for fault, there in faults.items() if there]
     if found:
-        raise ValueError(
+        raise UserError(
             f"{path} has {' and '.join(found)}, which the GGUF reader does not cover. Use the model's "
             f"safetensors instead: backbone Hub (a name) or Folder (a path)."
         )
@@ -168,7 +170,7 @@ def name_of(name: str, path: Path) -> str:
     stem, _, kind = name.rpartition(".")
     block, _, part = stem.rpartition(".")
     if part not in NAMES or kind != "weight":
-        raise ValueError(f"{path} holds the tensor {name!r}, which no llama has. Use the model's safetensors instead.")
+        raise UserError(f"{path} holds the tensor {name!r}, which no llama has. Use the model's safetensors instead.")
     return f"{block.replace('blk', 'model.layers')}.{NAMES[part]}.weight".removeprefix(".")
 
 
@@ -192,14 +194,14 @@ def check_complete(tensors: Mapping[str, Tensor], config: LlamaConfig, path: Pat
     """Every tensor of the model must be there.
 
     Raises:
-        ValueError: Naming the first that is missing.
+        UserError: Naming the first that is missing.
     """
     outside = ["model.embed_tokens", "model.norm"] + ([] if config.tie_word_embeddings else ["lm_head"])
     parts = [part for part in NAMES.values() if part not in ("model.embed_tokens", "model.norm", "lm_head")]
     wanted = outside + [f"model.layers.{i}.{part}" for i in range(config.num_hidden_layers) for part in parts]
     missing = [name for name in wanted if f"{name}.weight" not in tensors]
     if missing:
-        raise ValueError(f"{path} lacks {len(missing)} tensors, {missing[0]!r} first. Fetch the file again.")
+        raise UserError(f"{path} lacks {len(missing)} tensors, {missing[0]!r} first. Fetch the file again.")
 
 
 # -- tokenizer --------------------------------------------------------------------------------------
@@ -209,11 +211,11 @@ def tokenizer_of(metadata: Metadata, path: Path) -> PreTrainedTokenizerFast:
     """The byte-level BPE, its special tokens and the chat template.
 
     Raises:
-        ValueError: If the file's tokenizer is of another kind.
+        UserError: If the file's tokenizer is of another kind.
     """
     kind, pre = metadata["tokenizer.ggml.model"], metadata.get("tokenizer.ggml.pre", "(none)")
     if kind != "gpt2" or pre not in PRE_TOKENIZERS:
-        raise ValueError(
+        raise UserError(
             f"{path} has a tokenizer of kind {kind!r} cut by {pre!r}; covered are 'gpt2' cut by "
             f"{' or '.join(map(repr, PRE_TOKENIZERS))}. Use the model's safetensors instead: backbone Hub or Folder."
         )

@@ -17,13 +17,14 @@ from dynamax.backbones.base import Backbone
 from dynamax.backbones.cache import Cache
 from dynamax.backbones.cells import Part
 from dynamax.backbones.chunk import Chunk, Rotary
-from dynamax.backbones.families import Row, family
+from dynamax.backbones.costs import block_cost
+from dynamax.backbones.families import FamilySpec, family
 from dynamax.backbones.fingerprint import fingerprint_of
 from dynamax.backbones.repairs import check_devices
-from dynamax.backbones.shapes import block_shape
 from dynamax.backbones.stores import Store
+from dynamax.errors import UserError
 from dynamax.kernels.backend import at_least_float32
-from dynamax.types import BlockShape, Spec
+from dynamax.types import BlockCost, Spec
 
 
 @final
@@ -42,7 +43,7 @@ class HFBackbone(Backbone):
         row: Its row of the family table.
 
     Raises:
-        ValueError: If it is no causal language model of transformers, of an unknown family, or with other attention.
+        UserError: If it is no causal language model of transformers, of an unknown family, or with other attention.
     """
 
     def __init__(self, model: PreTrainedModel, *, fingerprint: str | None = None) -> None:
@@ -118,10 +119,10 @@ class HFBackbone(Backbone):
         logits = F.linear(u_BTD.to(matrix_VD.dtype), matrix_VD if tokens_C is None else matrix_VD[tokens_C])
         return self.row.logits(self.model.config, at_least_float32(logits))
 
-    def shape(self, index: int) -> BlockShape:
+    def block_cost(self, index: int) -> BlockCost:
         """What the block costs."""
         config, held = self.model.config, self._blocks[index].named_parameters()
-        return block_shape(
+        return block_cost(
             config,
             {name: parameter for name, parameter in held if self.row.used(config, index, name)},
             self._parts[index],
@@ -154,15 +155,15 @@ def check_model(model: object) -> None:
     """Refuse what is no causal language model of transformers.
 
     Raises:
-        ValueError: If it is something else, or has no output matrix.
+        UserError: If it is something else, or has no output matrix.
     """
     if not isinstance(model, PreTrainedModel):
-        raise ValueError(
+        raise UserError(
             f"HFBackbone was given {model!r:.80}; wanted: a model of transformers. To load one by name use "
             f"dynamax.backbones.sources.Hub, from a folder Folder."
         )
     if model.get_output_embeddings() is None:
-        raise ValueError(
+        raise UserError(
             f"{type(model).__name__} has no output matrix; wanted: a causal language model. Load it with "
             f"AutoModelForCausalLM."
         )
@@ -197,16 +198,16 @@ UNBOUNDED = 1 << 30
 """Context of a model that has no positions to run out of."""
 
 
-def check_attention(config: PretrainedConfig, row: Row) -> None:
+def check_attention(config: PretrainedConfig, row: FamilySpec) -> None:
     """Refuse an attention implementation that takes other masks, or would drop a part of the model.
 
     Raises:
-        ValueError: If the implementation is neither the row's own nor eager.
+        UserError: If the implementation is neither the row's own nor eager.
     """
     given = config._attn_implementation
     if given not in (row.attention, "eager"):
         wanted = row.attention if row.attention == "eager" else f"{row.attention} or eager"
-        raise ValueError(
+        raise UserError(
             f"A {config.model_type} model was loaded with attention {given!r}; {wanted} is wanted. "
             f"Load it with attn_implementation={row.attention!r}, or call "
             f"model.set_attn_implementation({row.attention!r}) first."

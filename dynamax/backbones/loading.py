@@ -13,6 +13,7 @@ from dynamax.backbones.checkpoint import Checkpoint
 from dynamax.backbones.families import family
 from dynamax.backbones.fingerprint import fingerprint_of
 from dynamax.backbones.hf import HFBackbone
+from dynamax.errors import UserError
 
 DTYPES = {
     "float32": torch.float32,
@@ -31,7 +32,7 @@ def load_backbone(folder: Path, *, dtype: str, device: str) -> HFBackbone:
         device: Name of the device to run on.
 
     Raises:
-        ValueError: If the family is unknown, a weight is missing, or the logits differ.
+        UserError: If the family is unknown, a weight is missing, or the logits differ.
     """
     kind, place = dtype_of(dtype), device_of(device)
     config = config_of(folder)
@@ -51,10 +52,10 @@ def config_of(folder: Path) -> PretrainedConfig:
     """The configuration of a folder.
 
     Raises:
-        ValueError: If there is none.
+        UserError: If there is none.
     """
     if not (folder / "config.json").is_file():
-        raise ValueError(
+        raise UserError(
             f"{folder} has no config.json. Give a folder in transformers' layout, as save_pretrained writes it."
         )
     return AutoConfig.from_pretrained(folder, local_files_only=True)
@@ -64,11 +65,11 @@ def check_report(report: dict[str, Any], folder: Path) -> None:
     """Refuse a model of which some weights were not read; transformers would leave them random.
 
     Raises:
-        ValueError: Naming the first.
+        UserError: Naming the first.
     """
     faults = [f"{key.replace('_', ' ')}: {sorted(map(str, report[key]))[:3]}" for key in FAULTS if report.get(key)]
     if faults:
-        raise ValueError(f"{folder} does not fit its own config.json; {'; '.join(faults)}. Fetch the folder again.")
+        raise UserError(f"{folder} does not fit its own config.json; {'; '.join(faults)}. Fetch the folder again.")
 
 
 FAULTS = ("missing_keys", "mismatched_keys", "error_msgs")
@@ -85,10 +86,10 @@ def dtype_of(name: str) -> torch.dtype:
     """A dtype by name.
 
     Raises:
-        ValueError: If the name is unknown.
+        UserError: If the name is unknown.
     """
     if name not in DTYPES:
-        raise ValueError(f"The dtype {name!r} was given; one of {', '.join(DTYPES)} is wanted.")
+        raise UserError(f"The dtype {name!r} was given; one of {', '.join(DTYPES)} is wanted.")
     return DTYPES[name]
 
 
@@ -96,12 +97,12 @@ def device_of(name: str) -> torch.device:
     """A device by name.
 
     Raises:
-        ValueError: If there is no such device here.
+        UserError: If there is no such device here.
     """
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(f"The device {name!r} was given, but cannot be used: {reason} 'cpu' always can.") from error
+        raise UserError(f"The device {name!r} was given, but cannot be used: {reason} 'cpu' always can.") from error
     return device

@@ -19,9 +19,10 @@ from dynamax.backbones.base import Backbone
 from dynamax.backbones.gguf import dequantise
 from dynamax.backbones.hf import HFBackbone
 from dynamax.backbones.loading import load_backbone
-from dynamax.backbones.local import made_once
-from dynamax.backbones.top import Top, load_top
-from dynamax.backbones.wheel import unpack_gguf
+from dynamax.backbones.output_stage import OutputStage, load_output_stage
+from dynamax.backbones.smollm2_package import unpack_gguf
+from dynamax.backbones.user_cache import made_once
+from dynamax.errors import UserError
 
 GGUF_GROWTH = 10
 """A dense float32 copy is at most this much larger than the file: 32 bits for at least 4, and some room."""
@@ -39,11 +40,11 @@ class Source(ABC):
             device: Device to run on, such as ``cuda``.
 
         Raises:
-            ValueError: If it cannot be had, or does not say what its model says.
+            UserError: If it cannot be had, or does not say what its model says.
         """
 
     @abstractmethod
-    def top(self, *, dtype: str = "float32", device: str = "cpu") -> Top:
+    def output_stage(self, *, dtype: str = "float32", device: str = "cpu") -> OutputStage:
         """Last block, final norm and output matrix only; arguments and errors as for ``load``."""
 
     @abstractmethod
@@ -64,9 +65,9 @@ class FolderSource(Source):
         return load_backbone(self.folder(), dtype=dtype, device=device)
 
     @final
-    def top(self, *, dtype: str = "float32", device: str = "cpu") -> Top:
+    def output_stage(self, *, dtype: str = "float32", device: str = "cpu") -> OutputStage:
         """Last block, final norm and output matrix, without reading the rest."""
-        return load_top(self.folder(), dtype=dtype, device=device)
+        return load_output_stage(self.folder(), dtype=dtype, device=device)
 
     @final
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -89,7 +90,7 @@ class Folder(FolderSource):
         """The folder itself."""
         folder = Path(self.path).expanduser()
         if not folder.is_dir():
-            raise ValueError(f"{folder} is not a folder. Give the path of a model folder, or use Hub for a name.")
+            raise UserError(f"{folder} is not a folder. Give the path of a model folder, or use Hub for a name.")
         return folder
 
 
@@ -120,7 +121,7 @@ class Hub(FolderSource):
             )
         except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
             at = "" if self.revision is None else f" at {self.revision}"
-            raise ValueError(
+            raise UserError(
                 f"{self.name}{at} could not be fetched from the hub: {str(error).splitlines()[0]} Check the name, the "
                 f"network and your access; without a network, use SmolLM2, or Folder with a local copy."
             ) from error
@@ -144,7 +145,7 @@ class GGUF(FolderSource):
         """The dense copy."""
         path = Path(self.path).expanduser()
         if not path.is_file():
-            raise ValueError(f"{path} is not a file. Give the path of a GGUF file.")
+            raise UserError(f"{path} is not a file. Give the path of a GGUF file.")
         found = check_hash(path, self.sha256)
         room = GGUF_GROWTH * path.stat().st_size
         return made_once(f"dense/{found}", lambda fresh: dequantise(path, fresh), room=room)
@@ -181,12 +182,12 @@ def check_hash(path: Path, wanted: str | None) -> str:
     """The SHA-256 of a file.
 
     Raises:
-        ValueError: If another one was wanted.
+        UserError: If another one was wanted.
     """
     with path.open("rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if wanted is not None and found != wanted.lower():
-        raise ValueError(
+        raise UserError(
             f"{path.name} has SHA-256 {found}; {wanted} is wanted. The file is damaged or another one: fetch it again."
         )
     return found

@@ -13,13 +13,13 @@ from typing import Literal
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from dynamax.backbones.skipped import SkippedState
+from dynamax.backbones.skipped_state import SkippedState
 from dynamax.backbones.sources import Source
-from dynamax.commands.messages import UsageError
-from dynamax.commands.painting import Palette, coloured
+from dynamax.commands.colors import DepthColors, coloured
 from dynamax.commands.parsing import Parser, one_screen, prepare
 from dynamax.decoding.sampling import Greedy, Sampled, Sampler
 from dynamax.device import chosen
+from dynamax.errors import UserError
 from dynamax.heads.bank import Exit
 from dynamax.heads.saved import RECORD
 from dynamax.metrics.cost import CostModel
@@ -116,7 +116,7 @@ def generate(
 def _folder(heads: str | None) -> str:
     folder = DEMO if heads is None else heads
     if not (Path(folder) / RECORD).is_file():
-        raise UsageError(
+        raise UserError(
             f"There are no saved heads in {folder}. Wanted: a folder that fit wrote, --heads FOLDER. A model that was "
             f"trained with exits needs no heads: {WITHOUT_HEADS}"
         )
@@ -129,7 +129,7 @@ def _sampler(temperature: float | None, top_k: int | None, top_p: float | None, 
     given = {"top_k": top_k, "top_p": top_p, "seed": seed}
     idle = [name for name, value in given.items() if value is not None]
     if idle:
-        raise UsageError(
+        raise UserError(
             f"{' and '.join(idle)} without a temperature would change nothing: the most likely token is taken. "
             f"Add --temperature 1.0 to sample, or leave them out."
         )
@@ -139,7 +139,7 @@ def _sampler(temperature: float | None, top_k: int | None, top_p: float | None, 
 def speak(module: DecodingModule, prompt: str, *, limit: int) -> None:
     """Decode with the module's first policy, printing as it goes; then the legend and the balance."""
     bench = module.bench
-    palette = Palette(bench.bank.depths, bench.backbone.spec.depth, on=coloured(sys.stdout))
+    palette = DepthColors(bench.bank.depths, bench.backbone.spec.depth, on=coloured(sys.stdout))
     prompt_1T = encode(bench.tokenizer, prompt, chat=module.chat, device=bench.device)
     end = bench.tokenizer.eos_token_id
     stop = [end] if isinstance(end, int) else []

@@ -18,10 +18,6 @@ LONGEST = 12
 DEMOS = {"fit": "fit", "cache": "fit", "validate": "fit", "test": "test", "predict": "test"}
 
 
-class UsageError(Exception):
-    """What was typed or configured cannot be done; the message is for the person who typed it."""
-
-
 class Known(NamedTuple):
     """What may be named: class names by the key they stand under, those of them worth listing, and option names."""
 

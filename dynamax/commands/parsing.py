@@ -15,13 +15,14 @@ from lightning.pytorch import Callback, LightningDataModule, LightningModule, Tr
 from lightning.pytorch.cli import LightningArgumentParser
 from transformers.utils.logging import disable_progress_bar
 
-from dynamax.backbones.skipped import SkippedState
+from dynamax.backbones.skipped_state import SkippedState
 from dynamax.backbones.sources import Source
-from dynamax.commands.messages import Known, UsageError, explain
-from dynamax.commands.overlay import set_rules
+from dynamax.commands.config_merge import set_merge_rules
+from dynamax.commands.messages import Known, explain
 from dynamax.data import answers, corpora, generated, glosses, hidden, language, tasks
 from dynamax.data.text import Corpus, TextSource
 from dynamax.decoding.sampling import Sampler
+from dynamax.errors import UserError
 from dynamax.heads.base import Gate, Lens
 from dynamax.modules import decoding, distilling, heads, pretraining
 from dynamax.objectives.base import Objective
@@ -87,13 +88,13 @@ class Parser(LightningArgumentParser):
     def add_class_arguments(self, *args: Any, **kwargs: Any) -> list[str]:  # noqa: ANN401 - those of jsonargparse
         """Options of a class; some of them replace an earlier value as a whole."""
         added = super().add_class_arguments(*args, **kwargs)
-        set_rules(self)
+        set_merge_rules(self)
         return added
 
     def add_function_arguments(self, *args: Any, **kwargs: Any) -> list[str]:  # noqa: ANN401 - those of jsonargparse
         """The same of a function."""
         added = super().add_function_arguments(*args, **kwargs)
-        set_rules(self)
+        set_merge_rules(self)
         return added
 
     def instantiate_classes(self, cfg: Any, **kwargs: Any) -> Namespace:  # noqa: ANN401 - those of jsonargparse
@@ -106,12 +107,12 @@ def one_screen(parser: ArgumentParser) -> Iterator[None]:
     """Turn the parser's complaints into messages for the person who typed.
 
     Raises:
-        UsageError: In place of the parser's error.
+        UserError: In place of the parser's error.
     """
     try:
         yield
     except ArgumentError as error:
-        raise UsageError(explain(str(error), Known(class_names, own_class_names, lambda: _options(parser)))) from error
+        raise UserError(explain(str(error), Known(class_names, own_class_names, lambda: _options(parser)))) from error
 
 
 def _options(parser: ArgumentParser) -> set[str]:
@@ -174,7 +175,7 @@ def _refuse_repeated_keys() -> None:
             keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
             for key in keys:
                 if keys.count(key) > 1:
-                    raise UsageError(
+                    raise UserError(
                         f"The key {key} stands twice in the mapping that begins on line {node.start_mark.line + 1}. "
                         f"A key may stand once: the second would hide the first. Remove one."
                     )

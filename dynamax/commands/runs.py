@@ -12,13 +12,13 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
 from dynamax.backbones.sources import Source
-from dynamax.commands.messages import UsageError
 from dynamax.commands.parsing import Parser, one_screen, prepare
+from dynamax.errors import UserError
+from dynamax.modules.checks import one_device
 from dynamax.modules.decoding import DecodingModule
 from dynamax.modules.distilling import DistillationModule
 from dynamax.modules.heads import HeadsModule
 from dynamax.modules.language import LanguageModule
-from dynamax.modules.limits import one_device
 from dynamax.modules.pretraining import PretrainingModule
 
 LANGUAGE: dict[str, type[LanguageModule]] = {"train": PretrainingModule, "distill": DistillationModule}
@@ -102,7 +102,7 @@ class DynamaxCLI(LightningCLI):
             self.config = parser.parse_args(cast(Sequence[str], args))
         path = self.config[self.config.subcommand].get("ckpt_path")
         if path and not re.fullmatch(CHECKPOINTS, str(path)) and not Path(path).is_file():
-            raise UsageError(f"There is no checkpoint {path}. Correct the path after --ckpt_path.")
+            raise UserError(f"There is no checkpoint {path}. Correct the path after --ckpt_path.")
 
     def after_instantiate_classes(self) -> None:
         """Refuse a model that another command is for."""
@@ -112,7 +112,7 @@ class DynamaxCLI(LightningCLI):
         if not isinstance(self.model, kinds) and (ours or command in LANGUAGE):
             meant = next((name for name, kind in MEANT.items() if isinstance(self.model, kind)), "fit")
             name = type(self.model).__name__
-            raise UsageError(f"{command} {does}, but the model is {name}. Use: dynamax {meant} ...")
+            raise UserError(f"{command} {does}, but the model is {name}. Use: dynamax {meant} ...")
 
     def before_cache(self) -> None:
         """Build the heads before the store is filled: a mistake in them shows now, not minutes later."""
@@ -130,7 +130,7 @@ class DynamaxCLI(LightningCLI):
         if self.config.validate.ckpt_path is not None:
             return
         if isinstance(self.model, LanguageModule):
-            raise UsageError(
+            raise UserError(
                 "validate was given no checkpoint, so it would score a model that nobody trained. Name one that "
                 "training saved: --ckpt_path FILE."
             )
@@ -138,7 +138,7 @@ class DynamaxCLI(LightningCLI):
             return
         self.model.configure_model()
         if list(self.model.bank.parameters()):
-            raise UsageError(
+            raise UserError(
                 "validate was given no trained heads, so it would score fresh ones. Name the folder that fit wrote, "
                 "such as --model.heads runs/demo/heads, or a checkpoint of the trainer, --ckpt_path FILE."
             )

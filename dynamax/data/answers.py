@@ -11,7 +11,6 @@ from typing import Any, final
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from dynamax.atomic import write_atomically
 from dynamax.backbones.sources import Source
 from dynamax.data.fill import tokenizer_hash
 from dynamax.data.generated import Answered, SelfGenerated
@@ -20,6 +19,7 @@ from dynamax.data.prompts import Prompt
 from dynamax.data.text import Corpus, Text
 from dynamax.data.writer import locked
 from dynamax.device import chosen
+from dynamax.files import write_atomically
 
 ENDS = ".!?"
 
@@ -59,7 +59,7 @@ class Answers(Corpus):
     def _identity(self) -> dict[str, Any]:
         return {
             "source": "Answers",
-            "writer": self.writer.top().spec.fingerprint,
+            "writer": self.writer.output_stage().spec.fingerprint,
             "tokenizer": tokenizer_hash(self._tokenizer),
             "dtype": self.dtype,
             "text": self.text.identity(),

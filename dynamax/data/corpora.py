@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from dynamax.backbones.base import Backbone
 from dynamax.data.files import SampleBy, checked_file, read_file, text_of
 from dynamax.data.text import Corpus, Document, Text, TextSource, check_length, check_positive, windows
+from dynamax.errors import UserError
 
 GROUP = 64
 Rows = datasets.Dataset | datasets.IterableDataset
@@ -183,7 +184,7 @@ class HubText(RowText):
         """All rows.
 
         Raises:
-            ValueError: If the data set cannot be had.
+            UserError: If the data set cannot be had.
         """
         return self._ask(
             lambda: datasets.load_dataset(
@@ -195,7 +196,7 @@ class HubText(RowText):
         try:
             return question()
         except (OSError, ValueError) as error:
-            raise ValueError(
+            raise UserError(
                 f"The data set {self._name!r} (config {self.config!r}, split {self.split!r}, revision "
                 f"{self.revision!r}) could not be loaded: {error}. Check the name and the network, or use LocalText "
                 f"with a file, or SelfGenerated, which needs no data."

@@ -10,6 +10,8 @@ from typing import Any, Literal, cast
 import datasets
 from datasets.exceptions import DatasetGenerationError
 
+from dynamax.errors import UserError
+
 SampleBy = Literal["line", "paragraph", "document"]
 READERS: dict[str, Callable[..., Any]] = {  # what load_dataset runs too, but it tells the Hub of every file first
     ".csv": partial(datasets.Dataset.from_csv, keep_default_na=False),  # or the word "null" becomes a gap
@@ -24,20 +26,18 @@ def checked_file(path: str) -> Path:
     """The path of a file that exists, is not empty and has a known suffix.
 
     Raises:
-        ValueError: If one of these fails.
+        UserError: If one of these fails.
     """
     file = Path(path).expanduser()
     if file.suffix not in READERS:
-        raise ValueError(
+        raise UserError(
             f"{path} ends in {file.suffix or 'no suffix'!r}. Known are: {', '.join(READERS)}. "
             f"Convert the file, or rename it if it is one of these."
         )
     if not file.is_file():
-        raise ValueError(
-            f"There is no file {file.resolve()}. Give the path of an existing file ({', '.join(READERS)})."
-        )
+        raise UserError(f"There is no file {file.resolve()}. Give the path of an existing file ({', '.join(READERS)}).")
     if file.stat().st_size == 0:
-        raise ValueError(f"{path} is empty. Give a file with at least one row of text.")
+        raise UserError(f"{path} is empty. Give a file with at least one row of text.")
     return file
 
 
@@ -49,7 +49,7 @@ def read_file(path: str, *, sample_by: SampleBy = "line") -> datasets.Dataset:
         sample_by: What a row of a txt file is.
 
     Raises:
-        ValueError: If there is no such file, its kind is unknown, or it has no readable rows.
+        UserError: If there is no such file, its kind is unknown, or it has no readable rows.
     """
     file = checked_file(path)
     read = READERS[file.suffix]
@@ -57,7 +57,7 @@ def read_file(path: str, *, sample_by: SampleBy = "line") -> datasets.Dataset:
     try:
         return cast(datasets.Dataset, read(str(file), **options))
     except (DatasetGenerationError, ValueError, StopIteration) as error:
-        raise ValueError(
+        raise UserError(
             f"No rows could be read from {path} as {file.suffix}: {error.__cause__ or error}. "
             f"Give a file with at least one row, in UTF-8, whose contents are what its suffix says."
         ) from error
@@ -73,17 +73,17 @@ def text_of(row: Mapping[str, Any], field: str, *, number: int, name: str) -> st
         name: Where the row is from, for messages.
 
     Raises:
-        ValueError: If the row has no such field, or no text in it.
+        UserError: If the row has no such field, or no text in it.
     """
     value = row.get(field)
     if value is None:
         found = ", ".join(repr(key) for key, value in row.items() if value is not None) or "none"
-        raise ValueError(
+        raise UserError(
             f"Row {number} of {name} has nothing in the field {field!r}; the fields it has are: {found}. "
             f"Name the field with the text (field: NAME), or mend the row."
         )
     if not isinstance(value, str):
-        raise ValueError(
+        raise UserError(
             f"Row {number} of {name} holds {type(value).__name__} in the field {field!r}, and text is wanted: "
             f"{value!r:.80}. Name the field with the text (field: NAME)."
         )

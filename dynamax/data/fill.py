@@ -24,6 +24,7 @@ from dynamax.data.states import StateReader, StoreDtype, check_exits
 from dynamax.data.store import Store, StoredDocument
 from dynamax.data.text import TextSource
 from dynamax.data.writer import StoreWriter, locked
+from dynamax.errors import UserError
 from dynamax.types import Site, Spec
 
 SHARD_BYTES = 32 << 20
@@ -61,7 +62,7 @@ def fill_store(
         progress: Show a bar with tokens a second and time left.
 
     Raises:
-        ValueError: For bad options, a source without documents, or a folder another process is writing.
+        UserError: For bad options, a source without documents, or a folder another process is writing.
         OSError: If the disk is full; what was written stays usable.
     """
     reader = StateReader(backbone, exits, k=k, dtype=dtype, readout=readout)
@@ -222,7 +223,7 @@ class Filler:
         if pending:
             self.writer.append(pending, stop_group=group + 1)
         if not self.writer.manifest.shards:
-            raise ValueError(
+            raise UserError(
                 f"{type(self.source).__name__} gave no documents: {json.dumps(self.source.identity())}. "
                 f"Give it data with at least one row of text."
             )

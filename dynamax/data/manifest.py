@@ -10,7 +10,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dynamax.atomic import write_atomically
+from dynamax.errors import UserError
+from dynamax.files import write_atomically
 
 FORMAT = 1
 NAME = "manifest.json"
@@ -90,22 +91,22 @@ class Manifest:
         """Read the folder's manifest.
 
         Raises:
-            ValueError: If there is none, or it is not of this format.
+            UserError: If there is none, or it is not of this format.
         """
         file = folder / NAME
         if not file.is_file():
-            raise ValueError(f"{folder} holds no {NAME}, so it is no store. Fill one with `dynamax cache` or `fit`.")
+            raise UserError(f"{folder} holds no {NAME}, so it is no store. Fill one with `dynamax cache` or `fit`.")
         try:
             content = json.loads(file.read_text("utf-8"))
             shards = [Shard(**shard) for shard in content["shards"]]
             known = content["format"]
             manifest = Manifest(content["inputs"], content["versions"], shards, content["whole"])
         except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-            raise ValueError(
+            raise UserError(
                 f"{file} is damaged ({error!r}). Remove the folder {folder}; the next run fills it again."
             ) from error
         if known != FORMAT:
-            raise ValueError(
+            raise UserError(
                 f"{file} is of store format {known}; this version reads format {FORMAT}. Remove the folder "
                 f"{folder}; the next run fills it again."
             )

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from importlib.resources import files
 
 from dynamax.data.files import all_texts, read_file
+from dynamax.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -115,11 +116,11 @@ def from_file(path: str, field: str) -> list[Prompt]:
         field: Column with the prompt; a txt file has the one column ``text``.
 
     Raises:
-        ValueError: If the file cannot be read, or no row holds a prompt.
+        UserError: If the file cannot be read, or no row holds a prompt.
     """
     texts = all_texts(read_file(path), field, name=path)
     if not texts:
-        raise ValueError(f"{path} holds blank prompts alone. Give at least one row of text.")
+        raise UserError(f"{path} holds blank prompts alone. Give at least one row of text.")
     return [Prompt((text,), text, text) for text in texts]
 
 

@@ -17,6 +17,7 @@ from dynamax.data.labels import Labels, labels
 from dynamax.data.store import StoredDocument
 from dynamax.data.text import Document
 from dynamax.data.writer import origin_hash
+from dynamax.errors import UserError
 from dynamax.types import Site, Span
 
 StoreDtype = Literal["float16", "bfloat16", "float32"]
@@ -44,7 +45,7 @@ class StateReader:
             backbone computes in a half precision, where logits tie.
 
     Raises:
-        ValueError: If an exit or ``k`` is out of range, or a half-precision backbone has no readout.
+        UserError: If an exit or ``k`` is out of range, or a half-precision backbone has no readout.
     """
 
     def __init__(
@@ -52,12 +53,12 @@ class StateReader:
     ) -> None:
         self.exits = check_exits(exits, depth=backbone.spec.depth)
         if not 1 <= k <= backbone.spec.vocab:
-            raise ValueError(f"k={k} labels were asked for; wanted 1 to {backbone.spec.vocab}, the vocabulary's size.")
+            raise UserError(f"k={k} labels were asked for; wanted 1 to {backbone.spec.vocab}, the vocabulary's size.")
         parameter = next(backbone.parameters())
         if readout is None and parameter.dtype.itemsize < 4:
-            raise ValueError(
+            raise UserError(
                 f"The backbone computes in {parameter.dtype}, where logits tie and labels would be wrong. Give a "
-                f"readout in float32 (Source.top(dtype='float32').site(depth)), or load the backbone in float32."
+                f"readout in float32 (Source.output_stage().site(depth)), or load the backbone in float32."
             )
         self.backbone, self.k, self.dtype = backbone, k, dtype
         self.device = parameter.device
@@ -99,10 +100,10 @@ class StateReader:
         kept_ND = h_ND.to(DTYPES[self.dtype])
         if not kept_ND.isfinite().all():
             if not h_ND.isfinite().all():
-                raise ValueError(
+                raise UserError(
                     f"The backbone's states after {depth} blocks are not finite. Load it in float32 or bfloat16."
                 )
-            raise ValueError(
+            raise UserError(
                 f"A state after {depth} blocks reaches {h_ND.abs().max().item():.3g}, and {self.dtype} ends at "
                 f"{torch.finfo(kept_ND.dtype).max:.3g}. Keep the states in bfloat16 or float32 (option dtype)."
             )
@@ -128,16 +129,16 @@ def check_exits(exits: Sequence[int], *, depth: int) -> tuple[int, ...]:
     """Exits in ascending order.
 
     Raises:
-        ValueError: If there are none, one is repeated, or one is outside the model.
+        UserError: If there are none, one is repeated, or one is outside the model.
     """
     wanted = f"Wanted are different depths from 1 to {depth - 1}, for this backbone has {depth} blocks."
     if not exits:
-        raise ValueError(f"No exits were given. {wanted}")
+        raise UserError(f"No exits were given. {wanted}")
     if len(set(exits)) < len(exits):
-        raise ValueError(f"The exits {list(exits)} repeat a depth. {wanted}")
+        raise UserError(f"The exits {list(exits)} repeat a depth. {wanted}")
     outside = [exit for exit in exits if not 1 <= exit < depth]
     if outside:
-        raise ValueError(f"The exits {outside} of {list(exits)} are outside the model. {wanted}")
+        raise UserError(f"The exits {outside} of {list(exits)} are outside the model. {wanted}")
     return tuple(sorted(exits))
 
 
@@ -145,12 +146,12 @@ def check_documents(documents: Sequence[Document], *, context: int) -> None:
     """Refuse documents that a backbone cannot read.
 
     Raises:
-        ValueError: If one is empty, longer than the context, or names a prompt longer than itself.
+        UserError: If one is empty, longer than the context, or names a prompt longer than itself.
     """
     for document in documents:
         length = len(document.tokens)
         if not 1 <= length <= context or not 0 <= document.prompt <= length:
-            raise ValueError(
+            raise UserError(
                 f"The text source gave a document of {length} tokens with a prompt of {document.prompt}; wanted are "
                 f"1 to {context} tokens (the backbone's context), and a prompt no longer than the document. "
                 f"Lower the source's length, or mend the source."

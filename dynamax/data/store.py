@@ -28,6 +28,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from dynamax.data.manifest import Manifest
+from dynamax.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ class Store:
         width: D.
 
     Raises:
-        ValueError: If there is no store, or a shard is missing or has another size than when written.
+        UserError: If there is no store, or a shard is missing or has another size than when written.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -146,7 +147,7 @@ class Store:
         """Compare every shard with its checksum.
 
         Raises:
-            ValueError: If one is damaged; all of them are named.
+            UserError: If one is damaged; all of them are named.
         """
         self._refuse(checksums=True)
 
@@ -154,7 +155,7 @@ class Store:
         damaged = self.manifest.damaged(self.folder, checksums=checksums)
         if damaged:
             listed = "; ".join(f"{self.manifest.shards[number].file} {what}" for number, what in damaged.items())
-            raise ValueError(
+            raise UserError(
                 f"The store {self.folder} is damaged: {listed}. Run `dynamax cache` or `fit` with the same options: "
                 f"it makes the damaged shards again and leaves the others."
             )

@@ -18,19 +18,20 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from dynamax.backbones.local import appear
+from dynamax.backbones.user_cache import appear
 from dynamax.data.manifest import fingerprint
 from dynamax.data.text import Corpus
 from dynamax.data.vocabulary import train_tokenizer
 from dynamax.data.writer import origin_hash
+from dynamax.errors import UserError
 
 FORMAT = 1
 NAME = "streams.json"
 BATCH = 1024
 SMALL = 1 << 16
 """Token ids below it take two bytes, others four."""
-Part = Literal["train", "validation"]
-PARTS: tuple[Part, Part] = ("train", "validation")
+SplitName = Literal["train", "validation"]
+PARTS: tuple[SplitName, SplitName] = ("train", "validation")
 
 
 @final
@@ -57,11 +58,11 @@ class Streams:
         """Hash of the inputs."""
         return fingerprint(self.inputs)
 
-    def lengths(self, part: Part) -> list[int]:
+    def lengths(self, part: SplitName) -> list[int]:
         """Tokens of each corpus."""
         return [len(stream) for stream in self._streams[part]]
 
-    def window(self, part: Part, corpus: int, start: int, length: int) -> Tensor:
+    def window(self, part: SplitName, corpus: int, start: int, length: int) -> Tensor:
         """Tokens ``[start, start + length)`` of one corpus, int64."""
         return torch.from_numpy(self._streams[part][corpus][start : start + length].astype(np.int64))
 
@@ -99,11 +100,11 @@ def make_streams(
         given: The tokenizer to take.
 
     Raises:
-        ValueError: If a corpus leaves nothing for training or validation, texts do not fill the vocabulary, or the
+        UserError: If a corpus leaves nothing for training or validation, texts do not fill the vocabulary, or the
             tokenizer that is given has no end of text.
     """
     if given is not None and given.eos_token_id is None:
-        raise ValueError(f"The tokenizer {type(given).__name__} that was given has no end of text. Give another one.")
+        raise UserError(f"The tokenizer {type(given).__name__} that was given has no end of text. Give another one.")
     parted = [part_texts(corpus, inputs["validation"]) for corpus in corpora]
     training = (text for parts in parted for text in parts["train"])
     tokenizer = train_tokenizer(training, vocab=inputs["vocab"]) if given is None else given
@@ -119,24 +120,24 @@ def make_streams(
         appear(fresh, target)
 
 
-def file(folder: Path, part: Part, corpus: int) -> Path:
+def file(folder: Path, part: SplitName, corpus: int) -> Path:
     """The file of one stream."""
     return folder / f"{part}-{corpus}.npy"
 
 
-def part_texts(corpus: Corpus, validation: float) -> dict[Part, list[str]]:
+def part_texts(corpus: Corpus, validation: float) -> dict[SplitName, list[str]]:
     """The texts of a corpus, parted by their origins' hashes.
 
     Raises:
-        ValueError: If either part is empty.
+        UserError: If either part is empty.
     """
-    parts: dict[Part, list[str]] = {"train": [], "validation": []}
+    parts: dict[SplitName, list[str]] = {"train": [], "validation": []}
     for text, origin in corpus.texts():
         held = origin_hash(origin) / 2.0**64 + 0.5 < validation
         parts["validation" if held else "train"].append(text)
     for part, texts in parts.items():
         if not texts:
-            raise ValueError(
+            raise UserError(
                 f"validation={validation} leaves no text of {type(corpus).__name__} for {part}: {corpus.identity()}. "
                 f"Change validation, or give more text; texts of one origin stay together."
             )

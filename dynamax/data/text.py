@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from transformers import PreTrainedTokenizerBase
 
 from dynamax.backbones.base import Backbone
+from dynamax.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -92,10 +93,10 @@ def check_length(length: int, backbone: Backbone, *, option: str = "length") -> 
     """Refuse documents that do not fit the backbone.
 
     Raises:
-        ValueError: If ``length`` exceeds the context.
+        UserError: If ``length`` exceeds the context.
     """
     if length > backbone.spec.context:
-        raise ValueError(
+        raise UserError(
             f"Documents of up to {length} tokens were asked for, but this {backbone.spec.family} backbone's context "
             f"holds {backbone.spec.context}. Lower the text source's {option}."
         )
@@ -105,11 +106,11 @@ def check_positive(source: TextSource | Corpus, **options: int | None) -> None:
     """Refuse counts below 1; None passes.
 
     Raises:
-        ValueError: Naming the option.
+        UserError: Naming the option.
     """
     for name, value in options.items():
         if value is not None and value < 1:
-            raise ValueError(f"{type(source).__name__} was given {name}={value}; it must be at least 1.")
+            raise UserError(f"{type(source).__name__} was given {name}={value}; it must be at least 1.")
 
 
 def derived_seed(seed: int, index: int) -> int:

@@ -7,6 +7,8 @@ from collections.abc import Iterable
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from dynamax.errors import UserError
+
 END = "<|endoftext|>"
 BYTES = 256
 TEMPLATE = (
@@ -24,10 +26,10 @@ def train_tokenizer(texts: Iterable[str], *, vocab: int) -> PreTrainedTokenizerB
         vocab: Tokens, bytes and the end of text among them.
 
     Raises:
-        ValueError: If the vocabulary is too small for the bytes, or the texts do not fill it.
+        UserError: If the vocabulary is too small for the bytes, or the texts do not fill it.
     """
     if vocab <= BYTES:
-        raise ValueError(f"A vocabulary of {vocab} was asked for; {BYTES} bytes and the end of text need more.")
+        raise UserError(f"A vocabulary of {vocab} was asked for; {BYTES} bytes and the end of text need more.")
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[reportAttributeAccessIssue]
     tokenizer.decoder = decoders.ByteLevel()  # type: ignore[reportAttributeAccessIssue]
@@ -39,7 +41,7 @@ def train_tokenizer(texts: Iterable[str], *, vocab: int) -> PreTrainedTokenizerB
     )
     tokenizer.train_from_iterator(texts, trainer)
     if tokenizer.get_vocab_size() < vocab:
-        raise ValueError(
+        raise UserError(
             f"A vocabulary of {vocab} was asked for, but the text has pairs for {tokenizer.get_vocab_size()} tokens "
             f"only. Give more text, or lower vocab."
         )

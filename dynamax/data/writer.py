@@ -20,9 +20,10 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from dynamax.atomic import write_atomically
 from dynamax.data.manifest import NAME, Manifest, Shard, checksum_of
 from dynamax.data.store import StoredDocument
+from dynamax.errors import UserError
+from dynamax.files import write_atomically
 
 LOCK = "lock"
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
@@ -114,7 +115,7 @@ def locked(folder: Path) -> Iterator[None]:
     """Hold a folder for writing. The lock of a process that died is free at once.
 
     Raises:
-        ValueError: If another process holds it.
+        UserError: If another process holds it.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / LOCK).open("a+") as file:
@@ -122,7 +123,7 @@ def locked(folder: Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             file.seek(0)
-            raise ValueError(
+            raise UserError(
                 f"The store {folder} is being written by another process (pid {file.read().strip() or 'unknown'}). "
                 f"Wait for it, or stop it, and run again."
             ) from error

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dynamax.backbones.base import Backbone
 from dynamax.backbones.cache import Cache, Mark
-from dynamax.backbones.skipped import SkippedState
+from dynamax.backbones.skipped_state import SkippedState
 from dynamax.decoding.base import Probe
 from dynamax.heads.bank import ExitBank
 from dynamax.policies.base import TerminationPolicy

@@ -49,6 +49,6 @@ class Decoder(ABC):
             probe: A clock.
 
         Raises:
-            ValueError: At the first step: if the prompt is not token ids of shape [B, T] within the vocabulary, or
+            UserError: At the first step: if the prompt is not token ids of shape [B, T] within the vocabulary, or
                 does not fit the context together with the limit.
         """

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dynamax.backbones.base import Backbone
-from dynamax.backbones.skipped import Exact, SkippedState
+from dynamax.backbones.skipped_state import Exact, SkippedState
 from dynamax.decoding.ascent import Arrival, Ascent, gates_asked, logits_depths
 from dynamax.decoding.base import Decoder, Probe
 from dynamax.decoding.loop import checked_prompt, drive
@@ -40,7 +40,7 @@ class EarlyExit(Decoder):
     ) -> None:
         policy.validate(bank.depths)
         self.backbone = backbone
-        self.bank = bank.listening(policy.gates)
+        self.bank = bank.select_gates(policy.gates)
         self.policy = policy
         self.rule = rule or Exact()
         self.rule.validate(backbone)

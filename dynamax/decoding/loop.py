@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from dynamax.errors import UserError
 from dynamax.types import Spec, Step
 
 
@@ -29,10 +30,10 @@ def drive(
         forced_BT: Tokens to go on with in place of the step's own; what follows the last step is not needed.
 
     Raises:
-        ValueError: If there are too few forced tokens for the limit.
+        UserError: If there are too few forced tokens for the limit.
     """
     if forced_BT is not None and forced_BT.shape[1] < limit - 1:
-        raise ValueError(
+        raise UserError(
             f"{forced_BT.shape[1]} forced tokens were given for {limit} steps; wanted: at least {limit - 1}, one to go "
             f"on with after each step but the last. Lower the limit, or force more tokens."
         )
@@ -57,30 +58,30 @@ def checked_prompt(prompt_BT: Tensor, *, limit: int, spec: Spec) -> None:
     Waits for the device once, to look at the tokens.
 
     Raises:
-        ValueError: If the prompt is no integer tensor of two dimensions, or empty, or has a token outside the
+        UserError: If the prompt is no integer tensor of two dimensions, or empty, or has a token outside the
             vocabulary; if the limit is below 1, or both together are too long.
     """
     if prompt_BT.dim() != 2 or prompt_BT.dtype not in (torch.int64, torch.int32):
-        raise ValueError(
+        raise UserError(
             f"The prompt is a {prompt_BT.dtype} tensor of shape {list(prompt_BT.shape)}; wanted: token ids, int64, of "
             f"shape [rows, tokens]. Give what the tokenizer returns, one prompt as prompt[None], ids as prompt.long()."
         )
     rows, length = prompt_BT.shape
     if not rows:
-        raise ValueError("The prompt has no rows; wanted: shape [rows, tokens] with at least one row. Give a prompt.")
+        raise UserError("The prompt has no rows; wanted: shape [rows, tokens] with at least one row. Give a prompt.")
     if length < 1 or limit < 1:
-        raise ValueError(
+        raise UserError(
             f"The prompt has {length} tokens and the limit is {limit}; both must be at least 1. "
             f"Give a prompt that is not empty and ask for at least one token."
         )
     least, most = torch.stack(prompt_BT.aminmax()).tolist()
     if least < 0 or most >= spec.vocab:
-        raise ValueError(
+        raise UserError(
             f"The prompt has the token {least if least < 0 else most}, but the backbone's vocabulary is 0 to "
             f"{spec.vocab - 1}. Encode the prompt with the backbone's own tokenizer."
         )
     if length + limit > spec.context:
-        raise ValueError(
+        raise UserError(
             f"The prompt has {length} tokens and {limit} more were asked for, but the backbone's context holds "
             f"{spec.context}. Shorten the prompt to {max(spec.context - limit, 0)} tokens or lower the limit."
         )

@@ -8,6 +8,8 @@ from typing import final
 import torch
 from torch import Tensor
 
+from dynamax.errors import UserError
+
 
 class Sampler(ABC):
     """Turns logits into a distribution and draws from it."""
@@ -67,11 +69,11 @@ class Sampled(Sampler):
         self, temperature: float = 1.0, *, top_k: int | None = None, top_p: float = 1.0, seed: int = 0
     ) -> None:
         if temperature <= 0:
-            raise ValueError(f"temperature is {temperature}; it must be above 0. For the most likely token use Greedy.")
+            raise UserError(f"temperature is {temperature}; it must be above 0. For the most likely token use Greedy.")
         if top_k is not None and top_k < 1:
-            raise ValueError(f"top_k is {top_k}; it must be at least 1, or left out to keep all tokens.")
+            raise UserError(f"top_k is {top_k}; it must be at least 1, or left out to keep all tokens.")
         if not 0 < top_p <= 1:
-            raise ValueError(f"top_p is {top_p}; it must lie in (0, 1]. 1 keeps all tokens.")
+            raise UserError(f"top_p is {top_p}; it must lie in (0, 1]. 1 keeps all tokens.")
         self.temperature = temperature
         self.top_k = top_k
         self.top_p = top_p

@@ -17,6 +17,7 @@ from dynamax.decoding.base import Decoder, Probe
 from dynamax.decoding.early_exit import prefilled, told
 from dynamax.decoding.loop import checked_prompt
 from dynamax.decoding.sampling import Greedy, Sampler
+from dynamax.errors import UserError
 from dynamax.heads.bank import ExitBank
 from dynamax.policies.base import TerminationPolicy
 from dynamax.types import Step
@@ -43,10 +44,10 @@ class SelfSpeculative(Decoder):
         sampler: Sampler | None = None,
     ) -> None:
         if draft_limit < 1:
-            raise ValueError(f"draft_limit is {draft_limit}; it must be at least 1. For no drafts, decode with Full.")
+            raise UserError(f"draft_limit is {draft_limit}; it must be at least 1. For no drafts, decode with Full.")
         policy.validate(bank.depths)
         self.backbone = backbone
-        self.bank = bank.listening(policy.gates)
+        self.bank = bank.select_gates(policy.gates)
         self.policy = policy
         self.draft_limit = draft_limit
         self.sampler = sampler or Greedy()
@@ -64,7 +65,7 @@ class SelfSpeculative(Decoder):
     ) -> Iterator[Step]:
         """See ``Decoder.decode``. Forced tokens are refused: what is lossless has nothing to compare."""
         if forced_BT is not None:
-            raise ValueError(
+            raise UserError(
                 "Lossless decoding was given forced tokens, but its own are full decoding's already. "
                 "Force tokens on EarlyExit, or leave forced_BT out."
             )

@@ -15,13 +15,14 @@ from typing import Any, Protocol, Self, cast
 import torch
 from torch import Tensor, nn
 
+from dynamax.errors import UserError
 from dynamax.heads import saved
 from dynamax.heads.base import Gate, Lens
 from dynamax.heads.exits import Exit, built, check_depths
 from dynamax.types import Evidence, Memory, Site, Spec
 
 
-class Books(Protocol):
+class CacheView(Protocol):
     """What is read of a cache, and the memories that are kept in it."""
 
     filled: list[int]
@@ -44,7 +45,7 @@ class ExitBank(nn.Module):
         recurrent_depths: Those with a recurrent gate, ascending.
 
     Raises:
-        ValueError: If there is no exit, a depth is none of the model's, repeated or not a whole number,
+        UserError: If there is no exit, a depth is none of the model's, repeated or not a whole number,
             or an exit has two gates of one class.
     """
 
@@ -57,21 +58,21 @@ class ExitBank(nn.Module):
         self.exits = nn.ModuleDict({str(depth): built(exits[depth], sites(depth)) for depth in self.depths})
         self.recurrent_depths = recurrent_depths(self)
 
-    def listening(self, gates: Collection[str] | None) -> ExitBank:
+    def select_gates(self, gates: Collection[str] | None) -> ExitBank:
         """The same heads without the gates that are not named, so that recurrent ones among those are not run.
 
         Args:
             gates: Class names of the gates to keep; None keeps all.
 
         Raises:
-            ValueError: If a gate is named that no exit has.
+            UserError: If a gate is named that no exit has.
         """
         if gates is None:
             return self
         there = sorted({name for depth in self.depths for name in self.gates(depth)})
         for name in gates:
             if name not in there:
-                raise ValueError(
+                raise UserError(
                     f"The policy asks for the gate {name}, which no exit has; gates of the exits: "
                     f"{', '.join(there) or 'none'}. Name one of them in the policy (gate: NAME), or train exits with "
                     f"such a gate."
@@ -107,7 +108,7 @@ class ExitBank(nn.Module):
 
     def _exit(self, depth: int) -> nn.ModuleDict:
         if str(depth) not in self.exits:
-            raise ValueError(
+            raise UserError(
                 f"There is no exit at depth {depth}; there are exits at {', '.join(map(str, self.depths))}. "
                 f"Ask for one of these, or add the exit and train it."
             )
@@ -119,7 +120,7 @@ class ExitBank(nn.Module):
 
     # -- while decoding ---------------------------------------------------------------------------
 
-    def catch_up(self, depth: int, h_BTD: Tensor, cache: Books) -> dict[str, Tensor]:
+    def catch_up(self, depth: int, h_BTD: Tensor, cache: CacheView) -> dict[str, Tensor]:
         """Let the recurrent gates of one exit read on, up to and including the caller's rows.
 
         Rows that are owed at this depth and not yet read are read first, in the same chunk. Where a
@@ -146,7 +147,7 @@ class ExitBank(nn.Module):
             memory.read = passed
         return confidences
 
-    def advance(self, depth: int, h_BTD: Tensor, cache: Books) -> None:
+    def advance(self, depth: int, h_BTD: Tensor, cache: CacheView) -> None:
         """Let the recurrent gates of one exit read positions that skip it, as if they had come in as ``h_BTD``.
 
         For rules that fill skipped state, and for positions kept by a rollback, which may be none.
@@ -166,7 +167,7 @@ class ExitBank(nn.Module):
         depth: int,
         h_BTD: Tensor,
         *,
-        cache: Books,
+        cache: CacheView,
         total: int,
         step: int,
         trail: Sequence[Evidence],
@@ -220,7 +221,7 @@ class ExitBank(nn.Module):
         """The bank that ``save`` wrote, in the precision it was saved in, on the CPU.
 
         Raises:
-            ValueError: If the files are missing or damaged, belong to another backbone, or hold a head whose
+            UserError: If the files are missing or damaged, belong to another backbone, or hold a head whose
                 class is unknown or has changed.
         """
         record, tensors = saved.read(Path(folder), sites(1).spec)
@@ -231,14 +232,14 @@ class ExitBank(nn.Module):
         try:
             bank.load_state_dict(tensors, assign=True)
         except RuntimeError as error:
-            raise ValueError(
+            raise UserError(
                 f"The heads in {folder} do not fit their classes: {error}. A class has changed since they were saved. "
                 f"Train them again, or install the version that saved them."
             ) from error
         return bank
 
 
-def remembered(cache: Books, depth: int, name: str) -> Memory:
+def remembered(cache: CacheView, depth: int, name: str) -> Memory:
     """The memory of one head in this decoding run; empty at first."""
     return cache.memories.setdefault((depth, name), Memory(pad_B=cache.pad_B))
 

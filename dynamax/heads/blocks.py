@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dynamax.errors import UserError
 from dynamax.types import Memory
 
 ROTARY_BASE = 10_000.0
@@ -24,7 +25,7 @@ def rms_normalize(h_BTD: Tensor, dtype: torch.dtype) -> Tensor:
     return F.rms_norm(h_BTD.to(dtype), h_BTD.shape[-1:], eps=1e-6)
 
 
-def undecided(width: int) -> nn.Linear:
+def zero_init(width: int) -> nn.Linear:
     """A gate's last layer, ``width`` to one logit, at zero.
 
     At zero every position starts at p = 0.5: a random start would only add noise for the bias and the
@@ -37,11 +38,11 @@ def undecided(width: int) -> nn.Linear:
     return last
 
 
-def entrance(width: int, inner: int | None) -> tuple[nn.Module, int]:
+def input_projection(width: int, inner: int | None) -> tuple[nn.Module, int]:
     """The map into a gate's own width, and that width; the identity if ``inner`` is None.
 
     Raises:
-        ValueError: If ``inner`` is not positive.
+        UserError: If ``inner`` is not positive.
     """
     if inner is None:
         return nn.Identity(), width
@@ -52,10 +53,10 @@ def positive(name: str, value: int) -> int:
     """The value of an option that must be at least 1.
 
     Raises:
-        ValueError: If it is less.
+        UserError: If it is less.
     """
     if value < 1:
-        raise ValueError(f"{name} was given as {value}; it must be at least 1. Raise it, or leave it out.")
+        raise UserError(f"{name} was given as {value}; it must be at least 1. Raise it, or leave it out.")
     return value
 
 
@@ -99,13 +100,13 @@ class CausalAttention(nn.Module):
         heads: Attention heads; each has an even share of ``width``.
 
     Raises:
-        ValueError: If the heads do not divide the width into even sizes.
+        UserError: If the heads do not divide the width into even sizes.
     """
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         if width % (2 * positive("heads", heads)):
-            raise ValueError(
+            raise UserError(
                 f"Attention over width {width} was given {heads} heads; each head needs an even number of channels. "
                 f"Choose heads so that width is a multiple of 2 * heads."
             )

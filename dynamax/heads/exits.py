@@ -8,6 +8,7 @@ from functools import partial
 
 from torch import nn
 
+from dynamax.errors import UserError
 from dynamax.heads import saved
 from dynamax.heads.base import ExitHead, Gate, Lens
 from dynamax.heads.lenses import LogitLens
@@ -41,21 +42,21 @@ def check_depths(exits: Mapping[int, Exit], total: int) -> None:
     """Refuse exits that no model of ``total`` blocks can have.
 
     Raises:
-        ValueError: Naming what was given, what is possible, and what to do.
+        UserError: Naming what was given, what is possible, and what to do.
     """
     if not exits:
-        raise ValueError(
+        raise UserError(
             "No exits were given; a bank needs at least one. Add one, such as exits: {20: {lens: TunedLens}}."
         )
     for depth in exits:
         if not isinstance(depth, int) or isinstance(depth, bool):
             twin = f", beside {int(depth)}" if str(depth).isdigit() and int(depth) in exits else ""
-            raise ValueError(
+            raise UserError(
                 f"An exit was given at depth {depth!r}{twin}; a depth is a whole number, and each has one exit. "
                 f"Write the number without quotes, once."
             )
         if not 1 <= depth < total:
-            raise ValueError(
+            raise UserError(
                 f"An exit was given at depth {depth}, but the backbone has {total} blocks: exits stand at 1 to "
                 f"{total - 1} (blocks completed). Choose a depth in that range; the top is always there."
             )
@@ -65,7 +66,7 @@ def built(given: Exit, site: Site) -> nn.ModuleDict:
     """Build the heads of one exit.
 
     Raises:
-        ValueError: If a lens stands where a gate should or the reverse, or two gates have one class.
+        UserError: If a lens stands where a gate should or the reverse, or two gates have one class.
     """
     lens = checked((given.lens or LogitLens)(site), Lens, site.depth)
     gates = nn.ModuleDict()
@@ -73,7 +74,7 @@ def built(given: Exit, site: Site) -> nn.ModuleDict:
         gate = checked(factory(site), Gate, site.depth)
         name = type(gate).__name__
         if name in gates:
-            raise ValueError(
+            raise UserError(
                 f"The exit at depth {site.depth} was given two gates of class {name}; gates are told apart by class "
                 f"name. Remove one, or give the variant a class of its own."
             )
@@ -85,10 +86,10 @@ def checked(head: object, wanted: type[ExitHead], depth: int) -> ExitHead:
     """The head, if it is of the wanted kind and can be saved.
 
     Raises:
-        ValueError: If it is not.
+        UserError: If it is not.
     """
     if not isinstance(head, wanted):
-        raise ValueError(
+        raise UserError(
             f"The exit at depth {depth} was given {type(head).__name__} where a {wanted.__name__.lower()} is wanted. "
             f"Put lenses under lens and gates under gates."
         )

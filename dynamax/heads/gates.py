@@ -2,7 +2,7 @@
 
 A two-class softmax, as in DYNAMAX's code, is the sigmoid of the difference of its two logits, so
 one logit says the same. Every gate norms its input first (see ``rms_normalize``) and ends in a
-layer at zero (see ``undecided``): it starts at p = 0.5 for all positions. The other layers start as
+layer at zero (see ``zero_init``): it starts at p = 0.5 for all positions. The other layers start as
 PyTorch's ``Linear`` does, uniform within ``1 / sqrt(inputs)``, which keeps activations at one scale.
 
 FLOPs are of one position while decoding, and count matrix products and convolutions. Left out is
@@ -15,7 +15,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dynamax.heads.base import Gate
-from dynamax.heads.blocks import CausalAttention, SwiGLU, entrance, positive, rms_normalize, swiglu_width, undecided
+from dynamax.heads.blocks import (
+    CausalAttention,
+    SwiGLU,
+    input_projection,
+    positive,
+    rms_normalize,
+    swiglu_width,
+    zero_init,
+)
 from dynamax.heads.mamba import MambaBlock
 from dynamax.types import Memory, Site
 
@@ -32,7 +40,7 @@ class LinearGate(Gate):
 
     def __init__(self, site: Site) -> None:
         super().__init__()
-        self.out = undecided(site.spec.width)
+        self.out = zero_init(site.spec.width)
 
     def score(self, h_BTD: Tensor, memory: Memory | None = None) -> Tensor:
         """A weighted sum of the normed state."""
@@ -55,7 +63,7 @@ class MLPGate(Gate):
     def __init__(self, site: Site, *, hidden: int = 64) -> None:
         super().__init__()
         self.enter = nn.Linear(site.spec.width, positive("hidden", hidden))
-        self.out = undecided(hidden)
+        self.out = zero_init(hidden)
 
     def score(self, h_BTD: Tensor, memory: Memory | None = None) -> Tensor:
         """Norm, hidden layer, last layer."""
@@ -81,7 +89,7 @@ class FFNGate(Gate):
         super().__init__()
         hidden = swiglu_width(site.spec.width) if hidden is None else positive("hidden", hidden)
         self.inner = SwiGLU(site.spec.width, hidden)
-        self.out = undecided(hidden)
+        self.out = zero_init(hidden)
 
     def score(self, h_BTD: Tensor, memory: Memory | None = None) -> Tensor:
         """Norm, gate and up projections, last projection."""
@@ -124,19 +132,19 @@ class MambaGate(Gate):
         width: int | None = 128,
     ) -> None:
         super().__init__()
-        self.enter, inner = entrance(site.spec.width, width)
+        self.enter, inner = input_projection(site.spec.width, width)
         self.block = MambaBlock(inner, d_state=d_state, d_conv=d_conv, expand=expand, headdim=headdim)
         self.state = self.block.state
-        self.out = undecided(self.block.d_inner)
+        self.out = zero_init(self.block.d_inner)
 
     def score(self, h_BTD: Tensor, memory: Memory | None = None) -> Tensor:
-        """Norm, entrance, block, last projection."""
+        """Norm, input_projection, block, last projection."""
         x_BTD = self.enter(rms_normalize(h_BTD, self.out.weight.dtype))
         return self.out(self.block(x_BTD, memory))[..., 0]
 
     def flops(self) -> int:
         """The formula of the class."""
-        return entrance_flops(self.enter) + self.block.flops() + 2 * self.out.in_features
+        return input_flops(self.enter) + self.block.flops() + 2 * self.out.in_features
 
 
 class AttentionGate(Gate):
@@ -156,15 +164,15 @@ class AttentionGate(Gate):
 
     def __init__(self, site: Site, *, heads: int = 4, width: int | None = 128) -> None:
         super().__init__()
-        self.enter, inner = entrance(site.spec.width, width)
+        self.enter, inner = input_projection(site.spec.width, width)
         self.keys = 2 * inner
         self.attention = CausalAttention(inner, heads)
         self.inner = SwiGLU(inner, swiglu_width(inner))
         self.down = nn.Linear(swiglu_width(inner), inner, bias=False)
-        self.out = undecided(inner)
+        self.out = zero_init(inner)
 
     def score(self, h_BTD: Tensor, memory: Memory | None = None) -> Tensor:
-        """Norm, entrance, attention and feed-forward with their residuals, norm, last projection."""
+        """Norm, input_projection, attention and feed-forward with their residuals, norm, last projection."""
         dtype = self.out.weight.dtype
         x_BTD = self.enter(rms_normalize(h_BTD, dtype))
         x_BTD = x_BTD + self.attention(rms_normalize(x_BTD, dtype), memory)
@@ -175,9 +183,9 @@ class AttentionGate(Gate):
         """The formula of the class, with one key."""
         width = self.out.in_features
         block = 4 * width**2 + 3 * width * self.down.in_features
-        return entrance_flops(self.enter) + 2 * (block + 2 * width + width)
+        return input_flops(self.enter) + 2 * (block + 2 * width + width)
 
 
-def entrance_flops(enter: nn.Module) -> int:
-    """Of an ``entrance``: 2 D W, or 0 for the identity."""
+def input_flops(enter: nn.Module) -> int:
+    """Of an ``input_projection``: 2 D W, or 0 for the identity."""
     return 2 * sum(weight.numel() for weight in enter.parameters())

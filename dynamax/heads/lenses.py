@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from dynamax.errors import UserError
 from dynamax.heads.base import Lens
 from dynamax.heads.blocks import positive
 from dynamax.types import Site
@@ -76,7 +77,7 @@ class LowRankLens(Lens):
     def __init__(self, site: Site, *, rank: int = 64) -> None:
         super().__init__()
         if positive("rank", rank) > site.spec.width:
-            raise ValueError(
+            raise UserError(
                 f"LowRankLens was given rank {rank} at width {site.spec.width}; a rank above the width says no more. "
                 f"Choose a smaller rank, or TunedLens for the full map."
             )

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dynamax.errors import UserError
 from dynamax.heads.blocks import positive, rms_normalize
 from dynamax.kernels.convolution import convolve
 from dynamax.kernels.ssd import scan
@@ -30,7 +31,7 @@ class MambaBlock(nn.Module):
         headdim: Channels of a head, P.
 
     Raises:
-        ValueError: If an option is not positive, or the heads do not divide the inner width.
+        UserError: If an option is not positive, or the heads do not divide the inner width.
     """
 
     def __init__(self, width: int, *, d_state: int, d_conv: int, expand: int, headdim: int) -> None:
@@ -38,7 +39,7 @@ class MambaBlock(nn.Module):
         self.d_inner = width * positive("expand", expand)
         self.d_state = positive("d_state", d_state)
         if self.d_inner % positive("headdim", headdim):
-            raise ValueError(
+            raise UserError(
                 f"A Mamba block of inner width {self.d_inner} ({expand} x {width}) was given headdim {headdim}, which "
                 f"does not divide it. Choose a headdim that does."
             )

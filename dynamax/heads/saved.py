@@ -21,7 +21,8 @@ import safetensors
 import safetensors.torch
 from torch import Tensor
 
-from dynamax.atomic import write_atomically
+from dynamax.errors import UserError
+from dynamax.files import write_atomically
 from dynamax.heads.base import ExitHead
 from dynamax.registry import HEADS
 from dynamax.types import Site, Spec
@@ -36,13 +37,13 @@ def check_recipe(head: ExitHead) -> None:
     """Refuse a head that could not be built again from JSON, before it is trained.
 
     Raises:
-        ValueError: If an option is anything but numbers, strings, booleans, None, and lists or mappings of these.
+        UserError: If an option is anything but numbers, strings, booleans, None, and lists or mappings of these.
     """
     for name, value in head.recipe.items():
         try:
             json.dumps(value)
         except TypeError:
-            raise ValueError(
+            raise UserError(
                 f"{type(head).__name__} was given {name}={value!r} of type {type(value).__name__}; saved heads are "
                 f"built again from JSON, so options are numbers, strings, booleans, lists, mappings. Pass a name or a "
                 f"number, and build the object inside the class."
@@ -75,7 +76,7 @@ def recipes(record: Mapping[str, Any]) -> dict[int, tuple[Factory, list[Factory]
     """Factories of the lens and the gates, by depth.
 
     Raises:
-        ValueError: If a class is unknown.
+        UserError: If a class is unknown.
     """
     return {int(d): (factory(e["lens"]), [*map(factory, e["gates"])]) for d, e in record["exits"].items()}
 
@@ -86,7 +87,7 @@ def factory(entry: Mapping[str, Any]) -> Factory:
     A class need not be registered: a name with a dot is imported, which runs its module.
 
     Raises:
-        ValueError: If no class of that name is registered or imported, or none can be imported.
+        UserError: If no class of that name is registered or imported, or none can be imported.
     """
     return partial(built, known(entry["class"]), entry["options"])
 
@@ -95,7 +96,7 @@ def known(name: str) -> type[ExitHead]:
     """The class a record names: registered, imported already, or imported now if its name has a dot.
 
     Raises:
-        ValueError: If there is none.
+        UserError: If there is none.
     """
     imported = {spelt: head for head in subclasses(ExitHead) for spelt in (head.__name__, dotted(head))}
     if name in imported and name not in HEADS.points():
@@ -107,18 +108,18 @@ def fetched(name: str) -> type[ExitHead]:
     """The class ``module.Class``, imported now.
 
     Raises:
-        ValueError: If it cannot be imported, or is no exit head.
+        UserError: If it cannot be imported, or is no exit head.
     """
     module = name.rpartition(".")[0]
     try:
         found = pkgutil.resolve_name(name)
     except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(
+        raise UserError(
             f"The saved heads use the class {name}, which cannot be imported: {error}. Put the folder that holds "
             f"{module} on PYTHONPATH, or install its package."
         ) from error
     if not (isinstance(found, type) and issubclass(found, ExitHead)):
-        raise ValueError(f"The saved heads use {name}, which is no exit head. Wanted: a subclass of Lens or Gate.")
+        raise UserError(f"The saved heads use {name}, which is no exit head. Wanted: a subclass of Lens or Gate.")
     return found
 
 
@@ -126,12 +127,12 @@ def built(head: type[ExitHead], options: dict[str, Any], site: Site) -> ExitHead
     """A head from its saved options.
 
     Raises:
-        ValueError: If the class no longer takes them.
+        UserError: If the class no longer takes them.
     """
     try:
         return head(site, **options)
     except TypeError as error:
-        raise ValueError(
+        raise UserError(
             f"A saved {head.__name__} at depth {site.depth} cannot be built from its options {options}: {error}. "
             f"The class has changed since. Train it again, or install the version that saved it."
         ) from error
@@ -156,21 +157,22 @@ def read(folder: Path, spec: Spec) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The record and the weights, if they belong to this backbone.
 
     Raises:
-        ValueError: If a file is missing or damaged, the two differ, the format is another, or the backbone is.
+        UserError: If a file is missing or damaged, the two differ, the format is another, or the backbone is.
     """
     for path in (folder / WEIGHTS, folder / RECORD):
         if not path.is_file():
-            raise ValueError(
+            raise UserError(
                 f"There are no saved heads in {folder}: {path.name} is missing. Wanted: a folder written by fit, with "
                 f"{WEIGHTS} and {RECORD}. Give that folder, or run fit."
             )
     try:
         with safetensors.safe_open(folder / WEIGHTS, "pt") as file:
             inner = json.loads((file.metadata() or {}).get("record", "null"))
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+            # cloned: a tensor inside the file's map may lie at an address that a kernel treats otherwise
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 - not a mapping
         outer = json.loads((folder / RECORD).read_text())
     except (safetensors.SafetensorError, ValueError) as error:
-        raise ValueError(f"The heads in {folder} are damaged: {error}. Copy them again, or run fit again.") from error
+        raise UserError(f"The heads in {folder} are damaged: {error}. Copy them again, or run fit again.") from error
     check(folder, inner, outer, spec)
     return outer, tensors
 
@@ -179,22 +181,22 @@ def check(folder: Path, inner: Any, outer: Any, spec: Spec) -> None:  # noqa: AN
     """Refuse a record that is not ours, not of this pair, or not for this backbone.
 
     Raises:
-        ValueError: Naming both sides.
+        UserError: Naming both sides.
     """
     if inner != outer:
         sides = [side.get("fingerprint") if isinstance(side, dict) else None for side in (inner, outer)]
-        raise ValueError(
+        raise UserError(
             f"{WEIGHTS} and {RECORD} in {folder} do not belong together (fingerprints {sides[0]} and {sides[1]}): one "
             f"was edited or replaced. Copy both from where they were saved, or run fit again."
         )
     if not isinstance(outer, dict) or outer.get("format") != FORMAT:
         given = outer.get("format") if isinstance(outer, dict) else None
-        raise ValueError(
+        raise UserError(
             f"The heads in {folder} are of format {given}; this version reads format {FORMAT}. Install the version "
             f"that saved them, or run fit again."
         )
     if outer["fingerprint"] != spec.fingerprint:
-        raise ValueError(
+        raise UserError(
             f"The heads in {folder} were trained for another backbone: theirs is {outer['backbone']['family']} with "
             f"fingerprint {outer['fingerprint']}, the one given is {spec.family} with fingerprint {spec.fingerprint}. "
             f"Load them with their own backbone, or run fit on this one."

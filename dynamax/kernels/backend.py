@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dynamax.errors import UserError
+
 PACKAGES = ("mamba_ssm", "causal_conv1d")
 
 
@@ -38,13 +40,13 @@ def kernel(module: str, name: str) -> Callable[..., Any]:
     """A function of an installed package.
 
     Raises:
-        ValueError: If the package is there but this part of it cannot be imported.
+        UserError: If the package is there but this part of it cannot be imported.
     """
     try:
         return getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
         package = module.partition(".")[0]
-        raise ValueError(
+        raise UserError(
             f"{package} is installed, but {module}.{name} cannot be imported: {error}. Wanted: a build made for this "
             f"PyTorch and GPU. Rebuild it (pip install --no-build-isolation {package.replace('_', '-')}), or uninstall "
             f"{package} to run in plain PyTorch."

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from dynamax.backbones.base import Backbone
 from dynamax.heads.bank import ExitBank
 from dynamax.heads.base import ExitHead, Gate
-from dynamax.types import BlockShape, Step
+from dynamax.types import BlockCost, Step
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class CostModel:
 
     def __init__(self, backbone: Backbone, bank: ExitBank | None = None, *, batch: int = 1) -> None:
         self.spec = backbone.spec
-        self.shapes = [backbone.shape(index) for index in range(self.spec.depth)]
+        self.shapes = [backbone.block_cost(index) for index in range(self.spec.depth)]
         self.size = next(backbone.parameters()).element_size()
         self.bank = bank
         self.batch = batch
@@ -60,17 +60,17 @@ class CostModel:
                 cost += self._write(shape, step.work.writes[index])
         return cost + self._reads(step) + self._recurrent(step, context)
 
-    def _block(self, shape: BlockShape, rows: int, context: int) -> Cost:
+    def _block(self, shape: BlockCost, rows: int, context: int) -> Cost:
         seen = context + 1 if shape.window is None else min(context + 1, shape.window)
         flops = rows * 2.0 * (shape.active + shape.scores * seen + shape.scan)
         weights = min(shape.weights, shape.active * rows * self.batch)
         return Cost(flops, self.size * (weights / self.batch + shape.keys * (seen + rows)) + self._state(shape))
 
-    def _write(self, shape: BlockShape, rows: int) -> Cost:
+    def _write(self, shape: BlockCost, rows: int) -> Cost:
         weights = self._weights(shape.write, rows)
         return weights + Cost(2.0 * shape.scan * rows, self.size * shape.keys * rows + self._state(shape))
 
-    def _state(self, shape: BlockShape) -> float:
+    def _state(self, shape: BlockCost) -> float:
         """Bytes of recurrent state, read once and written once."""
         return 2.0 * max(self.size, 4) * shape.state
 

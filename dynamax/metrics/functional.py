@@ -10,11 +10,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from dynamax.errors import UserError
+
 
 def _agreement_update(token_BT: Tensor, reference_BT: Tensor, live_BT: Tensor | None = None) -> tuple[Tensor, Tensor]:
     if token_BT.shape != reference_BT.shape or (live_BT is not None and live_BT.shape != token_BT.shape):
         live = "" if live_BT is None else f", live positions {tuple(live_BT.shape)}"
-        raise ValueError(
+        raise UserError(
             f"Wanted tokens of one shape; given tokens {tuple(token_BT.shape)}, reference "
             f"{tuple(reference_BT.shape)}{live}."
         )
@@ -35,7 +37,7 @@ def agreement(token_BT: Tensor, reference_BT: Tensor, live_BT: Tensor | None = N
         live_BT: Positions that count; all if None.
 
     Raises:
-        ValueError: If the shapes differ.
+        UserError: If the shapes differ.
 
     >>> agreement(torch.tensor([[1, 2, 3]]), torch.tensor([[1, 5, 3]])).item()
     0.6666666666666666
@@ -62,7 +64,7 @@ def auroc(score_N: Tensor, label_N: Tensor) -> Tensor:
         label_N: Whether leaving was right, bool or 0 and 1, of the same shape.
 
     Raises:
-        ValueError: If the shapes differ.
+        UserError: If the shapes differ.
 
     >>> auroc(torch.tensor([0.1, 0.4, 0.35, 0.8]), torch.tensor([0, 0, 1, 1])).item()
     0.75
@@ -73,12 +75,12 @@ def auroc(score_N: Tensor, label_N: Tensor) -> Tensor:
 
 def _check_labels(score_N: Tensor, label_N: Tensor) -> None:
     if score_N.shape != label_N.shape:
-        raise ValueError(f"Wanted a label a score; given {tuple(score_N.shape)} and {tuple(label_N.shape)}.")
+        raise UserError(f"Wanted a label a score; given {tuple(score_N.shape)} and {tuple(label_N.shape)}.")
 
 
 def _answers_update(answers: Sequence[str], references: Sequence[str]) -> tuple[int, int]:
     if len(answers) != len(references):
-        raise ValueError(f"Wanted a reference an answer; given {len(answers)} answers, {len(references)} references.")
+        raise UserError(f"Wanted a reference an answer; given {len(answers)} answers, {len(references)} references.")
     return sum(map(_same, answers, references)), len(answers)
 
 
@@ -90,7 +92,7 @@ def answer_agreement(answers: Sequence[str], references: Sequence[str]) -> Tenso
     """Share of answers equal to the full model's, case and white space apart.
 
     Raises:
-        ValueError: If there are not as many of the one as of the other.
+        UserError: If there are not as many of the one as of the other.
 
     >>> answer_agreement([" Paris.", "Lyon"], ["paris.", "Nice"]).item()
     0.5

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from dynamax.decoding.base import Decoder, Probe
+from dynamax.errors import UserError
 from dynamax.tasks.base import cut
 from dynamax.types import Step
 
@@ -36,12 +37,12 @@ def encode(tokenizer: PreTrainedTokenizerBase, prompt: str, *, chat: bool, devic
         device: Where the tokens go.
 
     Raises:
-        ValueError: If a chat template is wanted and the tokenizer has none, or the prompt is empty.
+        UserError: If a chat template is wanted and the tokenizer has none, or the prompt is empty.
     """
     if chat and not tokenizer.chat_template:
-        raise ValueError("chat is on, but this backbone's tokenizer has no chat template. Set chat to false.")
+        raise UserError("chat is on, but this backbone's tokenizer has no chat template. Set chat to false.")
     if not prompt:
-        raise ValueError("The prompt is empty. Give at least one character.")
+        raise UserError("The prompt is empty. Give at least one character.")
     if chat:
         prompt = tokenizer.apply_chat_template(  # type: ignore[assignment]
             [{"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=False

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 
-from dynamax.backbones.top import Top
+from dynamax.backbones.output_stage import OutputStage
+from dynamax.errors import UserError
 from dynamax.heads.bank import Exit, ExitBank
 from dynamax.heads.base import ExitHead
 from dynamax.objectives.base import Objective, Phase
@@ -21,11 +22,11 @@ def trained(bank: ExitBank, phase: Phase) -> Iterator[ExitHead]:
         yield from [bank.lens(depth)] if phase == "lenses" else bank.gates(depth).values()
 
 
-def assembled(exits: Mapping[int, Exit], folder: str | None, top: Top) -> ExitBank:
+def assembled(exits: Mapping[int, Exit], folder: str | None, top: OutputStage) -> ExitBank:
     """Fresh heads, or those saved in a folder.
 
     Raises:
-        ValueError: If heads are saved there that are not those of the exits, or belong to another backbone.
+        UserError: If heads are saved there that are not those of the exits, or belong to another backbone.
     """
     fresh = ExitBank(exits, top.site)
     if folder is None:
@@ -33,7 +34,7 @@ def assembled(exits: Mapping[int, Exit], folder: str | None, top: Top) -> ExitBa
     bank = ExitBank.load(folder, top.site)
     asked, found = (json.dumps(each.record(top.spec)["exits"], sort_keys=True) for each in (fresh, bank))
     if asked != found:
-        raise ValueError(
+        raise UserError(
             f"The heads in {folder} are not those of the exits. Saved: {found}. Exits: {asked}. "
             f"Give the exits they were trained with, or leave heads out and train anew."
         )
@@ -44,11 +45,11 @@ def check_phases(objectives: Objectives) -> None:
     """Refuse an objective in the other's place: its loss would have no gradient.
 
     Raises:
-        ValueError: Naming the place it belongs in.
+        UserError: Naming the place it belongs in.
     """
     for phase, objective in objectives.items():
         if objective is not None and objective.phase != phase:
-            raise ValueError(
+            raise UserError(
                 f"{type(objective).__name__} was given as {OPTIONS[phase]}, but it trains {objective.phase}. "
                 f"Give it as {OPTIONS[objective.phase]}."
             )
@@ -58,14 +59,14 @@ def check_taught(bank: ExitBank, objectives: Objectives) -> None:
     """Refuse heads without an objective, and an objective without heads.
 
     Raises:
-        ValueError: Naming what is missing.
+        UserError: Naming what is missing.
     """
     for phase, objective in objectives.items():
         learn = any(True for head in trained(bank, phase) for _ in head.parameters())
         if learn and objective is None:
-            raise ValueError(f"The exits have {phase} to train, but no {OPTIONS[phase]} was given. Give one.")
+            raise UserError(f"The exits have {phase} to train, but no {OPTIONS[phase]} was given. Give one.")
         if not learn and objective is not None:
-            raise ValueError(
+            raise UserError(
                 f"A {OPTIONS[phase]} was given, but no exit has {phase} with anything to learn. "
                 f"Add such heads to the exits, or set {OPTIONS[phase]} to null."
             )

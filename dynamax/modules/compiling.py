@@ -10,16 +10,18 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from dynamax.errors import UserError
+
 
 def check_compiler() -> None:
     """Refuse to compile without the compiler that PyTorch calls on a CPU.
 
     Raises:
-        ValueError: If it is not installed.
+        UserError: If it is not installed.
     """
     compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
     if shutil.which(compiler) is None:
-        raise ValueError(
+        raise UserError(
             f"model.compile needs a C++ compiler, and {compiler} is not installed. Install it (apt install g++), or "
             f"set model.compile to false."
         )

@@ -10,6 +10,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from dynamax.backbones.families import family
+from dynamax.errors import UserError
 
 TOKENIZED = {"vocab_size", "bos_token_id", "eos_token_id", "pad_token_id"}
 """Entries of a configuration that the data decides."""
@@ -19,17 +20,17 @@ def configuration(entries: dict[str, Any]) -> PretrainedConfig:
     """The configuration that entries describe.
 
     Raises:
-        ValueError: If the model type is not in the family table, or an entry is unknown or refused.
+        UserError: If the model type is not in the family table, or an entry is unknown or refused.
     """
     given = dict(entries)
     model_type = given.pop("model_type", None)
     if model_type is None:
-        raise ValueError(f"config has no model_type: {entries}. Name one, such as llama.")
+        raise UserError(f"config has no model_type: {entries}. Name one, such as llama.")
     family(model_type)
     known = AutoConfig.for_model(model_type).to_dict()
     unknown = sorted(set(given) - set(known))
     if unknown:
-        raise ValueError(
+        raise UserError(
             f"A {model_type} configuration has no {', '.join(unknown)}. It has: {', '.join(sorted(known))}."
         )
     try:
@@ -38,31 +39,31 @@ def configuration(entries: dict[str, Any]) -> PretrainedConfig:
         raise refused(model_type, given, error) from error
 
 
-def refused(model_type: str, given: dict[str, Any], error: Exception) -> ValueError:
+def refused(model_type: str, given: dict[str, Any], error: Exception) -> UserError:
     """What to raise where transformers does not take a configuration."""
     told = str(error).strip().splitlines()[-1].strip().rstrip(".") or type(error).__name__
-    return ValueError(f"The {model_type} configuration {given} was refused: {told}. Change it.")
+    return UserError(f"The {model_type} configuration {given} was refused: {told}. Change it.")
 
 
 def check_trained(entries: dict[str, Any]) -> None:
     """Refuse entries that training does not follow.
 
     Raises:
-        ValueError: If vocabulary or token ids are given, which come from the text, or dropout, which is left off.
+        UserError: If vocabulary or token ids are given, which come from the text, or dropout, which is left off.
     """
     named = sorted(TOKENIZED & set(entries))
     if named:
-        raise ValueError(f"config names {', '.join(named)}, which come from the tokenizer. Drop them; see data.vocab.")
+        raise UserError(f"config names {', '.join(named)}, which come from the tokenizer. Drop them; see data.vocab.")
     dropped = {name: value for name, value in entries.items() if "drop" in name and value}
     if dropped:
-        raise ValueError(f"config names {dropped}, but models are trained without dropout. Drop it.")
+        raise UserError(f"config names {dropped}, but models are trained without dropout. Drop it.")
 
 
 def check_runs(config: PretrainedConfig, given: dict[str, Any]) -> None:
     """Build a model with a handful of tokens and run it once: transformers finds some mistakes only then.
 
     Raises:
-        ValueError: If it fails.
+        UserError: If it fails.
     """
     small = copy.deepcopy(config)
     small.vocab_size = 8
@@ -78,12 +79,12 @@ def check_depths(exits: list[int], depth: int) -> list[int]:
     """The exits, ascending.
 
     Raises:
-        ValueError: If one does not lie below the top, or stands twice.
+        UserError: If one does not lie below the top, or stands twice.
     """
     if depth < 2:
-        raise ValueError(f"A model of {depth} blocks has no place for exits. Give it two or more.")
+        raise UserError(f"A model of {depth} blocks has no place for exits. Give it two or more.")
     if not exits or len(set(exits)) < len(exits) or not all(1 <= each < depth for each in exits):
-        raise ValueError(
+        raise UserError(
             f"exits {exits} were given to a model of {depth} blocks; wanted different depths in 1 to {depth - 1}."
         )
     return sorted(exits)

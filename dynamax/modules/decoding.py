@@ -11,20 +11,21 @@ from typing import Any, Literal
 from lightning.pytorch import LightningModule
 
 from dynamax.backbones.hf import UNBOUNDED
-from dynamax.backbones.skipped import Exact, SkippedState
+from dynamax.backbones.skipped_state import Exact, SkippedState
 from dynamax.backbones.sources import Source
 from dynamax.decoding.base import Decoder, Probe
 from dynamax.decoding.early_exit import EarlyExit
 from dynamax.decoding.full import Full
 from dynamax.decoding.sampling import Greedy, Sampler
 from dynamax.decoding.speculative import SelfSpeculative
+from dynamax.errors import UserError
 from dynamax.heads.bank import Exit, ExitBank
 from dynamax.metrics.cost import CostModel
 from dynamax.metrics.environment import environment
 from dynamax.modules.answers import answer, encode, forced, unforced
-from dynamax.modules.evaluation import Bench, Evaluation, Generation, Point, evaluation
-from dynamax.modules.limits import one_device
-from dynamax.modules.results import DecodingResults, Tally, named
+from dynamax.modules.checks import one_device
+from dynamax.modules.evaluation import EvalContext, Evaluation, Generation, OperatingPoint, evaluation
+from dynamax.modules.results import DecodingResults, PolicyStats, named
 from dynamax.policies.base import TerminationPolicy
 from dynamax.policies.schedule import Never
 from dynamax.tasks.base import Example, GenerationTask
@@ -83,13 +84,13 @@ class DecodingModule(LightningModule):
     ) -> None:
         super().__init__()
         if (heads is None) == (exits is None):
-            raise ValueError(
+            raise UserError(
                 f"DecodingModule was given heads: {heads} and exits: {exits}; it wants exactly one of the two. "
                 f"Name the folder that `dynamax fit` wrote (heads), or untrained exits such as LogitLens (exits), and "
                 "set the other to null."
             )
         if mode == "lossless" and not isinstance(rule or Exact(), Exact):
-            raise ValueError(f"Lossless decoding was given the rule {type(rule).__name__}; it needs Exact.")
+            raise UserError(f"Lossless decoding was given the rule {type(rule).__name__}; it needs Exact.")
         self.policies = [policy for sweep in policies for policy in sweep.points()]
         check_names(self.policies)
         self.source = backbone
@@ -103,7 +104,7 @@ class DecodingModule(LightningModule):
         self.dtype_name = dtype
         self.timed = timed
         self.probes: list[Probe] = []
-        self._bench: Bench | None = None
+        self._bench: EvalContext | None = None
         self._evaluation: Evaluation | None = None
 
     def add_probe(self, probe: Probe) -> None:
@@ -120,8 +121,10 @@ class DecodingModule(LightningModule):
             return
         self.backbone = self.source.load(dtype=self.dtype_name)
         self.bank = self._load_bank()
-        full = Point(Full(self.backbone, self.sampler), CostModel(self.backbone), Tally("Full", None), Never())
-        self._bench = Bench(
+        full = OperatingPoint(
+            Full(self.backbone, self.sampler), CostModel(self.backbone), PolicyStats("Full", None), Never()
+        )
+        self._bench = EvalContext(
             backbone=self.backbone,
             tokenizer=self.source.tokenizer(),
             bank=self.bank,
@@ -129,14 +132,14 @@ class DecodingModule(LightningModule):
             points=[self._point(policy) for policy in self.policies],
             sampler=self.sampler,
             chat=self.chat,
-            timed=self.timed if self.surveyable else sys.maxsize,
+            timed=self.timed if self.teacher_forceable else sys.maxsize,
             probes=self.probes,
         )
 
-    def _point(self, policy: TerminationPolicy) -> Point:
-        costs = CostModel(self.backbone, self.bank.listening(policy.gates))
-        tally = Tally(policy.label, policy.threshold, drafts=self.mode == "lossless")
-        return Point(self.decoder(policy), costs, tally, policy)
+    def _point(self, policy: TerminationPolicy) -> OperatingPoint:
+        costs = CostModel(self.backbone, self.bank.select_gates(policy.gates))
+        tally = PolicyStats(policy.label, policy.threshold, drafts=self.mode == "lossless")
+        return OperatingPoint(self.decoder(policy), costs, tally, policy)
 
     def _load_bank(self) -> ExitBank:
         if self.heads is not None:
@@ -151,13 +154,13 @@ class DecodingModule(LightningModule):
         return EarlyExit(self.backbone, self.bank, policy, rule=self.rule, sampler=self.sampler)
 
     @property
-    def surveyable(self) -> bool:
+    def teacher_forceable(self) -> bool:
         """Whether one pass over a known text tells what decoding along it would do."""
         apart = not any(self.bank.lens(depth).runs_last_block for depth in self.bank.depths)
         return self.rule.exact and self.mode == "early-exit" and apart
 
     @property
-    def bench(self) -> Bench:
+    def bench(self) -> EvalContext:
         """What evaluation works with; there once the model is configured."""
         assert self._bench is not None, "configure_model comes first"
         return self._bench
@@ -166,12 +169,12 @@ class DecodingModule(LightningModule):
         """Find out how this task's examples are put to the model.
 
         Raises:
-            ValueError: If likelihoods are wanted under an approximate rule.
+            UserError: If likelihoods are wanted under an approximate rule.
         """
         task = self._task()
         self._evaluation = evaluation(task, self.bench, unforced if self.mode == "lossless" else forced)
-        if not isinstance(self._evaluation, Generation) and not self.surveyable:
-            raise ValueError(
+        if not isinstance(self._evaluation, Generation) and not self.teacher_forceable:
+            raise UserError(
                 f"{type(task).__name__} scores likelihoods, which are read off one exact pass, but the rule is "
                 f"{type(self.rule).__name__}, the mode {self.mode}, or a lens runs the last block. Use the rule Exact, "
                 f"the mode early-exit and other lenses, or a task that generates."
@@ -217,7 +220,7 @@ class DecodingModule(LightningModule):
         """Answer one example with the first policy: text, tokens, and the depth each token left at."""
         task = self._task()
         if not isinstance(task, GenerationTask):
-            raise ValueError(f"predict answers in words, but {type(task).__name__} asks for likelihoods. Use test.")
+            raise UserError(f"predict answers in words, but {type(task).__name__} asks for likelihoods. Use test.")
         tokenizer = self.bench.tokenizer
         prompt_1T = encode(tokenizer, example.prompt, chat=self.chat, device=self.device)
         decoder = self.bench.points[0].decoder
@@ -264,12 +267,12 @@ def check_names(policies: Sequence[TerminationPolicy]) -> None:
     """Refuse policies that logs and tables could not tell apart.
 
     Raises:
-        ValueError: Naming one that stands twice.
+        UserError: Naming one that stands twice.
     """
     seen: set[str] = set()
     for name in (named(policy.label, policy.threshold) for policy in policies):
         if name in seen:
-            raise ValueError(
+            raise UserError(
                 f"Two policies go by the name {name}, and their figures could not be told apart. Remove one, or run "
                 f"them one after the other."
             )

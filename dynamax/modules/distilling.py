@@ -15,6 +15,7 @@ from dynamax.backbones.families import family
 from dynamax.backbones.hf import HFBackbone
 from dynamax.backbones.sources import Source
 from dynamax.data.fill import tokenizer_hash
+from dynamax.errors import UserError
 from dynamax.metrics.language import TeacherScores
 from dynamax.modules.configuration import check_depths
 from dynamax.modules.language import LanguageModule, Scores, described
@@ -56,7 +57,7 @@ class DistillationModule(LanguageModule):
         backbone: The student; there once ``configure_model`` has run.
 
     Raises:
-        ValueError: If an option is out of range; when fitting, if the teacher is of another layout, the blocks or
+        UserError: If an option is out of range; when fitting, if the teacher is of another layout, the blocks or
             exits are not its own, or the data has another tokenizer.
     """
 
@@ -93,7 +94,7 @@ class DistillationModule(LanguageModule):
         """Load the teacher too: mistakes in what is asked of it show before texts are read.
 
         Raises:
-            ValueError: If training has no end, the export's place holds something else, there are several devices, or
+            UserError: If training has no end, the export's place holds something else, there are several devices, or
                 the teacher does not have what is asked of it.
         """
         super().check(trainer)
@@ -105,7 +106,7 @@ class DistillationModule(LanguageModule):
             return
         loaded = self.teacher.load(dtype=self.teacher_dtype, device=str(trainer.strategy.root_device))
         if not isinstance(loaded, HFBackbone):
-            raise ValueError(
+            raise UserError(
                 f"The teacher is a {type(loaded).__name__}, whose weights cannot be converted. Give a model of "
                 f"transformers."
             )
@@ -115,11 +116,11 @@ class DistillationModule(LanguageModule):
         """The student's.
 
         Raises:
-            ValueError: If the teacher does not have what is asked of it.
+            UserError: If the teacher does not have what is asked of it.
         """
         config = student_configuration(self._teacher.model.config, self.keep)
         if len(self.keep) == config.num_hidden_layers:
-            raise ValueError(f"keep names all {len(self.keep)} blocks, so none is left to learn. Name fewer.")
+            raise UserError(f"keep names all {len(self.keep)} blocks, so none is left to learn. Name fewer.")
         if self.exits:
             check_depths(self.exits, config.num_hidden_layers)
         return config
@@ -136,7 +137,7 @@ class DistillationModule(LanguageModule):
         """The teacher with its attention converted, in float32."""
         tokenizer = tokenizer_hash(self.teacher.tokenizer())
         if self.data.streams.inputs.get("tokenizer") != tokenizer:
-            raise ValueError(
+            raise UserError(
                 "The text was encoded with another tokenizer than the teacher's. Set data.tokenizer to what "
                 "model.teacher is."
             )

@@ -20,31 +20,32 @@ from dynamax.decoding.base import Decoder, Probe
 from dynamax.decoding.early_exit import EarlyExit
 from dynamax.decoding.probe import Together, clock
 from dynamax.decoding.sampling import Greedy, Sampler
-from dynamax.decoding.survey import Survey
+from dynamax.decoding.teacher_forced import TeacherForcedPass
+from dynamax.errors import UserError
 from dynamax.heads.bank import ExitBank
 from dynamax.metrics.cost import CostModel
 from dynamax.modules.answers import Answer, answer, encode, forced
-from dynamax.modules.results import ExitTally, Tally
+from dynamax.modules.results import ExitStats, PolicyStats
 from dynamax.policies.base import TerminationPolicy
 from dynamax.policies.schedule import AtDepth
-from dynamax.tasks.base import Choice, ChoiceTask, Document, Example, GenerationTask, Task, TextTask
+from dynamax.tasks.base import ChoiceExample, ChoiceTask, Example, GenerationTask, Task, TextExample, TextTask
 from dynamax.types import Step
 
 Along = Callable[[Decoder, Tensor, Tensor, Probe], list[Step]]
 
 
 @dataclass
-class Point:
+class OperatingPoint:
     """One policy at one threshold, or the full model; and what it has done so far."""
 
     decoder: Decoder
     costs: CostModel
-    tally: Tally
+    tally: PolicyStats
     policy: TerminationPolicy
 
 
 @dataclass
-class Bench:
+class EvalContext:
     """What an evaluation works with, and what it has found.
 
     Attributes:
@@ -63,16 +64,16 @@ class Bench:
     backbone: Backbone
     tokenizer: PreTrainedTokenizerBase
     bank: ExitBank
-    full: Point
-    points: list[Point]
+    full: OperatingPoint
+    points: list[OperatingPoint]
     sampler: Sampler
     chat: bool
     timed: int
     probes: list[Probe] = field(default_factory=list)
-    exits: dict[int, ExitTally] = field(init=False)
+    exits: dict[int, ExitStats] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.exits = {depth: ExitTally(depth) for depth in self.bank.depths}
+        self.exits = {depth: ExitStats(depth) for depth in self.bank.depths}
 
     @property
     def device(self) -> torch.device:
@@ -91,7 +92,7 @@ class Evaluation(ABC):
 class Generation(Evaluation):
     """Answers in words."""
 
-    def __init__(self, task: GenerationTask, bench: Bench, along: Along) -> None:
+    def __init__(self, task: GenerationTask, bench: EvalContext, along: Along) -> None:
         self.task = task
         self.bench = bench
         self.along = along
@@ -123,15 +124,17 @@ class Generation(Evaluation):
             self._time_exits(prompt_1T, target_1T)
         self._done += 1
 
-    def _answer(self, point: Point, example: Example, prompt_1T: Tensor) -> Answer:
+    def _answer(self, point: OperatingPoint, example: Example, prompt_1T: Tensor) -> Answer:
         self.bench.sampler.restart(self._done)
         return answer(point.decoder, self.bench.tokenizer, prompt_1T, limit=example.limit, stop=example.stop)
 
-    def _count(self, tally: Tally, example: Example, text: str, whole: str) -> None:
+    def _count(self, tally: PolicyStats, example: Example, text: str, whole: str) -> None:
         tally.scores.append(self.task.score(example, text))
         tally.same_answers.append(text.strip() == whole.strip())
 
-    def _along(self, point: Point, prompt_1T: Tensor, target_1T: Tensor, probes: Sequence[Probe] = ()) -> list[Step]:
+    def _along(
+        self, point: OperatingPoint, prompt_1T: Tensor, target_1T: Tensor, probes: Sequence[Probe] = ()
+    ) -> list[Step]:
         watch = clock(self.bench.device, warmup=0)
         steps = self.along(point.decoder, prompt_1T, target_1T, Together([watch, *probes]))[1:]
         ms = sum(ms for times in watch.read().get("end", {}).values() for ms in times)
@@ -141,10 +144,10 @@ class Generation(Evaluation):
         point.tally.charged(ms, costs, full)
         return steps
 
-    def _survey(self, prompt_1T: Tensor, target_1T: Tensor, top_T: Tensor) -> Survey:
+    def _survey(self, prompt_1T: Tensor, target_1T: Tensor, top_T: Tensor) -> TeacherForcedPass:
         text_1T = torch.cat([prompt_1T, target_1T[:, :-1]], 1)
-        survey = Survey(self.bench.backbone, self.bench.bank, text_1T, start=prompt_1T.shape[1] - 1)
-        tally_exits(self.bench, survey, top_T)
+        survey = TeacherForcedPass(self.bench.backbone, self.bench.bank, text_1T, start=prompt_1T.shape[1] - 1)
+        count_exits(self.bench, survey, top_T)
         return survey
 
     def _time_exits(self, prompt_1T: Tensor, target_1T: Tensor) -> None:
@@ -158,14 +161,14 @@ class Generation(Evaluation):
 class Likelihood(Evaluation):
     """Likelihoods of given text: read off one survey, which exact state makes right (law 4)."""
 
-    def __init__(self, task: ChoiceTask | TextTask, bench: Bench) -> None:
+    def __init__(self, task: ChoiceTask | TextTask, bench: EvalContext) -> None:
         self.task = task
         self.bench = bench
 
-    def add(self, example: Choice | Document) -> None:
+    def add(self, example: ChoiceExample | TextExample) -> None:
         """Score the example under the full model and every point."""
         points = [self.bench.full, *self.bench.points]
-        if isinstance(example, Document):
+        if isinstance(example, TextExample):
             assert isinstance(self.task, TextTask)
             tokens, surveys = self._document(example)
             for point in points:
@@ -178,19 +181,19 @@ class Likelihood(Evaluation):
                 nats_C = [self._nats(survey, point, target_T) for survey, target_T in surveys]
                 point.tally.scores.append(self.task.score_choices(example, nats_C))
 
-    def _candidate(self, example: Choice, candidate: str) -> tuple[Survey, Tensor]:
+    def _candidate(self, example: ChoiceExample, candidate: str) -> tuple[TeacherForcedPass, Tensor]:
         prompt_1T = encode(self.bench.tokenizer, example.prompt, chat=False, device=self.bench.device)
         whole_1T = encode(self.bench.tokenizer, example.prompt + candidate, chat=False, device=self.bench.device)
         start = prompt_1T.shape[1]
         if whole_1T.shape[1] <= start or not whole_1T[:, :start].equal(prompt_1T):
-            raise ValueError(
+            raise UserError(
                 f"Example {example.id}: the tokens of the prompt with {candidate!r:.80} are not those of the prompt "
                 f"and at least one more, so the candidate has no likelihood of its own. Begin candidates with a space, "
                 f"and end the prompt without one."
             )
         return self._survey(whole_1T, start)
 
-    def _document(self, example: Document) -> tuple[int, list[tuple[Survey, Tensor]]]:
+    def _document(self, example: TextExample) -> tuple[int, list[tuple[TeacherForcedPass, Tensor]]]:
         assert isinstance(self.task, TextTask)
         text_1T = encode(self.bench.tokenizer, example.text, chat=False, device=self.bench.device)
         first = self.bench.tokenizer.bos_token_id
@@ -203,20 +206,20 @@ class Likelihood(Evaluation):
         ]
         return sum(len(target_T) for _, target_T in surveys), surveys
 
-    def _survey(self, text_1T: Tensor, first: int) -> tuple[Survey, Tensor]:
-        """Survey a text whose tokens from ``first`` on are to be scored."""
-        survey = Survey(self.bench.backbone, self.bench.bank, text_1T[:, :-1], start=first - 1)
+    def _survey(self, text_1T: Tensor, first: int) -> tuple[TeacherForcedPass, Tensor]:
+        """TeacherForcedPass a text whose tokens from ``first`` on are to be scored."""
+        survey = TeacherForcedPass(self.bench.backbone, self.bench.bank, text_1T[:, :-1], start=first - 1)
         target_T = text_1T[0, first:]
-        tally_exits(self.bench, survey, survey.logits_TV.argmax(-1))
+        count_exits(self.bench, survey, survey.logits_TV.argmax(-1))
         return survey, target_T
 
-    def _nats(self, survey: Survey, point: Point, target_T: Tensor) -> float:
+    def _nats(self, survey: TeacherForcedPass, point: OperatingPoint, target_T: Tensor) -> float:
         played = survey.play(point.policy)
         point.tally.played(played, survey.logits_TV.argmax(-1))
         return _loglikelihood(played.logits_TV, target_T)
 
 
-def evaluation(task: Task, bench: Bench, along: Along) -> Evaluation:
+def evaluation(task: Task, bench: EvalContext, along: Along) -> Evaluation:
     """The way to put this task's examples to the model."""
     if isinstance(task, GenerationTask):
         return Generation(task, bench, along)
@@ -224,7 +227,7 @@ def evaluation(task: Task, bench: Bench, along: Along) -> Evaluation:
     return Likelihood(task, bench)
 
 
-def tally_exits(bench: Bench, survey: Survey, top_T: Tensor) -> None:
+def count_exits(bench: EvalContext, survey: TeacherForcedPass, top_T: Tensor) -> None:
     """What each exit said, beside the full model's most likely tokens."""
     for evidence in survey.exits:
         tally = bench.exits[evidence.depth]

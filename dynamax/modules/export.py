@@ -22,10 +22,11 @@ from dynamax.backbones.sources import Folder
 from dynamax.data.language import LanguageData
 from dynamax.decoding.full import Full
 from dynamax.decoding.sampling import Greedy, Sampled, Sampler
+from dynamax.errors import UserError
 from dynamax.metrics.environment import environment
 from dynamax.metrics.language import DepthScores
 from dynamax.modules.card import card
-from dynamax.modules.record import read_depths
+from dynamax.modules.training_log import read_depths
 
 REPORT = "training.json"
 SAMPLE = 48
@@ -36,14 +37,14 @@ def check_target(target: str) -> None:
     """Refuse a folder that holds something other than an earlier export, which would be replaced.
 
     Raises:
-        ValueError: If it does, or lies below a file.
+        UserError: If it does, or lies below a file.
     """
     folder = Path(target)
     above = next(parent for parent in folder.absolute().parents if parent.exists())
     if not above.is_dir():
-        raise ValueError(f"model.export is {target}, but {above} is a file. Name another folder.")
+        raise UserError(f"model.export is {target}, but {above} is a file. Name another folder.")
     if folder.exists() and not (folder / REPORT).is_file() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise ValueError(
+        raise UserError(
             f"{target} exists and is no model of `dynamax train` or `dynamax distill`. Name another folder as "
             f"model.export."
         )

@@ -12,18 +12,19 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from dynamax.backbones.output_stage import OutputStage
 from dynamax.backbones.sources import Source
-from dynamax.backbones.top import Top
 from dynamax.data.batch import HiddenBatch
+from dynamax.errors import UserError
 from dynamax.heads.bank import Exit, ExitBank
 from dynamax.heads.base import ExitHead
 from dynamax.modules.assembly import assembled, check_phases, check_taught, trained
-from dynamax.modules.limits import epochs_for_gates, one_device
+from dynamax.modules.checks import epochs_for_gates, one_device
 from dynamax.modules.phases import resting, share
-from dynamax.modules.schedule import Part, adamw
+from dynamax.modules.schedule import TrainedGroup, adamw
 from dynamax.modules.scores import GateAUROCs
 from dynamax.objectives.base import Objective, Phase, counted
-from dynamax.objectives.readout import Reader, within
+from dynamax.objectives.readout import ExitReader, in_top_k
 from dynamax.types import Site, Spec
 
 
@@ -58,7 +59,7 @@ class HeadsModule(LightningModule):
         bank: The heads; there once ``configure_model`` has run.
 
     Raises:
-        ValueError: If an option is out of range; while configuring, if an objective has nothing to train or heads
+        UserError: If an option is out of range; while configuring, if an objective has nothing to train or heads
             have no objective, or saved heads are not those of the exits; when fitting, if no epoch is left for the
             gates; if there are several devices.
     """
@@ -83,7 +84,7 @@ class HeadsModule(LightningModule):
         super().__init__()
         rates: dict[Phase, float] = {"lenses": lens_learning_rate, "gates": gate_learning_rate}
         if lens_epochs < 1 or not 0 < gate_share < 1 or not 0 <= warmup < 1 or min(rates.values()) <= 0:
-            raise ValueError(
+            raise UserError(
                 f"HeadsModule was given lens_epochs {lens_epochs}, gate_share {gate_share}, warmup {warmup} and the "
                 f"learning rates {rates}; lens_epochs must be at least 1, gate_share must lie in (0, 1), warmup in "
                 f"[0, 1), rates must be positive."
@@ -98,8 +99,8 @@ class HeadsModule(LightningModule):
         self.rates = rates
         self.weight_decay = weight_decay
         self.warmup = warmup
-        self._top: tuple[Top, ...] = ()  # in a tuple, so that it is no submodule and in no checkpoint
-        self._reader = Reader("lens", within(1))
+        self._top: tuple[OutputStage, ...] = ()  # in a tuple, so that it is no submodule and in no checkpoint
+        self._reader = ExitReader("lens", in_top_k(1))
         self._entered: Phase | None = None
 
     # -- what is trained ----------------------------------------------------------------------------
@@ -108,7 +109,7 @@ class HeadsModule(LightningModule):
         """Load the backbone's top and build the heads, once."""
         if self._top:
             return
-        top = self.backbone.top().eval().requires_grad_(False)
+        top = self.backbone.output_stage().eval().requires_grad_(False)
         self._top = (top,)
         self.bank = assembled(self.exits, self.saved, top)
         self.sites: dict[int, Site] = {depth: top.site(depth) for depth in self.bank.depths}
@@ -134,7 +135,7 @@ class HeadsModule(LightningModule):
         """Refuse a trainer that ends before the gates' turn.
 
         Raises:
-            ValueError: If no epoch is left for them.
+            UserError: If no epoch is left for them.
         """
         if self.objectives["gates"] is not None:
             epochs_for_gates(trainer, self.lens_epochs)
@@ -194,7 +195,9 @@ class HeadsModule(LightningModule):
         middle, end = self._steps()
         spans: tuple[tuple[Phase, int, int], ...] = (("lenses", 0, middle), ("gates", middle, end))
         parts = [
-            Part(phase, [p for head in self.heads(phase) for p in head.parameters()], self.rates[phase], start, stop)
+            TrainedGroup(
+                phase, [p for head in self.heads(phase) for p in head.parameters()], self.rates[phase], start, stop
+            )
             for phase, start, stop in spans
         ]
         return adamw(parts, weight_decay=self.weight_decay, warmup=self.warmup)
@@ -203,7 +206,7 @@ class HeadsModule(LightningModule):
         """Optimiser steps until the lenses are done, and in all."""
         total = self.trainer.estimated_stepping_batches
         if total == math.inf or self.trainer.max_epochs is None:
-            raise ValueError("HeadsModule needs to know when training ends. Set trainer.max_epochs.")
+            raise UserError("HeadsModule needs to know when training ends. Set trainer.max_epochs.")
         if self.objectives["gates"] is None:
             return int(total), int(total)
         batches = math.ceil(self.trainer.num_training_batches / self.trainer.accumulate_grad_batches)
@@ -228,10 +231,10 @@ class HeadsModule(LightningModule):
         """Refuse a store that lacks an exit.
 
         Raises:
-            ValueError: Naming the depths there are and those wanted.
+            UserError: Naming the depths there are and those wanted.
         """
         if not set(self.bank.depths) <= set(batch.hidden):
-            raise ValueError(
+            raise UserError(
                 f"The store keeps hidden states at the depths {sorted(batch.hidden)}, but exits are to be trained at "
                 f"{list(self.bank.depths)}. Give the data module the same depths as the model's exits."
             )
@@ -276,10 +279,10 @@ class HeadsModule(LightningModule):
         """Refuse heads of another backbone.
 
         Raises:
-            ValueError: Naming both fingerprints.
+            UserError: Naming both fingerprints.
         """
         if checkpoint["backbone"] != self.spec.fingerprint:
-            raise ValueError(
+            raise UserError(
                 f"The checkpoint was trained on the backbone {checkpoint['backbone']}, but the backbone here is "
                 f"{self.spec.fingerprint}. Give the backbone it was trained on, or train anew without ckpt_path."
             )

@@ -17,13 +17,14 @@ from torch import Tensor
 
 from dynamax.backbones.hf import HFBackbone
 from dynamax.data.language import LanguageData
+from dynamax.errors import UserError
 from dynamax.metrics.language import DepthScores
 from dynamax.modules.card import command
+from dynamax.modules.checks import one_device
 from dynamax.modules.compiling import check_compiler, compile_blocks
 from dynamax.modules.export import check_target, write_model
-from dynamax.modules.limits import one_device
-from dynamax.modules.record import TrainingRecord, read_depths
 from dynamax.modules.schedule import OneRate
+from dynamax.modules.training_log import TrainingLog, read_depths
 
 
 class Scores(Protocol):
@@ -64,12 +65,12 @@ class LanguageModule(LightningModule, ABC):
     ) -> None:
         super().__init__()
         if not all(prompt.strip() for prompt in prompts or []):
-            raise ValueError(f"prompts {prompts} hold an empty one. Write what the model is to continue, or drop it.")
+            raise UserError(f"prompts {prompts} hold an empty one. Write what the model is to continue, or drop it.")
         self.exits = exits
         optimiser.check(type(self).__name__)
         self.optimiser = optimiser
         self.compile_blocks, self.export, self.prompts = compile, export, prompts or []
-        self.record = TrainingRecord()
+        self.record = TrainingLog()
         self._scores: list[Scores] = []
         self._built = False
 
@@ -109,7 +110,7 @@ class LanguageModule(LightningModule, ABC):
         context, tokenizer = self.backbone.spec.context, self.data.streams.tokenizer
         for prompt in self.prompts:
             if len(tokenizer(prompt)["input_ids"]) >= context:
-                raise ValueError(f"A prompt leaves no room in a context of {context} tokens: {prompt!r}. Shorten it.")
+                raise UserError(f"A prompt leaves no room in a context of {context} tokens: {prompt!r}. Shorten it.")
         if self.compile_blocks:
             compile_blocks(getattr(self.backbone.model.base_model, self.backbone.row.blocks))
         self._built = True
@@ -132,17 +133,17 @@ class LanguageModule(LightningModule, ABC):
         """Refuse what could not end well, before any time is spent.
 
         Raises:
-            ValueError: If training has no end or no step, gradients are to be accumulated, the export's place holds
+            UserError: If training has no end or no step, gradients are to be accumulated, the export's place holds
                 something else, there are several devices, or blocks cannot be compiled.
         """
         one_device(trainer, self)
         name = type(self).__name__
         if trainer.max_steps < 0 and trainer.max_epochs in (None, -1):
-            raise ValueError(f"{name} needs to know when training ends. Set trainer.max_steps.")
+            raise UserError(f"{name} needs to know when training ends. Set trainer.max_steps.")
         if 0 in (trainer.max_steps, trainer.max_epochs, trainer.limit_train_batches):
-            raise ValueError(f"{name} was given no step to train. Raise trainer.max_steps or limit_train_batches.")
+            raise UserError(f"{name} was given no step to train. Raise trainer.max_steps or limit_train_batches.")
         if trainer.accumulate_grad_batches != 1:
-            raise ValueError(
+            raise UserError(
                 f"{name} was given accumulate_grad_batches {trainer.accumulate_grad_batches}; it counts a batch as a "
                 f"step. Raise the rows of data.portions instead."
             )
@@ -155,12 +156,12 @@ class LanguageModule(LightningModule, ABC):
         """Refuse text that the model could not read, before it is written.
 
         Raises:
-            ValueError: If it is of another class, or its blocks are longer than the context.
+            UserError: If it is of another class, or its blocks are longer than the context.
         """
         if not isinstance(data, LanguageData):
-            raise ValueError(f"{type(self).__name__} was given data of {type(data).__name__}; give it LanguageData.")
+            raise UserError(f"{type(self).__name__} was given data of {type(data).__name__}; give it LanguageData.")
         if data.length > self.context():
-            raise ValueError(
+            raise UserError(
                 f"Blocks of {data.length} tokens were given to a model whose context holds {self.context()}. Lower "
                 f"data.length, or raise the context in model.config."
             )
@@ -246,14 +247,14 @@ class LanguageModule(LightningModule, ABC):
         """Go on with the record.
 
         Raises:
-            ValueError: If the checkpoint is of another command, or of another model, objective or text.
+            UserError: If the checkpoint is of another command, or of another model, objective or text.
         """
         if self.notes not in checkpoint:
-            raise ValueError(f"The checkpoint is not one of {type(self).__name__}. Give one that it saved.")
+            raise UserError(f"The checkpoint is not one of {type(self).__name__}. Give one that it saved.")
         noted, here = checkpoint[self.notes]["identity"], self._identity()
         changed = [name for name in here if noted.get(name) != here[name]]
         if changed:
-            raise ValueError(
+            raise UserError(
                 f"The checkpoint was made with another {' and '.join(changed)}: "
                 f"{[noted.get(name) for name in changed]}; "
                 f"here: {[here[name] for name in changed]}. Give what it was made with, or train anew, without "

@@ -42,7 +42,7 @@ class PretrainingModule(LanguageModule):
         backbone: The model; there once ``configure_model`` has run.
 
     Raises:
-        ValueError: If an option is out of range, or the configuration is not one of a known family.
+        UserError: If an option is out of range, or the configuration is not one of a known family.
     """
 
     notes: ClassVar[str] = "pretraining"
@@ -73,7 +73,7 @@ class PretrainingModule(LanguageModule):
         """Run a model of this configuration too: mistakes in it show before texts are read.
 
         Raises:
-            ValueError: If training could not end well, or transformers cannot run such a model.
+            UserError: If training could not end well, or transformers cannot run such a model.
         """
         super().check(trainer)
         if not self._runs:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dynamax.decoding.survey import Played
+from dynamax.decoding.teacher_forced import PolicyPath
 from dynamax.metrics.cost import Cost
 from dynamax.metrics.functional import auroc
 from dynamax.tasks.base import Task
@@ -19,7 +19,7 @@ from dynamax.types import Step
 
 
 @dataclass
-class Tally:
+class PolicyStats:
     """Sums over the tokens and answers of one policy at one threshold.
 
     Attributes:
@@ -77,7 +77,7 @@ class Tally:
             self.full_flops += whole.flops
             self.full_bytes += whole.bytes
 
-    def played(self, played: Played, top_T: Tensor) -> None:
+    def played(self, played: PolicyPath, top_T: Tensor) -> None:
         """Add what a survey says of a text; its first position is decided at the top and left out."""
         depths = played.depth_T[1:].tolist()
         self.tokens += len(depths)
@@ -86,7 +86,7 @@ class Tally:
         self.calls += sum(depths)
         self.depths.update(depths)
 
-    def row(self, task: Task, full: Tally) -> dict[str, Any]:
+    def row(self, task: Task, full: PolicyStats) -> dict[str, Any]:
         """One line of the frontier; a quantity that the task does not give is None."""
         scores = task.aggregate(self.scores) if self.scores else {}
         ms = _ratio(self.ms, self.timed) or None
@@ -124,7 +124,7 @@ def named(policy: str, threshold: float | Mapping[int, float] | None) -> str:
 
 
 @dataclass
-class ExitTally:
+class ExitStats:
     """What one exit said along the full model's own answers."""
 
     depth: int

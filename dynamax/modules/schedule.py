@@ -14,8 +14,10 @@ from torch import nn
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
+from dynamax.errors import UserError
 
-class Part(NamedTuple):
+
+class TrainedGroup(NamedTuple):
     """Parameters that train from step ``start`` up to, not including, ``stop``.
 
     Attributes:
@@ -33,7 +35,7 @@ class Part(NamedTuple):
     stop: int
 
 
-def adamw(parts: Sequence[Part], *, weight_decay: float, warmup: float) -> OptimizerLRScheduler:
+def adamw(parts: Sequence[TrainedGroup], *, weight_decay: float, warmup: float) -> OptimizerLRScheduler:
     """One AdamW with a group, and a schedule, for each part that has parameters.
 
     Args:
@@ -67,10 +69,10 @@ class OneRate(NamedTuple):
         """Refuse options out of range.
 
         Raises:
-            ValueError: In the owner's name.
+            UserError: In the owner's name.
         """
         if self.learning_rate <= 0 or self.warmup < 1 or not 0 <= self.flat <= 1 or self.weight_decay < 0:
-            raise ValueError(
+            raise UserError(
                 f"{owner} was given learning_rate {self.learning_rate}, warmup {self.warmup}, flat {self.flat} and "
                 f"weight_decay {self.weight_decay}; learning_rate must be positive, warmup at least 1, flat in [0, 1], "
                 f"weight_decay at least 0."

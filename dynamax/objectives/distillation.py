@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dynamax.backbones.base import Backbone
+from dynamax.errors import UserError
 from dynamax.kernels.backend import at_least_float32
 from dynamax.types import Span
 
@@ -53,7 +54,7 @@ class LogitDistillation(DistillationLoss):
         hidden: Weight of the distance of hidden states; 0 saves computing it.
 
     Raises:
-        ValueError: If an option is out of range, or all weights are 0.
+        UserError: If an option is out of range, or all weights are 0.
     """
 
     def __init__(
@@ -66,7 +67,7 @@ class LogitDistillation(DistillationLoss):
     ) -> None:
         weights = (divergence, cross_entropy, hidden)
         if temperature <= 0 or min(weights) < 0 or not any(weights):
-            raise ValueError(
+            raise UserError(
                 f"LogitDistillation was given temperature {temperature} and the weights divergence {divergence}, "
                 f"cross_entropy {cross_entropy} and hidden {hidden}; the temperature must be positive, no weight "
                 f"negative, and one weight positive."

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from dynamax.backbones.base import Backbone
 from dynamax.data.text import derived_seed
+from dynamax.errors import UserError
 from dynamax.types import Span
 
 
@@ -70,7 +71,7 @@ class LayerSkip(LanguageObjective):
 
     def __init__(self, *, weight: float = 1.0, dropout: float = 0.1, seed: int = 0) -> None:
         if weight <= 0 or not 0 <= dropout < 1:
-            raise ValueError(
+            raise UserError(
                 f"LayerSkip was given weight {weight} and dropout {dropout}; weight must be positive and dropout must "
                 f"lie in [0, 1). To train without exits, use NextToken."
             )

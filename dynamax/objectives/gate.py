@@ -10,12 +10,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dynamax.data.batch import HiddenBatch
+from dynamax.errors import UserError
 from dynamax.heads.bank import ExitBank
 from dynamax.objectives.base import Objective, Phase, counted
-from dynamax.objectives.readout import Reader, Through, best_token, within
+from dynamax.objectives.readout import ExitReader, Through, best_token, in_top_k
 from dynamax.types import Site
 
-Labels = Literal["agreement", "oracle-in-exit", "exit-in-oracle"]
+GateLabels = Literal["agreement", "oracle-in-exit", "exit-in-oracle"]
 Weights = Literal["uniform", "increasing", "decreasing"]
 
 
@@ -41,7 +42,7 @@ class GateObjective(Objective):
             then no longer probabilities of being right.
 
     Raises:
-        ValueError: If ``k`` is not positive, or is given beside ``agreement``.
+        UserError: If ``k`` is not positive, or is given beside ``agreement``.
     """
 
     phase: ClassVar[Phase] = "gates"
@@ -49,22 +50,22 @@ class GateObjective(Objective):
     def __init__(
         self,
         *,
-        labels: Labels = "agreement",
+        labels: GateLabels = "agreement",
         k: int = 1,
         readout: Through = "lens",
         weights: Weights = "uniform",
         balance: bool = False,
     ) -> None:
         if k < 1 or (labels == "agreement" and k != 1):
-            raise ValueError(
+            raise UserError(
                 f"GateObjective was given labels {labels} and k {k}; k must be at least 1, and agreement is about one "
                 f"token. Leave k out, or choose oracle-in-exit or exit-in-oracle."
             )
-        self.direction: Labels = labels
+        self.direction: GateLabels = labels
         self.k = k
         self.weights: Weights = weights
         self.balance = balance
-        self._reader = Reader(readout, best_token if labels == "exit-in-oracle" else within(k))
+        self._reader = ExitReader(readout, best_token if labels == "exit-in-oracle" else in_top_k(k))
 
     def begin(self) -> None:
         """Training begins: forget the labels of other heads."""
@@ -100,7 +101,7 @@ class GateObjective(Objective):
             return answer_N
         likely_NK = batch.top_tokens_BTK[counted(batch)]
         if self.k > likely_NK.shape[1]:
-            raise ValueError(
+            raise UserError(
                 f"GateObjective was given labels exit-in-oracle and k {self.k}, but the store keeps "
                 f"{likely_NK.shape[1]} tokens a position. Lower k, or fill a store with more."
             )

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from dynamax.data.batch import HiddenBatch
+from dynamax.errors import UserError
 from dynamax.heads.bank import ExitBank
 from dynamax.objectives.base import Objective, Phase, counted
 from dynamax.types import Site
@@ -39,7 +40,7 @@ class LensDistillation(Objective):
         candidates: Tokens drawn from the rest of the vocabulary; None for all of it, exact and dear.
 
     Raises:
-        ValueError: If an option is out of range.
+        UserError: If an option is out of range.
     """
 
     phase: ClassVar[Phase] = "lenses"
@@ -48,7 +49,7 @@ class LensDistillation(Objective):
         self, *, hard: Hard = "full-model", soft: float = 0.5, top: int = 4, candidates: int | None = 1024
     ) -> None:
         if not 0.0 <= soft <= 1.0 or top < 1 or (candidates is not None and candidates < 1):
-            raise ValueError(
+            raise UserError(
                 f"LensDistillation was given soft {soft}, top {top} and candidates {candidates}; soft must lie in "
                 f"[0, 1], top and candidates must be at least 1. For the whole vocabulary, set candidates to null."
             )
@@ -82,7 +83,7 @@ class LensDistillation(Objective):
         if self.soft == 0.0:
             return hard_N1, torch.ones_like(hard_N1, dtype=torch.float32)
         if self.top > likely_NK.shape[1]:
-            raise ValueError(
+            raise UserError(
                 f"LensDistillation was given top {self.top}, but the store keeps {likely_NK.shape[1]} tokens a "
                 f"position. Lower top, or fill a store with more."
             )

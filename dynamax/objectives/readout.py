@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dynamax.data.batch import HiddenBatch
-from dynamax.data.labels import top
+from dynamax.data.labels import fast_topk
 from dynamax.heads.bank import ExitBank
 from dynamax.objectives.base import counted
 from dynamax.types import Site
@@ -24,7 +24,7 @@ MARGIN = 1e-3
 """By how much a rival must win for the whole vocabulary not to be asked: more than rounding could change."""
 
 
-class Reader:
+class ExitReader:
     """Reads exits out, and remembers documents for as long as nothing that is read changes.
 
     The product with the output matrix is the dearest thing in training: 57 MFLOP a position on SmolLM2, more than all
@@ -70,10 +70,10 @@ class Reader:
 def best_token(site: Site, u_ND: Tensor, oracle_N: Tensor) -> Tensor:
     """The exit's most likely token."""
     rows = max(1, LOGITS // site.spec.vocab)
-    return torch.cat([top(site.project(part_ND), 1)[1][:, 0] for part_ND in u_ND.split(rows)])
+    return torch.cat([fast_topk(site.project(part_ND), 1)[1][:, 0] for part_ND in u_ND.split(rows)])
 
 
-def within(k: int) -> Question:
+def in_top_k(k: int) -> Question:
     """Whether the full model's token is among the exit's ``k`` most likely ones: fewer than ``k`` tokens beat it.
 
     Most tokens that are beaten are beaten by a token that the full model says elsewhere in the batch. These are asked
@@ -96,5 +96,5 @@ def within(k: int) -> Question:
 
 def among(logits_NV: Tensor, oracle_N: Tensor, k: int) -> Tensor:
     """Whether fewer than ``k`` tokens have greater logits than the oracle's."""
-    least_N = top(logits_NV, min(k, logits_NV.shape[1]))[0][:, -1]
+    least_N = fast_topk(logits_NV, min(k, logits_NV.shape[1]))[0][:, -1]
     return logits_NV.gather(1, oracle_N[:, None])[:, 0] >= least_N

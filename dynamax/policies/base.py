@@ -9,6 +9,7 @@ from typing import Self
 
 from torch import Tensor
 
+from dynamax.errors import UserError
 from dynamax.types import Evidence
 
 
@@ -44,9 +45,9 @@ class TerminationPolicy(ABC):
         """The threshold, if it is in this policy's range.
 
         Raises:
-            ValueError: If it is out of range, or the policy has no threshold.
+            UserError: If it is out of range, or the policy has no threshold.
         """
-        raise ValueError(f"{type(self).__name__} has no threshold, but {threshold} was given. Leave it out.")
+        raise UserError(f"{type(self).__name__} has no threshold, but {threshold} was given. Leave it out.")
 
     def validate(self, depths: Sequence[int]) -> None:  # noqa: B027 - most policies fit any exits
         """Check the policy against the exits it will be asked at. A decoder calls this once.
@@ -55,7 +56,7 @@ class TerminationPolicy(ABC):
             depths: Depths of the exits, ascending.
 
         Raises:
-            ValueError: If the policy names a depth at which there is no exit.
+            UserError: If the policy names a depth at which there is no exit.
         """
 
 
@@ -84,7 +85,7 @@ class ScorePolicy(TerminationPolicy):
         """The threshold at one depth.
 
         Raises:
-            ValueError: If thresholds are given by depth and this depth has none.
+            UserError: If thresholds are given by depth and this depth has none.
         """
         assert self.threshold is not None, "a score policy has a threshold"
         if not isinstance(self.threshold, Mapping):
@@ -97,10 +98,10 @@ class ScorePolicy(TerminationPolicy):
         """The threshold, if it lies in [0, 1].
 
         Raises:
-            ValueError: If it does not.
+            UserError: If it does not.
         """
         if not 0.0 <= threshold <= 1.0:
-            raise ValueError(
+            raise UserError(
                 f"{type(self).__name__} was given threshold {threshold}; it must lie in [0, 1]. "
                 f"Greater means surer: 0 leaves at the first exit, above every score never leaves."
             )
@@ -109,7 +110,7 @@ class ScorePolicy(TerminationPolicy):
     def validate(self, depths: Sequence[int]) -> None:
         """Refuse thresholds by depth that are not one for each exit."""
         if isinstance(self.threshold, Mapping) and set(self.threshold) != set(depths):
-            raise ValueError(
+            raise UserError(
                 f"{type(self).__name__} was given thresholds for the depths {sorted(self.threshold)}, but the exits "
                 f"are at {sorted(depths)}. Give each exit one threshold, or one number for all."
             )
@@ -135,10 +136,10 @@ class CountPolicy(TerminationPolicy):
         """The count, if it is a whole number of at least 1.
 
         Raises:
-            ValueError: If it is not.
+            UserError: If it is not.
         """
         if threshold < 1 or threshold != int(threshold):
-            raise ValueError(
+            raise UserError(
                 f"{type(self).__name__} was given {threshold}; it counts and needs a whole number of at least 1."
             )
         return int(threshold)

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from dynamax.errors import UserError
 from dynamax.policies.base import TerminationPolicy
 from dynamax.types import Evidence
 
@@ -78,7 +79,7 @@ def check_policy(
         gate: Class name of their gate.
 
     Raises:
-        ValueError: Naming the first thing that is wrong.
+        UserError: Naming the first thing that is wrong.
 
     Example:
         >>> from dynamax.policies import MaxProb
@@ -97,10 +98,10 @@ def demand(policy: TerminationPolicy, holds: bool, message: str) -> None:
     """Raise unless it holds.
 
     Raises:
-        ValueError: With the message, behind the name of the class.
+        UserError: With the message, behind the name of the class.
     """
     if not holds:
-        raise ValueError(f"{type(policy).__name__} {message}.")
+        raise UserError(f"{type(policy).__name__} {message}.")
 
 
 def answers(policy: TerminationPolicy, world: World, depths: Sequence[int], gate: str) -> Tensor:

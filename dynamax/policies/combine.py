@@ -8,6 +8,7 @@ from typing import Self, final
 
 from torch import Tensor
 
+from dynamax.errors import UserError
 from dynamax.policies.base import TerminationPolicy
 from dynamax.types import Evidence
 
@@ -17,7 +18,7 @@ class _Combined(TerminationPolicy):
 
     def __init__(self, policies: list[TerminationPolicy], *, swept: int = 0) -> None:
         if not 0 <= swept < len(policies):
-            raise ValueError(
+            raise UserError(
                 f"{type(self).__name__} was given {len(policies)} policies and swept {swept}; give at least one policy "
                 f"and, as swept, the position of one of them, counted from 0."
             )

@@ -8,6 +8,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from dynamax.errors import UserError
 from dynamax.policies.base import CountPolicy, ScorePolicy, TerminationPolicy
 from dynamax.types import Evidence
 
@@ -46,7 +47,7 @@ class AtDepth(CountPolicy):
     def validate(self, depths: Sequence[int]) -> None:
         """Refuse a depth at which there is no exit."""
         if self.count not in depths:
-            raise ValueError(
+            raise UserError(
                 f"{type(self).__name__} was given depth {self.count}, but the exits are at {sorted(depths)}. "
                 f"Name one of these depths, or add an exit at {self.count}."
             )
@@ -68,7 +69,7 @@ class Decaying(TerminationPolicy):
 
     def __init__(self, policy: ScorePolicy, *, temperature: float, horizon: int) -> None:
         if not temperature >= 0 or horizon < 1:
-            raise ValueError(
+            raise UserError(
                 f"{type(self).__name__} was given temperature {temperature} and horizon {horizon}; "
                 f"the temperature must be at least 0 and the horizon at least 1 token."
             )

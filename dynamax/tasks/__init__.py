@@ -1,6 +1,16 @@
 """Tasks: what to ask a model, and how the field scores what it says."""
 
-from dynamax.tasks.base import Choice, ChoiceTask, Document, Example, GenerationTask, Task, TextTask, Window, cut
+from dynamax.tasks.base import (
+    ChoiceExample,
+    ChoiceTask,
+    Example,
+    GenerationTask,
+    Task,
+    TextExample,
+    TextTask,
+    Window,
+    cut,
+)
 from dynamax.tasks.coqa import CoQA
 from dynamax.tasks.perplexity import Perplexity
 from dynamax.tasks.shipped import Passages, Questions
@@ -8,10 +18,10 @@ from dynamax.tasks.triviaqa import TriviaQA
 from dynamax.tasks.truthfulqa import TruthfulQA, TruthfulQAMC
 
 __all__ = [
-    "Choice",
+    "ChoiceExample",
     "ChoiceTask",
     "CoQA",
-    "Document",
+    "TextExample",
     "Example",
     "GenerationTask",
     "Passages",

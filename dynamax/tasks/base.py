@@ -14,6 +14,8 @@ from math import exp, inf, log
 from statistics import fmean
 from typing import ClassVar, NamedTuple, final
 
+from dynamax.errors import UserError
+
 
 @dataclass(frozen=True)
 class Example:
@@ -37,7 +39,7 @@ class Example:
 
 
 @dataclass(frozen=True)
-class Choice:
+class ChoiceExample:
     """A prompt, and continuations whose likelihoods are compared.
 
     Attributes:
@@ -54,7 +56,7 @@ class Choice:
 
 
 @dataclass(frozen=True)
-class Document:
+class TextExample:
     """Running text whose likelihood is asked for."""
 
     id: str
@@ -85,7 +87,7 @@ class Task(ABC):
         """What is asked, in the data set's order.
 
         Raises:
-            ValueError: If the data cannot be read, or leave nothing to ask.
+            UserError: If the data cannot be read, or leave nothing to ask.
         """
 
     @abstractmethod
@@ -93,7 +95,7 @@ class Task(ABC):
         """Scores of single examples to scores of the task.
 
         Raises:
-            ValueError: If there are none.
+            UserError: If there are none.
         """
 
 
@@ -118,11 +120,11 @@ class ChoiceTask(Task):
     """Asks how likely given continuations are."""
 
     @abstractmethod
-    def examples(self) -> list[Choice]:
+    def examples(self) -> list[ChoiceExample]:
         """The examples, in the data set's order."""
 
     @abstractmethod
-    def score_choices(self, example: Choice, loglikelihoods: Sequence[float]) -> dict[str, float]:
+    def score_choices(self, example: ChoiceExample, loglikelihoods: Sequence[float]) -> dict[str, float]:
         """Scores of one example.
 
         Args:
@@ -146,7 +148,7 @@ class TextTask(Task):
     higher_is_better = False
 
     @abstractmethod
-    def examples(self) -> list[Document]:
+    def examples(self) -> list[TextExample]:
         """The documents, in the data set's order."""
 
     @abstractmethod
@@ -157,7 +159,7 @@ class TextTask(Task):
         """
 
     @final
-    def score_text(self, example: Document, loglikelihood: float, tokens: int) -> dict[str, float]:
+    def score_text(self, example: TextExample, loglikelihood: float, tokens: int) -> dict[str, float]:
         """The sums of one document: ``loglikelihood`` in nats over its scored ``tokens``, and its bytes."""
         size = len(example.text.encode("utf-8"))
         return {"loglikelihood": loglikelihood, "tokens": float(tokens), "bytes": float(size)}
@@ -177,10 +179,10 @@ def mean(scores: Sequence[Mapping[str, float]]) -> dict[str, float]:
     """Mean of each score over the examples.
 
     Raises:
-        ValueError: If there are no scores.
+        UserError: If there are no scores.
     """
     if not scores:
-        raise ValueError("No example was scored. Give the task at least one row: raise limit or lower offset.")
+        raise UserError("No example was scored. Give the task at least one row: raise limit or lower offset.")
     return {name: fmean(score[name] for score in scores) for name in scores[0]}
 
 

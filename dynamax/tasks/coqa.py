@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dynamax.tasks.base import Example, GenerationTask
-from dynamax.tasks.rows import Hub, Row, at_least, load, select
+from dynamax.tasks.rows import HubDataset, Row, at_least, load, select
 from dynamax.tasks.scores import coqa_exact, coqa_f1, leave_one_out
 
 WANTED = (
@@ -42,7 +42,7 @@ class CoQA(GenerationTask):
         last_turn_only: Ask only the last question of each passage (the harness up to 0.4.13, and DYNAMAX).
 
     Raises:
-        ValueError: For an option out of range; from ``examples`` for data that cannot be read.
+        UserError: For an option out of range; from ``examples`` for data that cannot be read.
     """
 
     headline = "f1"
@@ -63,7 +63,7 @@ class CoQA(GenerationTask):
 
     def examples(self) -> list[Example]:
         """The turns, passage by passage; the references are all gold answers."""
-        hub = Hub("EleutherAI/coqa", None, "validation")
+        hub = HubDataset("EleutherAI/coqa", None, "validation")
         rows = load(self.path, hub=hub, suffixes=(".json",), wanted=WANTED)
         examples = []
         for conversation in map(_conversation, rows):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dynamax.tasks.base import Document, TextTask, Window
-from dynamax.tasks.rows import Hub, at_least, load, select
+from dynamax.errors import UserError
+from dynamax.tasks.base import TextExample, TextTask, Window
+from dynamax.tasks.rows import HubDataset, at_least, load, select
 
 WANTED = "a .txt file of UTF-8 text (one document), or rows with a field text (one document a row)"
 
@@ -25,7 +26,7 @@ class Perplexity(TextTask):
         stride: Tokens from one window's start to the next; less than ``window``.
 
     Raises:
-        ValueError: For an option out of range; from ``examples`` for data that cannot be read.
+        UserError: For an option out of range; from ``examples`` for data that cannot be read.
     """
 
     def __init__(
@@ -41,17 +42,17 @@ class Perplexity(TextTask):
         at_least(1, limit=limit, characters=characters, stride=stride)
         at_least(0, offset=offset)
         if stride >= window:
-            raise ValueError(
+            raise UserError(
                 f"stride={stride} with window={window} leaves a window's first token without context. "
                 f"Give a stride below the window, such as {max(1, window // 2)} for a window of {max(2, window)}."
             )
         self.path, self.limit, self.offset, self.characters = path, limit, offset, characters
         self.window, self.stride = window, stride
 
-    def examples(self) -> list[Document]:
+    def examples(self) -> list[TextExample]:
         """The documents, cut to ``characters``."""
         documents = select(self._documents(), skip=self.offset, limit=self.limit)
-        return [Document(document.id, document.text[: self.characters]) for document in documents]
+        return [TextExample(document.id, document.text[: self.characters]) for document in documents]
 
     def windows(self, total: int) -> list[Window]:
         """Windows over ``total`` tokens; none for fewer than two."""
@@ -64,10 +65,10 @@ class Perplexity(TextTask):
             scored = stop
         return windows
 
-    def _documents(self) -> list[Document]:
+    def _documents(self) -> list[TextExample]:
         suffixes = (".txt", ".jsonl", ".json", ".csv", ".parquet")
-        hub = Hub("Salesforce/wikitext", "wikitext-2-raw-v1", "test")
+        hub = HubDataset("Salesforce/wikitext", "wikitext-2-raw-v1", "test")
         rows = load(self.path, hub=hub, suffixes=suffixes, wanted=WANTED)
         if self.path is None:
-            return [Document(hub.config or hub.name, "\n\n".join(row.get("text", str) for row in rows))]
-        return [Document(f"{row.origin}-{row.number}", row.text("text")) for row in rows]
+            return [TextExample(hub.config or hub.name, "\n\n".join(row.get("text", str) for row in rows))]
+        return [TextExample(f"{row.origin}-{row.number}", row.text("text")) for row in rows]

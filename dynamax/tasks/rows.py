@@ -13,11 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, cast
 
+from dynamax.errors import UserError
+
 T = TypeVar("T")
 READABLE = {str: "text", list: "a list", dict: "an object", int: "a whole number"}
 
 
-class Hub(NamedTuple):
+class HubDataset(NamedTuple):
     """A data set on the Hugging Face Hub."""
 
     name: str
@@ -45,7 +47,7 @@ class Row:
         """The field's value; dots lead into objects, as in ``answer.value``.
 
         Raises:
-            ValueError: If it is missing, or not of that kind.
+            UserError: If it is missing, or not of that kind.
         """
         value: Any = self.values
         for name in field.split("."):
@@ -87,16 +89,16 @@ class Row:
         origin = f"{field!r} in row {self.number} of {self.origin}"
         return [Row(v, number, origin, self.wanted) for number, v in enumerate(value, 1)]
 
-    def error(self, problem: str) -> ValueError:
+    def error(self, problem: str) -> UserError:
         """An error that names the row."""
-        return ValueError(f"Row {self.number} of {self.origin} {problem}. Wanted: {self.wanted}.")
+        return UserError(f"Row {self.number} of {self.origin} {problem}. Wanted: {self.wanted}.")
 
 
-def load(path: str | Path | None, *, hub: Hub, suffixes: Sequence[str], wanted: str) -> list[Row]:
+def load(path: str | Path | None, *, hub: HubDataset, suffixes: Sequence[str], wanted: str) -> list[Row]:
     """The rows of a local file, or, without a path, of the Hub's set.
 
     Raises:
-        ValueError: If there is no such file, it has another suffix, cannot be parsed, or is empty.
+        UserError: If there is no such file, it has another suffix, cannot be parsed, or is empty.
     """
     if path is None:
         return _numbered(_from_hub(hub, suffixes), hub.name, wanted)
@@ -107,26 +109,26 @@ def read(path: str | Path, *, suffixes: Sequence[str], wanted: str) -> list[Row]
     """The rows of a local file; raises like ``load``."""
     file = Path(path).expanduser()
     if file.suffix.lower() not in suffixes:
-        raise ValueError(f"{file} ends in {file.suffix!r}; wanted a file ending in {' or '.join(suffixes)}: {wanted}.")
+        raise UserError(f"{file} ends in {file.suffix!r}; wanted a file ending in {' or '.join(suffixes)}: {wanted}.")
     if not file.is_file():
-        raise ValueError(
+        raise UserError(
             f"There is no file {file} (looked from {Path.cwd()}). Wanted: {wanted}. Correct the task's path, "
             f"or, for a set that is on the Hub, leave it out."
         )
     try:
         return _numbered(READERS[file.suffix.lower()](file), file.name, wanted)
     except UnicodeDecodeError as error:
-        raise ValueError(f"{file} is not UTF-8 text ({error}). Save it as UTF-8.") from error
+        raise UserError(f"{file} is not UTF-8 text ({error}). Save it as UTF-8.") from error
 
 
 def _numbered(values: Iterable[object], origin: str, wanted: str) -> list[Row]:
     rows = []
     for number, value in enumerate(values, 1):
         if not isinstance(value, Mapping):
-            raise ValueError(f"Row {number} of {origin} is no object but {value!r:.80}. Wanted: {wanted}.")
+            raise UserError(f"Row {number} of {origin} is no object but {value!r:.80}. Wanted: {wanted}.")
         rows.append(Row(value, number, origin, wanted))
     if not rows:
-        raise ValueError(f"{origin} has no rows. Wanted: {wanted}, with at least one row.")
+        raise UserError(f"{origin} has no rows. Wanted: {wanted}, with at least one row.")
     return rows
 
 
@@ -147,7 +149,7 @@ def _json(file: Path) -> Iterable[object]:
         if isinstance(content, dict) and isinstance(content.get(name), list):
             return content[name]
     if not isinstance(content, list):
-        raise ValueError(f"{file} holds neither a list nor an object with a list under 'data' or 'Data'.")
+        raise UserError(f"{file} holds neither a list nor an object with a list under 'data' or 'Data'.")
     return content
 
 
@@ -155,7 +157,7 @@ def _parse(text: str, place: str) -> object:
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        raise ValueError(f"{place} is not JSON: {error}. Is the file whole?") from error
+        raise UserError(f"{place} is not JSON: {error}. Is the file whole?") from error
 
 
 def _txt(file: Path) -> list[dict[str, Any]]:
@@ -170,7 +172,7 @@ def _parquet(file: Path) -> list[dict[str, Any]]:
     try:
         return parquet.read_table(file).to_pylist()
     except pyarrow.ArrowInvalid as error:
-        raise ValueError(f"{file} is not a Parquet file: {error}. Is the file whole?") from error
+        raise UserError(f"{file} is not a Parquet file: {error}. Is the file whole?") from error
 
 
 READERS: dict[str, Callable[[Path], Iterable[object]]] = {
@@ -182,13 +184,13 @@ READERS: dict[str, Callable[[Path], Iterable[object]]] = {
 }
 
 
-def _from_hub(hub: Hub, suffixes: Sequence[str]) -> Iterable[Mapping[str, Any]]:
+def _from_hub(hub: HubDataset, suffixes: Sequence[str]) -> Iterable[Mapping[str, Any]]:
     import datasets
 
     try:
         return cast(Iterable[Mapping[str, Any]], datasets.load_dataset(hub.name, hub.config, split=hub.split))
     except Exception as error:  # the Hub's client has no common base class for what can go wrong
-        raise ValueError(
+        raise UserError(
             f"The data set {hub.name} could not be loaded from the Hub ({type(error).__name__}: {error}). "
             f"Check the network, or download it once and give the task's path ({' or '.join(suffixes)})."
         ) from error
@@ -198,10 +200,10 @@ def select(items: Sequence[T], *, skip: int, limit: int | None) -> list[T]:
     """``limit`` items (all that are left if None) after the first ``skip``.
 
     Raises:
-        ValueError: If that leaves none.
+        UserError: If that leaves none.
     """
     if skip >= len(items):
-        raise ValueError(
+        raise UserError(
             f"The task leaves out its first {skip} examples (offset, and shots where it has them), and there are "
             f"{len(items)}. Lower offset or shots."
         )
@@ -212,8 +214,8 @@ def at_least(least: int, **options: int | None) -> None:
     """Check constructor options; None passes.
 
     Raises:
-        ValueError: If one is below ``least``.
+        UserError: If one is below ``least``.
     """
     for name, value in options.items():
         if value is not None and value < least:
-            raise ValueError(f"{name}={value} was given; wanted {least} or more.")
+            raise UserError(f"{name}={value} was given; wanted {least} or more.")

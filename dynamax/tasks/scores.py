@@ -14,6 +14,8 @@ from importlib.util import find_spec
 from statistics import fmean
 from typing import TYPE_CHECKING
 
+from dynamax.errors import UserError
+
 if TYPE_CHECKING:
     from rouge_score.rouge_scorer import RougeScorer
     from sacrebleu.metrics.bleu import BLEU
@@ -117,11 +119,11 @@ def require_eval() -> None:
     """Check that the packages behind BLEU and ROUGE are there.
 
     Raises:
-        ValueError: If one is missing.
+        UserError: If one is missing.
     """
     missing = [name for name in ("sacrebleu", "rouge_score") if find_spec(name) is None]
     if missing:
-        raise ValueError(
+        raise UserError(
             f"BLEU and ROUGE need {' and '.join(missing)}, not installed here. "
             f'Install the extra: pip install "dynamax-exits[eval]".'
         )

@@ -26,7 +26,7 @@ class Questions(GenerationTask):
         shots: Solved questions before each question: the first of the file, which are then not asked.
 
     Raises:
-        ValueError: For an option out of range.
+        UserError: For an option out of range.
     """
 
     headline = "accuracy"
@@ -65,7 +65,7 @@ class Passages(GenerationTask):
         max_new_tokens: Most tokens of an answer.
 
     Raises:
-        ValueError: For an option out of range.
+        UserError: For an option out of range.
     """
 
     headline = "f1"

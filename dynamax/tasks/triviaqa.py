@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from dynamax.tasks.base import Example, GenerationTask
-from dynamax.tasks.rows import Hub, Row, at_least, load, select
+from dynamax.tasks.rows import HubDataset, Row, at_least, load, select
 from dynamax.tasks.scores import triviaqa_exact, triviaqa_f1
 
 
@@ -46,7 +46,7 @@ class TriviaQA(GenerationTask):
         shots: Solved questions before each question: the first rows of the data, which are then not asked.
 
     Raises:
-        ValueError: For an option out of range; from ``examples`` for data that cannot be read.
+        UserError: For an option out of range; from ``examples`` for data that cannot be read.
     """
 
     headline = "em"
@@ -67,7 +67,7 @@ class TriviaQA(GenerationTask):
 
     def examples(self) -> list[Example]:
         """The questions; the references are the normalised aliases."""
-        hub = Hub("mandarjoshi/trivia_qa", "rc.nocontext", "validation")
+        hub = HubDataset("mandarjoshi/trivia_qa", "rc.nocontext", "validation")
         rows = load(self.path, hub=hub, suffixes=(".jsonl", ".parquet", ".json"), wanted=WANTED)
         release = self.path is not None and Path(self.path).suffix.lower() == ".json"
         fields = RELEASE_FIELDS if release else HUB_FIELDS

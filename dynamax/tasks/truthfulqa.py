@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from math import exp
 from pathlib import Path
 
-from dynamax.tasks.base import Choice, ChoiceTask, Example, GenerationTask
-from dynamax.tasks.rows import Hub, Row, at_least, load, select
+from dynamax.tasks.base import ChoiceExample, ChoiceTask, Example, GenerationTask
+from dynamax.tasks.rows import HubDataset, Row, at_least, load, select
 from dynamax.tasks.scores import bleu, contrast, require_eval, rouge
 
 PRIMER = "\n\n".join(
@@ -56,7 +56,7 @@ class TruthfulQA(GenerationTask):
         max_new_tokens: Most tokens of an answer.
 
     Raises:
-        ValueError: For an option out of range; from ``examples`` for data that cannot be read or a missing extra.
+        UserError: For an option out of range; from ``examples`` for data that cannot be read or a missing extra.
     """
 
     headline = "bleu_max"
@@ -71,7 +71,7 @@ class TruthfulQA(GenerationTask):
     def examples(self) -> list[Example]:
         """The questions, with right and wrong reference answers."""
         require_eval()
-        hub = Hub("truthfulqa/truthful_qa", "generation", "validation")
+        hub = HubDataset("truthfulqa/truthful_qa", "generation", "validation")
         rows = load(self.path, hub=hub, suffixes=(".csv",), wanted=CSV)
         return [self._example(row) for row in select(rows, skip=self.offset, limit=self.limit)]
 
@@ -118,7 +118,7 @@ class TruthfulQAMC(ChoiceTask):
         offset: Questions to leave out at the start.
 
     Raises:
-        ValueError: For an option out of range; from ``examples`` for data that cannot be read.
+        UserError: For an option out of range; from ``examples`` for data that cannot be read.
     """
 
     headline = "mc2"
@@ -128,13 +128,13 @@ class TruthfulQAMC(ChoiceTask):
         at_least(0, offset=offset)
         self.path, self.limit, self.offset = path, limit, offset
 
-    def examples(self) -> list[Choice]:
+    def examples(self) -> list[ChoiceExample]:
         """The questions; the candidates are the choices of both forms."""
-        hub = Hub("truthfulqa/truthful_qa", "multiple_choice", "validation")
+        hub = HubDataset("truthfulqa/truthful_qa", "multiple_choice", "validation")
         rows = load(self.path, hub=hub, suffixes=(".csv", ".json"), wanted=f"{CSV}; or {MC_JSON}")
         return [self._example(row) for row in select(rows, skip=self.offset, limit=self.limit)]
 
-    def _example(self, row: Row) -> Choice:
+    def _example(self, row: Row) -> ChoiceExample:
         if self.path is None:
             question, targets = row.text("question"), {mc: _hub_targets(row, mc) for mc in ("mc1", "mc2")}
         elif Path(self.path).suffix.lower() == ".json":
@@ -145,14 +145,14 @@ class TruthfulQAMC(ChoiceTask):
             if len(set(labels.values())) < 2:
                 raise row.error(f"needs a right and a wrong choice for {mc}")
         candidates = list(dict.fromkeys(choice for labels in targets.values() for choice in labels))
-        return Choice(
+        return ChoiceExample(
             id=f"truthfulqa-{row.number}",
             prompt=f"{PRIMER}\n\nQ: {question.strip()}\nA:",
             candidates=tuple(f" {choice}" for choice in candidates),
             labels={mc: {candidates.index(c): label for c, label in labels.items()} for mc, labels in targets.items()},
         )
 
-    def score_choices(self, example: Choice, loglikelihoods: Sequence[float]) -> dict[str, float]:
+    def score_choices(self, example: ChoiceExample, loglikelihoods: Sequence[float]) -> dict[str, float]:
         """``mc1`` 0 or 1, ``mc2`` in [0, 1]."""
         one, many = example.labels["mc1"], example.labels["mc2"]
         best_right = max(loglikelihoods[index] for index, right in one.items() if right)

@@ -102,7 +102,7 @@ def test_float32_comes_back_as_it_was(model, tmp_path):
     assert backbone.model.config.rms_norm_eps == model.config.rms_norm_eps
     assert backbone.model.config.tie_word_embeddings == model.config.tie_word_embeddings
     assert (backbone.model.config.eos_token_id, backbone.model.config.pad_token_id) == (0, 0)
-    assert source.top().spec == backbone.spec
+    assert source.output_stage().spec == backbone.spec
 
 
 @pytest.mark.parametrize("kind", [Kind.Q4_1, Kind.Q8_0, Kind.F16])

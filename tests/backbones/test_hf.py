@@ -125,7 +125,7 @@ WINDOWS = {
 def test_windows(name):
     backbone = HFBackbone(tiny(name))
     assert [backbone.window(index) for index in range(6)] == WINDOWS[name]
-    assert [backbone.shape(index).window for index in range(6)] == WINDOWS[name]
+    assert [backbone.block_cost(index).window for index in range(6)] == WINDOWS[name]
 
 
 @pytest.mark.parametrize("name", [name for name in FAMILIES if name not in RECURRENT])
@@ -145,14 +145,14 @@ def test_shifted_keys_are_those_of_the_next_position(name):
 
 def test_shape_counts_what_is_there():
     width, inner, heads, keys, size = 32, 64, 4, 2, 8
-    shape = HFBackbone(tiny("llama")).shape(0)
+    shape = HFBackbone(tiny("llama")).block_cost(0)
     projections = width * size * (heads + 2 * keys)
     assert shape.weights == shape.active == projections + heads * size * width + 3 * width * inner
     assert (shape.write, shape.keys, shape.scores) == (projections, 2 * keys * size, 2 * heads * size)
 
 
 def test_only_some_experts_are_active():
-    shape = HFBackbone(tiny("mixtral")).shape(0)
+    shape = HFBackbone(tiny("mixtral")).block_cost(0)
     one_expert = 3 * 32 * 64
     assert shape.weights - shape.active == 2 * one_expert
 

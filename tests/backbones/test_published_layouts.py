@@ -143,7 +143,7 @@ def write_tokenizer(folder: Path) -> None:
 @torch.no_grad()
 def test_codestrals_layout_loads_and_is_exact(codestral: Path) -> None:
     source = Folder(str(codestral))
-    backbone, top = source.load(), source.top()
+    backbone, top = source.load(), source.output_stage()
     assert (backbone.spec.family, backbone.spec.depth, backbone.spec.width) == ("mamba2", 4, 32)
     assert top.spec == backbone.spec
     cache, parts = backbone.new_cache(), []

@@ -49,7 +49,7 @@ def test_a_folder_and_its_top(name, tmp_path):
     model = tiny(name, dtype=torch.float32)
     model.save_pretrained(tmp_path, max_shard_size="20KB")
     source = Folder(str(tmp_path))
-    backbone, top = source.load(), source.top()
+    backbone, top = source.load(), source.output_stage()
     torch.testing.assert_close(backbone.reference(TOKENS_BT), HFBackbone(model).reference(TOKENS_BT))
     assert top.spec == backbone.spec
     h_BTD = backbone.run(backbone.embed(TOKENS_BT), Span(0, 3))
@@ -63,7 +63,7 @@ def test_a_folder_and_its_top(name, tmp_path):
 
 def test_the_top_is_the_top_only(llama):
     _, folder = llama
-    top, backbone = Folder(str(folder)).top(), Folder(str(folder)).load()
+    top, backbone = Folder(str(folder)).output_stage(), Folder(str(folder)).load()
     one_block = sum(parameter.numel() for parameter in backbone.model.model.layers[-1].parameters())
     assert sum(parameter.numel() for parameter in top.parameters()) == one_block + 32 + 61 * 32
     assert not any(module.training for child in top.train().children() for module in child.modules())
@@ -73,7 +73,7 @@ def test_the_top_is_the_top_only(llama):
 def test_a_top_that_depends_on_its_place_is_refused(model, tmp_path):
     tiny(model[0], **model[1]).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="Load the whole backbone"):
-        Folder(str(tmp_path)).top()
+        Folder(str(tmp_path)).output_stage()
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "float64"])
@@ -82,7 +82,7 @@ def test_one_fingerprint_in_every_dtype(dtype, llama):
     backbone = Folder(str(folder)).load(dtype=dtype)
     assert str(backbone.model.dtype) == f"torch.{dtype}"
     assert backbone.spec.fingerprint == HFBackbone(model).spec.fingerprint
-    assert Folder(str(folder)).top(dtype=dtype).spec.fingerprint == backbone.spec.fingerprint
+    assert Folder(str(folder)).output_stage(dtype=dtype).spec.fingerprint == backbone.spec.fingerprint
 
 
 def test_mixtral_in_float64(tmp_path):
@@ -110,7 +110,7 @@ def test_an_unknown_family_is_told_before_weights_are_read(tmp_path):
     with pytest.raises(ValueError, match="'opt' is not in the family table"):
         Folder(str(tmp_path)).load()
     with pytest.raises(ValueError, match="'opt' is not in the family table"):
-        Folder(str(tmp_path)).top()
+        Folder(str(tmp_path)).output_stage()
 
 
 def test_no_safetensors(llama):
@@ -137,7 +137,7 @@ def test_a_missing_weight_is_not_left_random(lost, llama):
     with pytest.raises(ValueError, match="missing keys: "):
         Folder(str(folder)).load()
     with pytest.raises(ValueError, match="missing keys: "):
-        Folder(str(folder)).top()
+        Folder(str(folder)).output_stage()
 
 
 def test_a_row_that_is_wrong_is_found_at_load_time(monkeypatch, tmp_path):

@@ -47,7 +47,7 @@ def trained(request, tmp_path_factory) -> tuple[Backbone, Fitted, Readings]:
 @torch.inference_mode()
 def decoded(backbone: Backbone, fitted: Fitted, policy) -> dict[str, float]:
     """Agreement, mean depth and cost, from decoding along every held-out document."""
-    gates = fitted.bank.listening(policy.gates)
+    gates = fitted.bank.select_gates(policy.gates)
     costs = CostModel(backbone, gates)
     agreed = depth = flops = bytes_ = full_flops = full_bytes = tokens = 0
     for batch in fitted.held_out:

@@ -12,8 +12,8 @@ from matplotlib.figure import Figure
 from matplotlib.image import imread
 
 from callbacks import drawing, frontier
+from callbacks.common import table
 from callbacks.depth import bar, shares
-from callbacks.watch import table
 from dynamax.modules.results import DecodingResults
 
 SCHEMA = {

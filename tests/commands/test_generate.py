@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from dynamax.backbones.sources import Folder
+from dynamax.commands.colors import DepthColors, coloured
 from dynamax.commands.generate import WITHOUT_HEADS, balance, pieces
-from dynamax.commands.painting import Palette, coloured
 from dynamax.decoding.full import Full
 from dynamax.metrics.cost import CostModel
 from dynamax.types import Step
@@ -171,13 +171,13 @@ def test_the_balance_counts_blocks_and_flops(tiny_folder: Path) -> None:
 
 
 def test_line_ends_stay_bare() -> None:
-    painted = Palette([2, 4], 6, on=True).paint("a\n\nb", 2)
+    painted = DepthColors([2, 4], 6, on=True).paint("a\n\nb", 2)
     assert PAINT.sub("", painted) == "a\n\nb"
     assert all(not line or line.endswith("\x1b[0m") for line in painted.split("\n"))
 
 
 def test_each_exit_has_its_own_colour() -> None:
-    palette = Palette(list(range(1, 7)), 8, on=True)
+    palette = DepthColors(list(range(1, 7)), 8, on=True)
     assert len({palette.paint("x", depth) for depth in range(1, 9)}) == 7  # full depth is bare
     assert palette.paint("x", 8) == "x"
 

@@ -4,14 +4,14 @@ import pytest
 import torch
 
 from dynamax.data import labels as module
-from dynamax.data.labels import labels, top
+from dynamax.data.labels import fast_topk, labels
 
 
 @pytest.mark.parametrize("width", [16, 61, 8192, 8192 + 77, 49152, 20000])
 @pytest.mark.parametrize("k", [1, 5, 16])
 def test_top_is_topk(width, k):
     logits_NV = torch.randn(7, width, generator=torch.Generator().manual_seed(width + k))
-    values_NK, indices_NK = top(logits_NV, k)
+    values_NK, indices_NK = fast_topk(logits_NV, k)
     wanted = logits_NV.topk(k, -1)
     assert torch.equal(values_NK, wanted.values)
     assert torch.equal(indices_NK, wanted.indices)
@@ -20,13 +20,13 @@ def test_top_is_topk(width, k):
 def test_top_finds_what_stands_behind_the_last_whole_block():
     logits_NV = torch.zeros(1, 20000 + 3)
     logits_NV[0, [20002, 5, 20001]] = torch.tensor([3.0, 2.0, 1.0])
-    assert top(logits_NV, 3)[1].tolist() == [[20002, 5, 20001]]
+    assert fast_topk(logits_NV, 3)[1].tolist() == [[20002, 5, 20001]]
 
 
 def test_top_finds_all_in_one_block():
     logits_NV = torch.zeros(2, 20000)
     logits_NV[:, 640:656] = torch.arange(1.0, 17.0)
-    assert top(logits_NV, 16)[1].tolist() == [list(range(655, 639, -1))] * 2
+    assert fast_topk(logits_NV, 16)[1].tolist() == [list(range(655, 639, -1))] * 2
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -84,11 +84,11 @@ def test_asking_for_an_exit_that_is_not_there_names_those_that_are():
 
 def test_a_gate_that_no_exit_has_is_refused_with_those_there_are():
     bank = ExitBank({1: Exit(gates=[SMALL]), 3: Exit(gates=[LinearGate])}, site)
-    assert list(bank.listening(["MambaGate"]).gates(1)) == ["MambaGate"]
+    assert list(bank.select_gates(["MambaGate"]).gates(1)) == ["MambaGate"]
     with pytest.raises(ValueError, match="AttentionGate, which no exit has; gates of the exits: LinearGate, MambaGate"):
-        bank.listening(["AttentionGate"])
+        bank.select_gates(["AttentionGate"])
     with pytest.raises(ValueError, match="gates of the exits: none"):
-        ExitBank({1: Exit()}, site).listening(["LinearGate"])
+        ExitBank({1: Exit()}, site).select_gates(["LinearGate"])
 
 
 # -- evidence -----------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dynamax.backbones.skipped import CopyLayer, CopyToken, Propagate, Skip, SkippedState
+from dynamax.backbones.skipped_state import CopyLayer, CopyToken, Propagate, Skip, SkippedState
 from dynamax.decoding.base import Decoder
 from dynamax.decoding.early_exit import EarlyExit
 from dynamax.decoding.full import Full

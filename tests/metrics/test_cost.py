@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dynamax.backbones.hf import HFBackbone
 from dynamax.backbones.mixers import ShortConvMixer, SSDMixer
-from dynamax.backbones.skipped import Propagate
+from dynamax.backbones.skipped_state import Propagate
 from dynamax.decoding.early_exit import EarlyExit
 from dynamax.decoding.full import Full
 from dynamax.heads.bank import Exit, ExitBank
@@ -45,7 +45,7 @@ def test_flops_without_attention_scores(family: str) -> None:
     backbone = HFBackbone(tiny(family, dtype=torch.float32))
     with FlopCounterMode(display=False) as counter:
         backbone.unembed(backbone.run(backbone.embed(torch.tensor([[3]])), Span(0, 6)))
-    scores = sum(2 * backbone.shape(index).scores for index in range(6))
+    scores = sum(2 * backbone.block_cost(index).scores for index in range(6))
     assert CostModel(backbone).full(0).flops - scores == pytest.approx(counter.get_total_flops(), rel=1e-9)
 
 
@@ -69,7 +69,7 @@ def test_recurrent_flops_are_those_of_torchs_counter(family: str) -> None:
     backbone.run(backbone.embed(torch.arange(20)[None], cache), Span(0, 6), cache)
     with FlopCounterMode(display=False) as counter:
         backbone.unembed(backbone.run(backbone.embed(torch.tensor([[3]]), cache), Span(0, 6), cache))
-    shapes = [backbone.shape(index) for index in range(6)]
+    shapes = [backbone.block_cost(index) for index in range(6)]
     unseen = sum(2 * (shape.scores * 21 + elementwise(backbone, index)) for index, shape in enumerate(shapes))
     assert CostModel(backbone).full(20).flops == pytest.approx(counter.get_total_flops() + unseen, rel=1e-9)
 
@@ -81,7 +81,7 @@ def test_recurrent_state_is_what_the_cache_holds(family: str) -> None:
     backbone.run(backbone.embed(torch.arange(9)[None], cache), Span(0, 6), cache)
     for index, cell in enumerate(cache.cells):
         past = () if cell.recurrent is None else cell.recurrent.past or ()
-        assert backbone.shape(index).state == sum(tensor.numel() for tensor in past)
+        assert backbone.block_cost(index).state == sum(tensor.numel() for tensor in past)
 
 
 @pytest.mark.parametrize("family", RECURRENT)
@@ -96,7 +96,7 @@ def test_writing_state_costs_the_products_that_run(family: str) -> None:
             backbone.write(h_BTD, index, cache)
         module = getattr(backbone._mixers[index], "module", None)
         readout = 0 if module is None else state_of(module)
-        assert 2 * (backbone.shape(index).write + readout) == counter.get_total_flops()
+        assert 2 * (backbone.block_cost(index).write + readout) == counter.get_total_flops()
 
 
 def state_of(module: torch.nn.Module) -> int:

@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch import Trainer
 from tokenizers import normalizers
 
-from dynamax.backbones.skipped import Propagate
+from dynamax.backbones.skipped_state import Propagate
 from dynamax.backbones.sources import Folder
 from dynamax.data.tasks import TaskData
 from dynamax.decoding.early_exit import EarlyExit
@@ -188,9 +188,9 @@ class TwoWays(ChoiceTask):
     headline = "first"
 
     def examples(self) -> list:  # noqa: ANN101
-        from dynamax.tasks.base import Choice
+        from dynamax.tasks.base import ChoiceExample
 
-        return [Choice("a", "Q: one or two?", (" one", " two"), {"mc1": {0: True, 1: False}})]
+        return [ChoiceExample("a", "Q: one or two?", (" one", " two"), {"mc1": {0: True, 1: False}})]
 
     def score_choices(self, example: Any, loglikelihoods: Any) -> dict[str, float]:  # noqa: ANN401
         return {"first": loglikelihoods[0], "second": loglikelihoods[1]}
@@ -200,9 +200,9 @@ class TwoWays(ChoiceTask):
 def test_a_candidate_without_tokens_of_its_own_is_refused(
     folder: Folder, candidates: tuple[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from dynamax.tasks.base import Choice
+    from dynamax.tasks.base import ChoiceExample
 
-    asked = Choice("q7", "Q: one or twe", candidates, {"mc1": {0: True, 1: False}})
+    asked = ChoiceExample("q7", "Q: one or twe", candidates, {"mc1": {0: True, 1: False}})
     monkeypatch.setattr(TwoWays, "examples", lambda self: [asked])
     tokenizer = folder.tokenizer()
     tokenizer.backend_tokenizer.normalizer = normalizers.NFC()  # joins the accent to the prompt's last letter
@@ -212,9 +212,9 @@ def test_a_candidate_without_tokens_of_its_own_is_refused(
 
 
 def test_a_candidate_longer_than_the_context_is_refused(folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
-    from dynamax.tasks.base import Choice
+    from dynamax.tasks.base import ChoiceExample
 
-    asked = Choice("q7", "Q:", (" one", " two" * 200), {"mc1": {0: True, 1: False}})
+    asked = ChoiceExample("q7", "Q:", (" one", " two" * 200), {"mc1": {0: True, 1: False}})
     monkeypatch.setattr(TwoWays, "examples", lambda self: [asked])
     with pytest.raises(ValueError, match="context holds 512"):
         run(folder, [Sweep(Never())], TwoWays())

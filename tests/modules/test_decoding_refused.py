@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from dynamax.backbones.skipped import Propagate
+from dynamax.backbones.skipped_state import Propagate
 from dynamax.backbones.sources import Folder
 from dynamax.heads.bank import Exit
 from dynamax.modules.decoding import DecodingModule, Sweep

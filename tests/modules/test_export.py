@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dynamax.backbones.sources import Folder
 from dynamax.modules.card import card
-from dynamax.modules.record import TrainingRecord
+from dynamax.modules.training_log import TrainingLog
 from tests.modules.languages import WARNINGS, Stop, data, module, trainer
 
 pytestmark = WARNINGS
@@ -118,7 +118,7 @@ def test_a_failed_export_leaves_nothing(text: Path, tmp_path: Path, monkeypatch)
 
 
 def test_a_curve_has_few_points_and_all_steps() -> None:
-    record = TrainingRecord()
+    record = TrainingLog()
     assert record.curve() == []
     for step in range(101):
         record.add(torch.tensor(float(step)), 2)

@@ -11,7 +11,7 @@ from dynamax.heads import Exit, ExitBank, LinearGate, MambaGate, TunedLens
 from dynamax.objectives import GateObjective
 from dynamax.objectives.base import counted
 from dynamax.objectives.gate import depth_weights
-from dynamax.objectives.readout import among, best_token, within
+from dynamax.objectives.readout import among, best_token, in_top_k
 from tests.objectives.batches import made, stir, toy_bank, toy_sites
 
 # Exit's logits by position (the output matrix is the identity), and the full model's three most likely tokens.
@@ -70,7 +70,7 @@ def test_within_counts_ranks(k):
 
     site = toy_sites([4], vocab=31, identity=True)[4]
     assert torch.equal(among(logits_NV, oracle_N, k), rank_N < k)
-    assert torch.equal(within(k)(site, logits_NV, oracle_N), rank_N < k)
+    assert torch.equal(in_top_k(k)(site, logits_NV, oracle_N), rank_N < k)
     assert torch.equal(best_token(site, logits_NV, oracle_N), logits_NV.argmax(-1))
 
 
@@ -84,7 +84,7 @@ def test_the_whole_vocabulary_is_asked_only_where_the_rivals_leave_it_open():
 
     logits_NV = torch.tensor([[3.0, 1.0, 0.0], [3.0, 1.0, 0.0], [1.0, 2.0, 9.0]])
     watched = dataclasses.replace(site, project=project)
-    assert within(1)(watched, logits_NV, torch.tensor([0, 1, 1])).tolist() == [True, False, False]
+    assert in_top_k(1)(watched, logits_NV, torch.tensor([0, 1, 1])).tolist() == [True, False, False]
     assert asked == [(3, False), (2, True)]
 
 

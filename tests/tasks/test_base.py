@@ -6,7 +6,7 @@ import pytest
 from jsonargparse import ArgumentParser
 
 from dynamax.registry import TASKS
-from dynamax.tasks import ChoiceTask, Document, GenerationTask, Perplexity, Task, TextTask, cut
+from dynamax.tasks import ChoiceTask, GenerationTask, Perplexity, Task, TextExample, TextTask, cut
 from dynamax.tasks.base import mean
 
 
@@ -36,8 +36,8 @@ def test_mean_and_no_scores():
 def test_text_scores_by_hand():
     task = Perplexity()
     scores = [
-        task.score_text(Document("a", "abé"), -4 * math.log(8), 4),  # 4 bytes in 4 tokens of 3 bits
-        task.score_text(Document("b", "xxxx"), -2 * math.log(2), 2),  # 4 bytes in 2 tokens of 1 bit
+        task.score_text(TextExample("a", "abé"), -4 * math.log(8), 4),  # 4 bytes in 4 tokens of 3 bits
+        task.score_text(TextExample("b", "xxxx"), -2 * math.log(2), 2),  # 4 bytes in 2 tokens of 1 bit
     ]
     total = task.aggregate(scores)
     assert total["perplexity"] == pytest.approx(2 ** (14 / 6))
@@ -46,7 +46,7 @@ def test_text_scores_by_hand():
 
 def test_perplexity_beyond_floats_is_infinite():
     task = Perplexity()
-    assert task.aggregate([task.score_text(Document("a", "x"), -1e6, 1)])["perplexity"] == math.inf
+    assert task.aggregate([task.score_text(TextExample("a", "x"), -1e6, 1)])["perplexity"] == math.inf
 
 
 def test_registered_tasks_are_of_a_known_kind():

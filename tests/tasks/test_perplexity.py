@@ -5,7 +5,7 @@ import pytest
 import torch
 from datasets import Dataset
 
-from dynamax.tasks import Document, Perplexity
+from dynamax.tasks import Perplexity, TextExample
 
 
 @pytest.mark.parametrize("total", [2, 3, 7, 8, 9, 10, 11, 12, 50, 51])
@@ -44,7 +44,7 @@ def test_one_window_is_cross_entropy():
     (window,) = task.windows(9)
     log_probs_TV = logits_TV.log_softmax(-1)
     total = sum(log_probs_TV[t - 1, tokens_T[t]].item() for t in range(window.first, window.stop))
-    found = task.aggregate([task.score_text(Document("x", "x" * 30), total, window.stop - window.first)])
+    found = task.aggregate([task.score_text(TextExample("x", "x" * 30), total, window.stop - window.first)])
     expected = torch.nn.functional.cross_entropy(logits_TV[:-1], tokens_T[1:]).item()
     assert found["perplexity"] == pytest.approx(math.exp(expected))
     assert found["bits_per_byte"] == pytest.approx(expected * 8 / math.log(2) / 30)

@@ -11,6 +11,8 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+from dynamax.errors import UserError
+
 
 def cache_folder() -> Path:
     """``$DYNAMAX_CACHE``, else ``$XDG_CACHE_HOME/dynamax``, else ``~/.cache/dynamax``; made if need be."""
@@ -31,7 +33,7 @@ def made_once(name: str, make: Callable[[Path], None], *, room: int) -> Path:
         room: Bytes that ``make`` will write, scratch included.
 
     Raises:
-        ValueError: If the disk has not that much room.
+        UserError: If the disk has not that much room.
     """
     target = cache_folder() / name
     if target.is_dir():
@@ -39,7 +41,7 @@ def made_once(name: str, make: Callable[[Path], None], *, room: int) -> Path:
     target.parent.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(target.parent).free
     if free < room:
-        raise ValueError(no_room(target, f"{free / 1e6:.0f} MB are free and {room / 1e6:.0f} MB are needed"))
+        raise UserError(no_room(target, f"{free / 1e6:.0f} MB are free and {room / 1e6:.0f} MB are needed"))
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".partial-") as scratch:
         fresh = Path(scratch) / "fresh"
         fresh.mkdir()
@@ -48,7 +50,7 @@ def made_once(name: str, make: Callable[[Path], None], *, room: int) -> Path:
         except (OSError, SafetensorError) as error:
             if isinstance(error, OSError) and error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
-            raise ValueError(no_room(target, str(error))) from error
+            raise UserError(no_room(target, str(error))) from error
         appear(fresh, target)
     return target
 

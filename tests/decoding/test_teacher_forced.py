@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dynamax.decoding.early_exit import EarlyExit
-from dynamax.decoding.survey import Survey
+from dynamax.decoding.teacher_forced import TeacherForcedPass
 from dynamax.heads.bank import Exit, ExitBank
 from dynamax.heads.gates import AttentionGate, LinearGate, MambaGate
 from dynamax.heads.lenses import TunedLens
@@ -41,7 +41,7 @@ def test_playing_along_a_text_is_decoding_along_it(policy: TerminationPolicy) ->
         exit_ = Exit(lens=TunedLens, gates=[LinearGate, MambaGate, AttentionGate])
         bank = loud(ExitBank({2: exit_, 3: exit_, 5: exit_}, backbone.site).double().requires_grad_(False))
         start_BT, target_BT = prompt(7), prompt(20, seed=4)
-        survey = Survey(backbone, bank, torch.cat([start_BT, target_BT[:, :-1]], 1), start=6)
+        survey = TeacherForcedPass(backbone, bank, torch.cat([start_BT, target_BT[:, :-1]], 1), start=6)
         played = survey.play(policy)
         steps = list(EarlyExit(backbone, bank, policy).decode(start_BT, limit=20, forced_BT=target_BT))
         assert played.depth_T.tolist() == [step.depth for step in steps]
@@ -53,12 +53,12 @@ def test_a_text_longer_than_the_context_is_refused() -> None:
     _, backbone = pair("llama")
     length = backbone.spec.context + 1
     with pytest.raises(ValueError, match=f"{length} tokens .* holds {length - 1}. Lower the task's window"):
-        Survey(backbone, ExitBank({2: Exit()}, backbone.site).double(), prompt(length), start=6)
+        TeacherForcedPass(backbone, ExitBank({2: Exit()}, backbone.site).double(), prompt(length), start=6)
 
 
 def test_nothing_surveyed_is_nothing_played() -> None:
     _, backbone = pair("llama")
-    survey = Survey(backbone, ExitBank({2: Exit()}, backbone.site).double(), prompt(6), start=6)
+    survey = TeacherForcedPass(backbone, ExitBank({2: Exit()}, backbone.site).double(), prompt(6), start=6)
     assert len(survey.play(MaxProb(0.2)).depth_T) == 0
 
 
@@ -67,7 +67,7 @@ def test_the_policies_above_do_leave() -> None:
         _, backbone = pair("llama")
         exit_ = Exit(lens=TunedLens, gates=[LinearGate, MambaGate, AttentionGate])
         bank = loud(ExitBank({2: exit_, 3: exit_, 5: exit_}, backbone.site).double().requires_grad_(False))
-        survey = Survey(backbone, bank, prompt(40), start=6)
+        survey = TeacherForcedPass(backbone, bank, prompt(40), start=6)
         for policy in POLICIES[1:]:
             depths = set(survey.play(policy).depth_T[1:].tolist())
             assert depths != {6}, policy.label

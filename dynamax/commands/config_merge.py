@@ -15,7 +15,7 @@ from jsonargparse._typehints import ActionTypeHint
 Check = Callable[..., Any]
 
 
-def set_rules(parser: ArgumentParser) -> None:
+def set_merge_rules(parser: ArgumentParser) -> None:
     """Set the rules for those options of a class or a function that have one."""
     for action in parser._actions:
         if isinstance(action, ActionTypeHint) and action.dest in RULES:

@@ -13,7 +13,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from dynamax.atomic import write_atomically
+from dynamax.files import write_atomically
 
 Row = Mapping[str, Any]
 

@@ -10,7 +10,7 @@ from transformers import DynamicCache
 from dynamax.backbones.cache import Cache
 from dynamax.backbones.chunk import Chunk
 from dynamax.backbones.hf import HFBackbone
-from dynamax.backbones.skipped import CopyLayer, CopyToken, Exact, Propagate, Skip, SkippedState
+from dynamax.backbones.skipped_state import CopyLayer, CopyToken, Exact, Propagate, Skip, SkippedState
 from dynamax.types import Span
 from tests.float64 import upcast64
 from tests.states import State, same, state, told

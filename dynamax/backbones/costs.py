@@ -10,7 +10,7 @@ from transformers import PretrainedConfig
 
 from dynamax.backbones.cells import Part
 from dynamax.backbones.mixers import Mixer
-from dynamax.types import BlockShape
+from dynamax.types import BlockCost
 
 
 def dense(config: PretrainedConfig) -> float:
@@ -35,7 +35,7 @@ def own_adapter(config: PretrainedConfig, index: int, name: str) -> bool:
     return found is None or int(found[1]) == config.hybrid_layer_ids.index(index)
 
 
-def block_shape(
+def block_cost(
     config: PretrainedConfig,
     used: Mapping[str, nn.Parameter],
     parts: tuple[Part, ...],
@@ -44,7 +44,7 @@ def block_shape(
     window: int | None,
     share: float,
     first: Part,
-) -> BlockShape:
+) -> BlockCost:
     """Counts of a block: products only; norms and biases are left out.
 
     Args:
@@ -64,7 +64,7 @@ def block_shape(
             write = mixer.write()
         else:
             write = write + mixed if first == "recurrent" else plain - mixed + mixer.write()
-    return BlockShape(
+    return BlockCost(
         weights=plain + experts,
         active=plain + round(experts * share),
         scores=scores,

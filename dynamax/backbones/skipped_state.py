@@ -15,6 +15,7 @@ from torch import Tensor
 from dynamax.backbones.base import Backbone
 from dynamax.backbones.cache import Cache
 from dynamax.backbones.cells import Keys
+from dynamax.errors import UserError
 
 
 class SkippedState(ABC):
@@ -34,11 +35,11 @@ class SkippedState(ABC):
         """Refuse a backbone that the rule says nothing about.
 
         Raises:
-            ValueError: If keys would be copied and a block keeps a recurrent state.
+            UserError: If keys would be copied and a block keeps a recurrent state.
         """
         recurrent = [index for index in range(backbone.spec.depth) if "recurrent" in backbone.parts(index)]
         if self.copies_keys and recurrent:
-            raise ValueError(
+            raise UserError(
                 f"The rule {type(self).__name__} copies keys and values, but {len(recurrent)} of the "
                 f"{backbone.spec.depth} blocks of this {backbone.spec.family} keep a recurrent state. "
                 f"Use Exact, Propagate or Skip."

@@ -7,6 +7,7 @@ from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 
+from dynamax.errors import UserError
 from dynamax.modules.decoding import DecodingModule
 from dynamax.modules.heads import HeadsModule
 from dynamax.modules.results import DecodingResults
@@ -16,10 +17,10 @@ def decoding(pl_module: LightningModule, observer: object) -> DecodingModule:
     """The module, if it is one that decodes.
 
     Raises:
-        ValueError: If it is another.
+        UserError: If it is another.
     """
     if not isinstance(pl_module, DecodingModule):
-        raise ValueError(
+        raise UserError(
             f"{type(observer).__name__} watches decoding, but the model is {type(pl_module).__name__}. "
             f"Use it with DecodingModule, as in `dynamax test`, or take it out of trainer.callbacks."
         )
@@ -35,10 +36,10 @@ def heads(pl_module: LightningModule, observer: object) -> HeadsModule:
     """The module, if it is one that trains heads.
 
     Raises:
-        ValueError: If it is another.
+        UserError: If it is another.
     """
     if not isinstance(pl_module, HeadsModule):
-        raise ValueError(
+        raise UserError(
             f"{type(observer).__name__} watches the training of heads, but the model is {type(pl_module).__name__}. "
             f"Use it with HeadsModule, as in `dynamax fit`, or take it out of trainer.callbacks."
         )

@@ -15,15 +15,16 @@ from torch import Tensor, nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig
 
 from dynamax.backbones.checkpoint import Checkpoint
-from dynamax.backbones.families import Row, family
+from dynamax.backbones.families import FamilySpec, family
 from dynamax.backbones.fingerprint import fingerprint_of
 from dynamax.backbones.hf import HFBackbone, spec_of
 from dynamax.backbones.loading import check_report, config_of, device_of, dtype_of, exact_experts
+from dynamax.errors import UserError
 from dynamax.types import Site, Span, Spec
 
 
 @final
-class Top(nn.Module):
+class OutputStage(nn.Module):
     """Last block, final norm and output matrix of a backbone.
 
     Args:
@@ -48,13 +49,13 @@ class Top(nn.Module):
         return Site(depth, self.spec, self._last.normalize, self._last.project, last_block)
 
 
-def load_top(folder: Path, *, dtype: str, device: str) -> Top:
+def load_output_stage(folder: Path, *, dtype: str, device: str) -> OutputStage:
     """Load the top of a model folder.
 
     transformers builds a model of one block, so that names, fused experts and rotary angles are its own.
 
     Raises:
-        ValueError: If the family is unknown, or a weight is missing.
+        UserError: If the family is unknown, or a weight is missing.
     """
     kind, place = dtype_of(dtype), device_of(device)
     config = config_of(folder)
@@ -73,18 +74,18 @@ def load_top(folder: Path, *, dtype: str, device: str) -> Top:
     check_report(report, folder)
     fingerprint = fingerprint_of(config, tensors)
     last = HFBackbone(exact_experts(model), fingerprint=fingerprint).to(place)
-    return Top(last, spec_of(config, vocab=tensors.shape(matrix)[0], fingerprint=fingerprint))
+    return OutputStage(last, spec_of(config, vocab=tensors.shape(matrix)[0], fingerprint=fingerprint))
 
 
 def one_block(config: PretrainedConfig) -> PretrainedConfig:
     """The configuration cut down to the last block, the output matrix tied to the embedding's place.
 
     Raises:
-        ValueError: If the block is what it is by its index, or by weights of others, which a single block would lose.
+        UserError: If the block is what it is by its index, or by weights of others, which a single block would lose.
     """
     known: dict[str, Any] = config.to_dict()
     if known.get("scale_attn_by_inverse_layer_idx") or kind_of_last(config) == "zamba2 hybrid":
-        raise ValueError(
+        raise UserError(
             f"The top of this {config.model_type} cannot stand alone: its last block is scaled by its index, or shares "
             f"its weights with others. Load the whole backbone instead."
         )
@@ -117,7 +118,9 @@ def like_last(config: PretrainedConfig, known: dict[str, Any]) -> dict[str, Any]
     return told
 
 
-def top_names(config: PretrainedConfig, row: Row, tensors: Checkpoint, *, ties: bool) -> tuple[Mapping[str, str], str]:
+def top_names(
+    config: PretrainedConfig, row: FamilySpec, tensors: Checkpoint, *, ties: bool
+) -> tuple[Mapping[str, str], str]:
     """What to read: names in a one-block model to names on disk, and the name of the output matrix on disk.
 
     The output matrix is read in the embedding's place, where it is tied from (a type that ``ties`` nothing

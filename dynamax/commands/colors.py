@@ -18,7 +18,7 @@ def coloured(stream: TextIO) -> bool:
     return bool(os.environ.get("FORCE_COLOR")) or stream.isatty()
 
 
-class Palette:
+class DepthColors:
     """A colour for each exit.
 
     Args:

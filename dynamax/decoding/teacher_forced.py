@@ -13,19 +13,20 @@ import torch
 from torch import Tensor
 
 from dynamax.backbones.base import Backbone
+from dynamax.errors import UserError
 from dynamax.heads.bank import ExitBank
 from dynamax.policies.base import TerminationPolicy
 from dynamax.types import Evidence, Site, Span
 
 
-class Played(NamedTuple):
+class PolicyPath(NamedTuple):
     """What a policy does along the text: the depth of each position, and the logits it speaks from there."""
 
     depth_T: Tensor
     logits_TV: Tensor
 
 
-class Survey:
+class TeacherForcedPass:
     """Evidence of all exits over the positions from ``start`` on; their logits predict the next token.
 
     Args:
@@ -35,13 +36,13 @@ class Survey:
         start: First position surveyed; it is decided at the top, as the prompt's last position is.
 
     Raises:
-        ValueError: If the text is longer than the backbone's context.
+        UserError: If the text is longer than the backbone's context.
     """
 
     @torch.inference_mode()
     def __init__(self, backbone: Backbone, bank: ExitBank, tokens_1T: Tensor, *, start: int) -> None:
         if tokens_1T.shape[1] > backbone.spec.context:
-            raise ValueError(
+            raise UserError(
                 f"A text of {tokens_1T.shape[1]} tokens is to be read in one pass, but the backbone's context holds "
                 f"{backbone.spec.context}. Lower the task's window, or shorten its prompts."
             )
@@ -56,7 +57,7 @@ class Survey:
         self.logits_TV = backbone.unembed(h_BTD[:, start:])[0]
 
     @torch.inference_mode()
-    def play(self, policy: TerminationPolicy) -> Played:
+    def play(self, policy: TerminationPolicy) -> PolicyPath:
         """Follow a policy along the text."""
         logits_TV = self.logits_TV.clone()
         depth_T = torch.full(logits_TV.shape[:1], self.total, device=logits_TV.device)
@@ -68,7 +69,7 @@ class Survey:
                 logits_TV[leaves_T] = evidence.logits_BV[leaves_T]
                 depth_T[leaves_T] = evidence.depth
                 stays_T &= ~leaves_T
-        return Played(depth_T, logits_TV)
+        return PolicyPath(depth_T, logits_TV)
 
 
 def _evidence(bank: ExitBank, site: Site, h_BTD: Tensor, start: int, step_T: Tensor, trail: list[Evidence]) -> Evidence:
