@@ -14,8 +14,8 @@ from torch import Tensor
 
 from dynamax.backbones.base import Backbone
 from dynamax.data.batch import HiddenBatch
+from dynamax.decoding.cost import FREE, Cost, CostModel
 from dynamax.heads.bank import ExitBank
-from dynamax.metrics.cost import FREE, Cost, CostModel
 from dynamax.objectives.base import counted
 from dynamax.objectives.readout import ExitReader, in_top_k
 from dynamax.types import Site, Step, Work
@@ -193,4 +193,4 @@ class Ledger:
         above = [0] * (total - depth)
         work = Work((*[1] * depth, *above), (*held, *above), (0,) * total)
         asked = () if self.gate is None else tuple((d, self.gate) for d in self.depths[:-1] if d <= depth)
-        return Step(torch.empty(0), depth, torch.empty(0), logits_read=(depth,), gates_read=asked, work=work)
+        return Step(torch.empty(0), torch.tensor([depth]), torch.empty(0), ((depth, 1),), asked, work)

@@ -46,7 +46,7 @@ class ExitAccuracy(Callback):
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Tell what was found along the full model's answers."""
         exits = common.results(pl_module, self).exits
-        found = [Accuracy(each["depth"], each["agreement"], each["gate_auroc"]) for each in exits]
+        found = [Accuracy(each.depth, each.agreement, each.gate_auroc) for each in exits]
         _tell(trainer, found, "the full model's own answers")
 
 

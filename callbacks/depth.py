@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from callbacks import common
+from dynamax.modules.results import PolicyRow
 
 EIGHTHS = " ▏▎▍▌▋▊▉█"
 WIDTH = 5
@@ -22,38 +22,39 @@ class ExitDepth(Callback):
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the shares and print the histogram."""
-        rows = common.results(pl_module, self).rows
+        rows = common.results(pl_module, self).frontier
         seen: dict[str, int] = {}
         for row in rows:
-            policy = row["policy"]
+            policy = row.policy
             seen[policy] = seen.get(policy, -1) + 1
-            figures = {f"depth/{policy}/share_at_{depth}": share for depth, share in shares(row).items()}
-            figures[f"depth/{policy}/blocks_per_token"] = row["blocks_per_token"]
+            figures: dict[str, float | None] = {
+                f"depth/{policy}/share_at_{depth}": share for depth, share in shares(row.depth_counts).items()
+            }
+            figures[f"depth/{policy}/blocks_per_token"] = row.blocks_per_token
             common.log(trainer, figures, step=seen[policy])
         if trainer.is_global_zero:
             print(table(rows))
 
 
-def shares(row: Mapping[str, Any]) -> dict[int, float]:
+def shares(counts: Mapping[int, int]) -> dict[int, float]:
     """Share of tokens that left at each depth, shallowest first.
 
-    >>> shares({"depth_counts": {30: 3, 15: 1}})
+    >>> shares({30: 3, 15: 1})
     {15: 0.25, 30: 0.75}
     """
-    counts = row["depth_counts"]
     total = sum(counts.values())
     return {depth: count / total for depth, count in sorted(counts.items())}
 
 
-def table(rows: Sequence[Mapping[str, Any]]) -> str:
+def table(rows: Sequence[PolicyRow]) -> str:
     """The histogram: a line for each policy and threshold, a column for each depth."""
-    depths = sorted({depth for row in rows for depth in row["depth_counts"]})
+    depths = sorted({depth for row in rows for depth in row.depth_counts})
     lines = []
     for row in rows:
-        share = shares(row)
-        blocks = row["blocks_per_token"]
+        share = shares(row.depth_counts)
+        blocks = row.blocks_per_token
         cells = [bar(share.get(depth, 0.0)) for depth in depths]
-        lines.append((row["policy"], common.threshold(row["threshold"]), [*cells, f"{blocks:.1f}" if blocks else ""]))
+        lines.append((row.policy, common.threshold(row.threshold), [*cells, f"{blocks:.1f}" if blocks else ""]))
     heads = [f"{depth}{' ' * (WIDTH + 1)}" for depth in depths]
     return common.table("Share of tokens that leave at each depth", [*heads, "blocks\na token"], lines)
 

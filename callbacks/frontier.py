@@ -12,7 +12,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from callbacks import common
 from dynamax.files import write_atomically
-from dynamax.modules.results import DecodingResults
+from dynamax.modules.results import DecodingResults, PolicyRow
 
 FIGURES = (
     "agreement",
@@ -42,27 +42,15 @@ class ExitFrontier(Callback):
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log, print, draw, write."""
         found = common.results(pl_module, self)
-        _log(trainer, found.rows)
+        _log(trainer, found.frontier)
         if not trainer.is_global_zero:
             return
         folder = Path(self.folder or trainer.log_dir or trainer.default_root_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        write(report(found), folder / "report.json")
+        write(found.as_json(), folder / "report.json")
         picture(found, folder / "frontier.png")
         print(table(found))
         print(f"Wrote {folder / 'report.json'} and {folder / 'frontier.png'}")
-
-
-def report(found: DecodingResults) -> dict[str, Any]:
-    """The content of ``report.json``: what was measured, on what, and the row of every policy and threshold."""
-    return {
-        "task": found.task,
-        "backbone": found.backbone,
-        "decoding": found.decoding,
-        "environment": found.environment,
-        "exits": found.exits,
-        "frontier": found.rows,
-    }
 
 
 def write(content: Mapping[str, Any], path: Path) -> None:
@@ -85,12 +73,12 @@ def picture(found: DecodingResults, path: Path) -> None:
     from callbacks.plots import AGREEMENT, DRAFTS, draw  # matplotlib is slow to import, and no other command needs it
 
     draw(
-        found.rows,
+        found.frontier,
         depth=found.backbone["depth"],
         title=f"Leaving early on {found.task['name']}: what is kept, and what it costs",
         subtitle=_measured_on(found),
         path=path,
-        height=DRAFTS if _lossless(found) else AGREEMENT,
+        height=DRAFTS if _drafts(found) else AGREEMENT,
     )
 
 
@@ -105,21 +93,21 @@ def _measured_on(found: DecodingResults) -> str:
 def _manner(found: DecodingResults) -> list[str]:
     """How decoding was done, where it was not as usual: early exit, exact state, greedy."""
     known = found.decoding
-    usual = {"rule": "Exact", "sampler": "Greedy"}
-    given = {"rule": known["rule"], "sampler": known["sampler"]["name"]}
-    drafts = [f"lossless, at most {known['draft_limit']} drafts"] if _lossless(found) else []
-    return drafts + [f"{name} {given[name]}" for name in usual if given[name] != usual[name]]
+    told = [] if known["decoder"] == "EarlyExit" else [known["decoder"]]
+    told += [f"{name} {value}" for name, value in known["options"].items() if value != "Exact"]
+    sampler = known["sampler"]
+    return told + ([f"sampler {sampler['name']}"] if sampler is not None and sampler["name"] != "Greedy" else [])
 
 
-def _lossless(found: DecodingResults) -> bool:
-    return found.decoding["mode"] == "lossless"
+def _drafts(found: DecodingResults) -> bool:
+    return any(row.drafts_kept is not None for row in found.frontier)
 
 
 def table(found: DecodingResults) -> str:
     """The frontier, a line for each policy and threshold."""
     name, headline = found.task["name"], found.task["headline"]
     heads = [
-        "drafts\nkept" if _lossless(found) else "same\ntokens",
+        "drafts\nkept" if _drafts(found) else "same\ntokens",
         "same\nanswers",
         "blocks\na token",
         "FLOPs",
@@ -128,7 +116,7 @@ def table(found: DecodingResults) -> str:
         "speed-\nup",
     ]
     heads.append(headline.replace("_", "\n"))
-    lines = [(row["policy"], common.threshold(row["threshold"]), _cells(row, _columns(found))) for row in found.rows]
+    lines = [(row.policy, common.threshold(row.threshold), _cells(row, _columns(found))) for row in found.frontier]
     title = f"{name}, {found.task['examples']} examples: each policy beside the full model"
     manner = _manner(found)
     return common.table("\n".join([title, *(["Decoding: " + ", ".join(manner)] if manner else [])]), heads, lines)
@@ -136,19 +124,19 @@ def table(found: DecodingResults) -> str:
 
 def _columns(found: DecodingResults) -> list[str]:
     """Lossless text is the full model's whatever the policy: there the drafts kept tell policies apart."""
-    return [name for name in FIGURES if name != ("agreement" if _lossless(found) else "drafts_kept")]
+    return [name for name in FIGURES if name != ("agreement" if _drafts(found) else "drafts_kept")]
 
 
-def _cells(row: Mapping[str, Any], columns: Sequence[str]) -> list[str]:
+def _cells(row: PolicyRow, columns: Sequence[str]) -> list[str]:
     formats = ("{:.1%}", "{:.0%}", "{:.1f}", "{:.0%}", "{:.0%}", "{:.2f}", "{:.2f}×", "{:.3f}")
-    values = [row[figure] for figure in columns]
+    values = [getattr(row, figure) for figure in columns]
     return ["" if value is None else form.format(value) for form, value in zip(formats, values, strict=True)]
 
 
-def _log(trainer: Trainer, rows: Sequence[Mapping[str, Any]]) -> None:
+def _log(trainer: Trainer, rows: Sequence[PolicyRow]) -> None:
     seen: dict[str, int] = {}
     for row in rows:
-        policy = row["policy"]
+        policy = row.policy
         seen[policy] = seen.get(policy, -1) + 1
-        named = {f"frontier/{policy}/{name}": row[name] for name in ("threshold", *FIGURES)}
+        named = {f"frontier/{policy}/{name}": getattr(row, name) for name in ("threshold", *FIGURES)}
         common.log(trainer, named, step=seen[policy])

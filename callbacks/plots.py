@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from io import BytesIO
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -14,8 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from dynamax.files import write_atomically
-
-Row = Mapping[str, Any]
+from dynamax.modules.results import PolicyRow
 
 FULL = "Full"
 # Okabe and Ito's palette, told apart with every common colour blindness; shapes tell the rest.
@@ -46,7 +45,7 @@ AGREEMENT = Height("agreement", 1.0, "Tokens that are the full model's own")
 DRAFTS = Height("drafts_kept", 0.0, "Tokens that are drafts kept")
 
 
-def panels(rows: Sequence[Row], depth: int, height: Height = AGREEMENT) -> list[Panel]:
+def panels(rows: Sequence[PolicyRow], depth: int, height: Height = AGREEMENT) -> list[Panel]:
     """The panels that these rows have figures for; where nothing was decoded, only depth was counted."""
     share = PercentFormatter(1.0, decimals=0)
     wanted = [
@@ -58,21 +57,23 @@ def panels(rows: Sequence[Row], depth: int, height: Height = AGREEMENT) -> list[
     return [panel for panel in wanted if curves(rows, panel.key, height)] or [blocks]
 
 
-def curves(rows: Sequence[Row], key: str, height: Height = AGREEMENT) -> dict[str, list[Row]]:
+def curves(rows: Sequence[PolicyRow], key: str, height: Height = AGREEMENT) -> dict[str, list[PolicyRow]]:
     """Rows of each policy that have both figures, from the lowest threshold to the highest; the full model left out."""
-    lines: dict[str, list[Row]] = {}
+    lines: dict[str, list[PolicyRow]] = {}
     for row in rows:
-        if row["policy"] != FULL and row[key] is not None and row[height.key] is not None:
-            lines.setdefault(row["policy"], []).append(row)
+        if row.policy != FULL and getattr(row, key) is not None and getattr(row, height.key) is not None:
+            lines.setdefault(row.policy, []).append(row)
     return {policy: sorted(line, key=_threshold) for policy, line in lines.items()}
 
 
-def _threshold(row: Row) -> float:
+def _threshold(row: PolicyRow) -> float:
     """What a curve is ordered by; one point without a number is a curve of its own."""
-    return row["threshold"] if isinstance(row["threshold"], int | float) else 0.0
+    return row.threshold if isinstance(row.threshold, int | float) else 0.0
 
 
-def draw(rows: Sequence[Row], *, depth: int, title: str, subtitle: str, path: Path, height: Height = AGREEMENT) -> None:
+def draw(
+    rows: Sequence[PolicyRow], *, depth: int, title: str, subtitle: str, path: Path, height: Height = AGREEMENT
+) -> None:
     """Draw what is kept against each cost and against measured speed-up; the PNG appears whole or not at all.
 
     Args:
@@ -103,13 +104,13 @@ def draw(rows: Sequence[Row], *, depth: int, title: str, subtitle: str, path: Pa
     _write(figure, path)
 
 
-def _plot(axes: Axes, rows: Sequence[Row], panel: Panel, height: Height) -> None:
+def _plot(axes: Axes, rows: Sequence[PolicyRow], panel: Panel, height: Height) -> None:
     axes.axvline(panel.whole, color=PALE, linewidth=1, zorder=1)
     axes.axhline(height.whole, color=PALE, linewidth=1, zorder=1)
     for index, (policy, line) in enumerate(curves(rows, panel.key, height).items()):
         axes.plot(
-            [row[panel.key] for row in line],
-            [row[height.key] for row in line],
+            [getattr(row, panel.key) for row in line],
+            [getattr(row, height.key) for row in line],
             color=COLOURS[index % len(COLOURS)],
             marker=SHAPES[index % len(SHAPES)],
             markersize=6,
@@ -121,9 +122,9 @@ def _plot(axes: Axes, rows: Sequence[Row], panel: Panel, height: Height) -> None
     axes.plot(panel.whole, height.whole, label="full model", zorder=2, **star)  # beneath curves that come as far
 
 
-def _name(policy: str, line: Sequence[Row]) -> str:
+def _name(policy: str, line: Sequence[PolicyRow]) -> str:
     policy = short(policy)
-    thresholds = [row["threshold"] for row in line if isinstance(row["threshold"], int | float)]
+    thresholds = [row.threshold for row in line if isinstance(row.threshold, int | float)]
     return f"{policy}, {thresholds[0]:g} to {thresholds[-1]:g}" if len(thresholds) > 1 else policy
 
 

@@ -107,17 +107,20 @@ class Memory:
 
 
 class Evidence:
-    """What a policy may look at when it decides whether to leave at one exit.
+    """What a policy or a gate may look at when it decides about leaving at one exit.
 
-    Everything dear is lazy: logits are computed when first asked for, and the output matrix is a
+    Everything expensive is lazy: logits are computed when first asked for, and the output matrix is a
     fifth of a small model. What was asked for is recorded, so that it can be charged.
+
+    Leading dimensions are written ``...``. They are rows ``[B]`` for a policy and for a gate without memory; positions
+    ``[T]`` where a known text is read; rows and positions ``[B, T]`` for a recurrent gate, which reads a sequence.
 
     Attributes:
         depth: Blocks completed, counted from 1.
         total: Blocks of the backbone.
         step: Tokens generated before this one; one number a row where rows are positions of a known text.
-        hidden_BD: Residual stream after ``depth`` blocks.
-        trail: Evidence of the earlier exits of the same step, shallowest first.
+        hidden: Residual stream after ``depth`` blocks, ``[..., D]``.
+        trail: Evidence of the earlier exits of the same step, shallowest first; empty for a recurrent gate.
     """
 
     def __init__(
@@ -125,48 +128,49 @@ class Evidence:
         depth: int,
         total: int,
         step: int | Tensor,
-        hidden_BD: Tensor,
+        hidden: Tensor,
         *,
         logits: Callable[[], Tensor],
-        gates: Mapping[str, Callable[[], Tensor]],
+        gates: Mapping[str, Callable[[Evidence], Tensor]] | None = None,
         trail: Sequence[Evidence] = (),
     ) -> None:
         self.depth = depth
         self.total = total
         self.step = step
-        self.hidden_BD = hidden_BD
+        self.hidden = hidden
         self.trail = tuple(trail)
         self._logits = logits
-        self._gates = gates
-        self._confidences: dict[str, Tensor] = {}
+        self._gates = gates or {}
+        self._scores: dict[str, Tensor] = {}
 
     @cached_property
-    def logits_BV(self) -> Tensor:
-        """Float32 logits of this exit's lens."""
-        return self._logits().float()
+    def logits(self) -> Tensor:
+        """Logits of this exit's lens, ``[..., V]``, in float32 at least."""
+        logits = self._logits()
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
     @cached_property
-    def probs_BV(self) -> Tensor:
-        """Softmax of ``logits_BV``."""
-        return self.logits_BV.softmax(-1)
+    def probs(self) -> Tensor:
+        """Softmax of ``logits``, ``[..., V]``."""
+        return self.logits.softmax(-1)
 
     @cached_property
-    def token_B(self) -> Tensor:
-        """The lens' most likely token."""
-        return self.logits_BV.argmax(-1)
+    def token(self) -> Tensor:
+        """The lens' most likely token, ``[...]``."""
+        return self.logits.argmax(-1)
 
     @property
     def logits_read(self) -> bool:
         """Whether anyone has asked for the logits of this exit."""
-        return "logits_BV" in self.__dict__
+        return "logits" in self.__dict__
 
     @property
     def gates_read(self) -> tuple[str, ...]:
         """Names of the gates asked for so far."""
-        return tuple(self._confidences)
+        return tuple(self._scores)
 
-    def confidence(self, gate: str | None = None) -> Tensor:
-        """Confidence ``p_B`` in [0, 1] of a gate of this exit.
+    def score(self, gate: str | None = None) -> Tensor:
+        """Log-odds of a gate of this exit that leaving is right, ``[...]``.
 
         Args:
             gate: Class name of the gate; may be left out where the exit has just one.
@@ -181,9 +185,13 @@ class Evidence:
                 f"The policy asked exit {self.depth} for the gate {gate or '(unnamed)'}; its gates that the policy may "
                 f"ask are: {known}. Name one of them in the policy (gate: NAME), or give every exit such a gate."
             )
-        if name not in self._confidences:
-            self._confidences[name] = self._gates[name]()
-        return self._confidences[name]
+        if name not in self._scores:
+            self._scores[name] = self._gates[name](self)
+        return self._scores[name]
+
+    def confidence(self, gate: str | None = None) -> Tensor:
+        """Confidence in [0, 1] of a gate of this exit, ``[...]``: the sigmoid of ``score``."""
+        return self.score(gate).sigmoid()
 
 
 @dataclass(frozen=True)
@@ -244,10 +252,9 @@ class Step:
 
     Attributes:
         token_B: The tokens, int64.
-        depth: Blocks the step's own positions ran through.
+        depth_B: Blocks the step's own positions ran through, a number a row, int64, on the CPU.
         logits_BV: The logits the tokens were drawn from.
-        wish_BE: For each row and each exit asked, in order, whether the policy wished to leave.
-        logits_read: Depths at which lens logits were computed (the top counts as depth ``total``).
+        logits_read: (depth, positions) of each reading of logits; the top counts as depth ``total``.
         gates_read: (depth, gate) for each gate evaluation.
         work: What the blocks did for this step; debts paid on the way included.
         prefill: True for the token that the prompt's own pass gives.
@@ -255,11 +262,15 @@ class Step:
     """
 
     token_B: Tensor
-    depth: int
+    depth_B: Tensor
     logits_BV: Tensor
-    wish_BE: Tensor | None = None
-    logits_read: tuple[int, ...] = ()
+    logits_read: tuple[tuple[int, int], ...] = ()
     gates_read: tuple[tuple[int, str], ...] = ()
     work: Work = NO_WORK
     prefill: bool = False
     accepted: bool = False
+
+    @property
+    def depth(self) -> int:
+        """The deepest row's."""
+        return int(self.depth_B.max())

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from dynamax.backbones.cells import Cell
+from dynamax.backbones.state import LayerState
 from tests.tiny import RECURRENT
 
 CLOSE = {"rtol": 0, "atol": 1e-11}
@@ -35,11 +35,13 @@ def told(layer: Any) -> State:  # noqa: ANN401
     return held
 
 
-def state(cell: Cell) -> State:
-    """The same of one of our cells, the window laid out as transformers has it."""
-    held = dict(zip(("keys", "values"), cell.keys.read(), strict=True)) if cell.keys is not None else {}
-    if cell.recurrent is not None and cell.recurrent.past is not None:
-        held |= dict(zip(("window", "state"), cell.recurrent.past, strict=False))
+def state(cell: LayerState, filled: int) -> State:
+    """The same of one of our states of ``filled`` positions, the window laid out as transformers has it."""
+    held = {}
+    if cell.keys is not None:
+        held |= dict(zip(("keys", "values"), cell.keys.read(0, filled), strict=True))
+    if cell.recurrent is not None and cell.recurrent.tensors is not None:
+        held |= dict(zip(("window", "state"), cell.recurrent.tensors, strict=False))
         held["window"] = held["window"].transpose(1, 2)
     return held
 

@@ -2,30 +2,25 @@
 
 from __future__ import annotations
 
-import contextlib
-import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import final
 
 import torch
 from torch import Tensor, nn
 
 from dynamax.backbones.cache import Cache
-from dynamax.backbones.cells import Part
-from dynamax.backbones.chunk import Chunk
-from dynamax.backbones.stores import Pass, Peek, Store, WriteOnly, Written
+from dynamax.backbones.plan import Rotary, StepPlan
+from dynamax.backbones.state import CacheView, LayerView, NoCacheView, StateKind
 from dynamax.errors import UserError
 from dynamax.types import BlockCost, Site, Span, Spec
-
-Visit = Callable[[int, Tensor], object]
 
 
 class Backbone(nn.Module, ABC):
     """A decoder-only language model whose depth is an argument.
 
-    Frozen, and in eval mode whatever ``train`` is called with. A subclass gives the abstract
-    methods; ``run`` is never overridden.
+    Frozen, and in eval mode whatever ``train`` is called with. A subclass gives the abstract methods, and those of
+    the others that are special to it; ``run`` is never overridden.
 
     Attributes:
         spec: Depth, width, vocabulary, fingerprint.
@@ -44,12 +39,8 @@ class Backbone(nn.Module, ABC):
         """Tokens to ``h_BTD``, the input of block 0, at the positions that follow the cache's."""
 
     @abstractmethod
-    def block(self, index: int, h_BTD: Tensor, chunk: Chunk, store: Store) -> Tensor:
-        """One block over one chunk. ``store`` takes its keys and values, and advances its recurrent state."""
-
-    @abstractmethod
-    def window(self, index: int) -> int | None:
-        """Positions a row of this block sees, its own included; None for all."""
+    def block(self, index: int, h_BTD: Tensor, plan: StepPlan, view: LayerView) -> Tensor:
+        """One block over one chunk. ``view`` takes its keys and values, and advances its recurrent state."""
 
     @abstractmethod
     def normalize(self, h_BTD: Tensor) -> Tensor:
@@ -63,22 +54,39 @@ class Backbone(nn.Module, ABC):
     def block_cost(self, index: int) -> BlockCost:
         """What the block costs."""
 
-    @abstractmethod
-    def chunk(self, h_BTD: Tensor, start: int, pad_B: Tensor | None = None, past: int | None = None) -> Chunk:
-        """Positions, rotary angles and masks of a chunk that begins at ``start``, behind ``past`` held keys."""
-
-    @abstractmethod
-    def shift_keys(self, k_BHTD: Tensor, index: int) -> Tensor:
-        """Keys of one block as they would stand one position later; unchanged without rotary positions."""
-
-    def parts(self, index: int) -> Collection[Part]:
+    def state_kinds(self, index: int) -> Collection[StateKind]:
         """What the block keeps of the positions it has seen: keys and values, a recurrent state, both or neither."""
         return ("keys",)
+
+    def window(self, index: int) -> int | None:
+        """Positions a row of this block sees, its own included; None for all."""
+        return None
+
+    def write_state(self, index: int, h_BTD: Tensor, plan: StepPlan, view: LayerView) -> None:
+        """Write one block's state for a chunk, as if it had come in as ``h_BTD``.
+
+        Here the whole block runs. A family that can do it with fewer weights says how.
+        """
+        self.block(index, h_BTD, plan, view)
+
+    def shift_keys(self, k_BHTD: Tensor, index: int) -> Tensor:
+        """Keys of one block as they would stand one position later; unchanged without rotary positions."""
+        return k_BHTD
+
+    @property
+    def rotary(self) -> Rotary | None:
+        """Rotary angles; None for a model without."""
+        return None
+
+    @property
+    def additive_masks(self) -> bool:
+        """True where attention adds its mask (eager), False where it takes booleans (sdpa)."""
+        return False
 
     # -- the verb -----------------------------------------------------------------------------------
 
     @final
-    def run(self, h_BTD: Tensor, span: Span, cache: Cache | None = None) -> Tensor:
+    def run(self, h_BTD: Tensor, span: Span, cache: Cache | None = None, *, leave_out: Collection[int] = ()) -> Tensor:
         """Take positions through blocks ``[span.start, span.stop)``.
 
         Debts met on the way ride in the same chunk, ahead of the caller's rows, and are owed again
@@ -88,33 +96,88 @@ class Backbone(nn.Module, ABC):
             h_BTD: The caller's positions, input of block ``span.start``.
             span: Blocks to run.
             cache: State to continue and extend; None for a pass that keeps nothing.
+            leave_out: Blocks to pass by, as training with layer dropout does; without a cache only.
 
         Returns:
             The caller's positions, ``h_BTD``, after block ``span.stop - 1``.
         """
         if cache is None:
-            chunk = self.chunk(h_BTD, 0)
-            for index in range(*span):
-                h_BTD = self.block(index, h_BTD, chunk, Pass(chunk.live_BT))
-            return h_BTD
+            plan, blocks = self.plan(h_BTD), [index for index in range(*span) if index not in leave_out]
+            views = [NoCacheView(plan, self.window(index), self.state_kinds(index)) for index in blocks]
+            return self.run_blocks(h_BTD, blocks, plan, views)
+        assert not leave_out, "a block that is left out would miss positions in its state"
         if span.start == cache.span.start:
-            cache.balance()
-        mine, chunk = h_BTD.shape[1], None
+            cache.group.balance()
+        mine = h_BTD.shape[1]
         if not mine:
             raise UserError(f"run was given no positions: {tuple(h_BTD.shape)}. Give it at least one.")
-        for index in range(*span):
-            debt_BTD = cache.due(index)
+        for stretch in cache.group.stretches(span):
+            debt_BTD = cache.group.due(stretch.start)
             if debt_BTD is not None:
-                h_BTD, chunk = torch.cat([debt_BTD, h_BTD], 1), None
-            if chunk is None:
-                chunk = self.chunk(h_BTD, cache.filled[index], cache.pad_B)
-            assert cache.filled[index] == chunk.start, "blocks of one stretch continue at one position"
-            store = Store(cache.cells[index], chunk.first_key(self.window(index)), chunk.live_BT)
-            h_BTD = self.block(index, h_BTD, chunk, store)
-            cache.count(index, h_BTD.shape[1])
+                h_BTD = torch.cat([debt_BTD, h_BTD], 1)
+            plan = self.plan(h_BTD, cache, start=cache.filled[stretch.start])
+            views = [CacheView(cache.states[i], plan, self.window(i)) for i in range(*stretch)]
+            h_BTD = self.run_blocks(h_BTD, range(*stretch), plan, views)
+            cache.ran(stretch, plan.length, views)
         if h_BTD.shape[1] > mine and span.stop < cache.span.stop:
-            cache.owe(span.stop, h_BTD[:, :-mine])
+            cache.group.owe(span.stop, h_BTD[:, :-mine])
         return h_BTD[:, -mine:]
+
+    def run_blocks(self, h_BTD: Tensor, blocks: Sequence[int], plan: StepPlan, views: Sequence[LayerView]) -> Tensor:
+        """The device's part of ``run``: blocks over one chunk, a function of tensors; ``views`` has one a block."""
+        for index, view in zip(blocks, views, strict=True):
+            h_BTD = self.block(index, h_BTD, plan, view)
+        return h_BTD
+
+    @final
+    def walk(
+        self,
+        h_BTD: Tensor | None,
+        depths: Iterable[int],
+        cache: Cache | None = None,
+        *,
+        start: int = 0,
+        leave_out: Collection[int] = (),
+    ) -> Iterator[tuple[int, Tensor]]:
+        """Run up to each depth in turn: the only loop over depths.
+
+        Args:
+            h_BTD: The caller's positions, input of block ``start``; None to pay all debts: then the owed positions
+                themselves walk, those owed deeper join on the way, and the walk must end at the top.
+            depths: Depths to stop at, ascending, above ``start``.
+            cache: State to continue and extend.
+            start: Blocks completed.
+            leave_out: As for ``run``.
+
+        Yields:
+            Each depth, and the walking positions ``h_BTD`` after as many blocks.
+        """
+        paying = h_BTD is None
+        if paying:
+            assert cache is not None, "debts stand in a cache"
+            owed = cache.group.debts
+            start = min(owed, default=self.spec.depth)
+            depths = sorted(depth for depth in {*depths, *owed} if depth > start)
+        for depth in depths:
+            if paying and cache is not None and (due_BTD := cache.group.due(start)) is not None:
+                h_BTD = due_BTD if h_BTD is None else torch.cat([due_BTD, h_BTD], 1)
+            assert h_BTD is not None
+            h_BTD = self.run(h_BTD, Span(start, depth), cache, leave_out=leave_out)
+            yield depth, h_BTD
+            start = depth
+
+    @final
+    def settle(self, cache: Cache) -> None:
+        """Pay all debts: take every owed position to the top."""
+        for _ in self.walk(None, [self.spec.depth], cache):
+            pass
+
+    @final
+    def unembed(self, h_BTD: Tensor) -> Tensor:
+        """Final norm and output matrix: ``h_BTD`` to float32 ``logits_BTV``."""
+        return self.project(self.normalize(h_BTD))
+
+    # -- one block alone ------------------------------------------------------------------------------
 
     @final
     def peek(self, h_BTD: Tensor, index: int, cache: Cache) -> Tensor:
@@ -122,51 +185,44 @@ class Backbone(nn.Module, ABC):
 
         Positions that are owed to the block are not among its keys.
         """
-        chunk = self.chunk(h_BTD, cache.length - h_BTD.shape[1], cache.pad_B, past=cache.filled[index])
+        rows = h_BTD.shape[1]
+        plan = self.plan(h_BTD, cache, start=cache.length - rows, past=cache.filled[index])
         cache.calls[index] += 1
-        cache.rows[index] += h_BTD.shape[1]
-        store = Peek(cache.cells[index], chunk.first_key(self.window(index)), chunk.live_BT)
-        return self.block(index, h_BTD, chunk, store)
+        cache.rows[index] += rows
+        return self.block(index, h_BTD, plan, CacheView(cache.states[index], plan, self.window(index)))
 
     @final
     def write(self, h_BTD: Tensor, index: int, cache: Cache) -> None:
-        """Write one block's state for these positions, as if they had come in as ``h_BTD``.
-
-        The block is stopped as soon as it has written: norm and projections run, the rest does not. A block
-        that keeps nothing is not run at all.
-        """
-        chunk = self.chunk(h_BTD, cache.filled[index], cache.pad_B)
-        store = WriteOnly(cache.cells[index], chunk.first_key(self.window(index)), chunk.live_BT)
-        if self.parts(index):
-            with contextlib.suppress(Written):
-                self.block(index, h_BTD, chunk, store)
+        """Write one block's state for these positions, as if they had come in as ``h_BTD``, without running it."""
+        plan = self.plan(h_BTD, cache, start=cache.filled[index])
+        if self.state_kinds(index):
+            view = CacheView(cache.states[index], plan, self.window(index))
+            self.write_state(index, h_BTD, plan, view)
+            view.commit()
         cache.filled[index] += h_BTD.shape[1]
         cache.writes[index] += h_BTD.shape[1]
 
+    # -- what the host prepares -------------------------------------------------------------------------
+
     @final
-    def settle(self, cache: Cache, *, stops: Sequence[int] = (), visit: Visit | None = None) -> Tensor | None:
-        """Pay all debts: take every owed position to the top.
+    def plan(self, h_BTD: Tensor, cache: Cache | None = None, *, start: int = 0, past: int | None = None) -> StepPlan:
+        """Positions, rotary angles and masks of a chunk; made once and shared by all blocks the chunk passes.
 
         Args:
-            cache: State whose debts are paid.
-            stops: Depths to pause at on the way.
-            visit: Called at each pause with the depth and the positions that have just come up to it.
-
-        Returns:
-            ``h_BTD`` of the paid positions after the last block, oldest first; None if nothing was owed.
+            h_BTD: The chunk.
+            cache: Gives the padding, and the newest plan, which is used again if it is of the same positions.
+            start: Position of the first row.
+            past: Keys held from before the chunk; ``start`` unless positions are owed.
         """
-        if not cache.debts:
-            return None
-        lowest = min(cache.debts)
-        depths = sorted({*cache.debts, *(stop for stop in stops if stop > lowest)})
-        h_BTD: Tensor | None = None
-        for start, stop in itertools.pairwise([*depths, cache.span.stop]):
-            if h_BTD is not None and visit is not None and start in stops:
-                visit(start, h_BTD)
-            older_BTD = cache.due(start)
-            rows = [x_BTD for x_BTD in (older_BTD, h_BTD) if x_BTD is not None]
-            h_BTD = self.run(torch.cat(rows, 1), Span(start, stop), cache)
-        return h_BTD
+        pad_B = None if cache is None else cache.pad_B
+        past = start if past is None else past
+        known = None if cache is None else cache.plan
+        if known is not None and (known.start, known.length, known.past) == (start, h_BTD.shape[1], past):
+            return known
+        plan = StepPlan(h_BTD, start, pad_B, additive=self.additive_masks, rotary=self.rotary, past=past)
+        if cache is not None:
+            cache.plan = plan
+        return plan
 
     @final
     def site(self, depth: int, cache: Cache | None = None) -> Site:
@@ -181,12 +237,7 @@ class Backbone(nn.Module, ABC):
         return Site(depth, self.spec, self.normalize, self.project, last_block)
 
     @final
-    def unembed(self, h_BTD: Tensor) -> Tensor:
-        """Final norm and output matrix: ``h_BTD`` to float32 ``logits_BTV``."""
-        return self.project(self.normalize(h_BTD))
-
-    @final
     def new_cache(self, capacity: int = 256, pad_B: Tensor | None = None, span: Span | None = None) -> Cache:
         """An empty cache for this backbone, or for a span of its blocks."""
         span = span or Span(0, self.spec.depth)
-        return Cache(span, capacity, pad_B, [self.parts(index) for index in range(span.stop)])
+        return Cache(span, capacity, pad_B, [self.state_kinds(index) for index in range(span.stop)])

@@ -1,44 +1,120 @@
-"""The state of all blocks: cells, fill levels, debts, marks. Knows neither heads nor policies.
+"""The state of all blocks, and which positions have been through which block. Knows neither heads nor policies.
 
-Positions that left early stand as a *debt* at the depth where they stopped. Deeper blocks have
-seen fewer positions, and at every moment the books balance (law 4)::
+Positions that left early stand as a *debt* at the depth where they stopped. Deeper blocks have seen fewer positions,
+and at every moment the fill levels balance (law 4)::
 
     filled[d] + positions owed at depths 1..d == filled[0]
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from dynamax.backbones.cells import Anchor, Cell, Part
+from dynamax.backbones.plan import StepPlan
+from dynamax.backbones.state import CacheView, Snapshot, StateKind, new_state
 from dynamax.types import Memory, Span, Work
 
 
+class RowGroup:
+    """Rows of a batch that have been through the same blocks: their fill levels and their debts.
+
+    Args:
+        span: The blocks whose state is kept.
+
+    Attributes:
+        filled: For each block, how many positions have been through it.
+    """
+
+    def __init__(self, span: Span) -> None:
+        self.span = span
+        self.filled = [0] * span.stop
+        self._debts: dict[int, Tensor] = {}
+
+    @property
+    def length(self) -> int:
+        """Positions that have come in."""
+        return self.filled[self.span.start]
+
+    @property
+    def debts(self) -> dict[int, int]:
+        """Positions owed, by depth, shallowest first."""
+        return {depth: h_BTD.shape[1] for depth, h_BTD in sorted(self._debts.items())}
+
+    def owe(self, depth: int, h_BTD: Tensor) -> None:
+        """These positions stopped before block ``depth``; they are newer than any owed there."""
+        assert self.span.start < depth < self.span.stop, f"a debt at depth {depth}, but blocks {self.span} are here"
+        known_BTD = self._debts.get(depth)
+        self._debts[depth] = h_BTD if known_BTD is None else torch.cat([known_BTD, h_BTD], 1)
+
+    def due(self, depth: int) -> Tensor | None:
+        """Take the positions owed before block ``depth``, oldest first; they are owed no longer."""
+        return self._debts.pop(depth, None)
+
+    def owed(self, depth: int) -> Tensor | None:
+        """Look at the positions owed before block ``depth`` and leave them owed."""
+        return self._debts.get(depth)
+
+    def stretches(self, span: Span) -> Iterator[Span]:
+        """The span, cut where debts join."""
+        start = span.start
+        for depth in sorted(self._debts):
+            if start < depth < span.stop:
+                yield Span(start, depth)
+                start = depth
+        yield Span(start, span.stop)
+
+    def balance(self) -> None:
+        """Law 4: every position is either through a block or owed below it."""
+        owed = 0
+        for depth in range(*self.span):
+            debt_BTD = self._debts.get(depth)
+            owed += 0 if debt_BTD is None else debt_BTD.shape[1]
+            assert self.filled[depth] + owed == self.length, (
+                f"block {depth} has seen {self.filled[depth]} positions and {owed} are owed below it, "
+                f"but {self.length} came in"
+            )
+
+    def crop(self, length: int) -> None:
+        """Forget the positions from ``length`` on, through blocks and owed alike."""
+        at = self.filled[-1]
+        for depth in sorted(self._debts, reverse=True):  # the deepest debts are the oldest
+            rows = self._debts[depth].shape[1]
+            kept = max(0, min(rows, length - at))
+            at += rows
+            if kept:
+                self._debts[depth] = self._debts[depth][:, :kept]
+            else:
+                del self._debts[depth]
+        self.filled = [min(filled, length) for filled in self.filled]
+
+
 @dataclass(frozen=True)
-class Mark:
-    """Where a rollback can return to: the length, and what heads and recurrent blocks remembered then."""
+class CacheSnapshot:
+    """Where a rollback can return to: the length, and what heads and blocks remembered then."""
 
     length: int
     memories: dict[tuple[int, str], Memory]
-    states: list[Anchor | None]
+    states: list[Snapshot]
 
 
 class Cache:
     """State of one decoding run over all blocks.
 
+    The rows of the batch move together: they are one row group.
+
     Args:
         span: The blocks whose state is kept here; a part of them, where the others run elsewhere.
         capacity: Positions to make room for at first; more are made as needed.
         pad_B: Padding positions at the left of each row, or None.
-        parts: What each block keeps; keys and values if left out.
+        kinds: What each block keeps; keys and values if left out.
 
     Attributes:
-        cells: The state of each block.
-        filled: For each block, how many positions have been through it.
+        states: The state of each block.
+        group: Fill levels and debts of the rows.
         calls: For each block, how often it was called.
         rows: For each block, how many positions those calls held.
         writes: For each block, how many positions were written without running it.
@@ -50,93 +126,56 @@ class Cache:
         span: Span,
         capacity: int = 256,
         pad_B: Tensor | None = None,
-        parts: Sequence[Collection[Part]] | None = None,
+        kinds: Sequence[Collection[StateKind]] | None = None,
     ) -> None:
         self.span = span
-        depth = span.stop
         self.pad_B = pad_B
-        self.cells = [Cell(("keys",) if parts is None else parts[index], capacity) for index in range(depth)]
-        self.filled = [0] * depth
-        self.calls = [0] * depth
-        self.rows = [0] * depth
-        self.writes = [0] * depth
+        self.states = [new_state(("keys",) if kinds is None else kinds[i], capacity) for i in range(span.stop)]
+        self.group = RowGroup(span)
+        self.calls = [0] * span.stop
+        self.rows = [0] * span.stop
+        self.writes = [0] * span.stop
         self.memories: dict[tuple[int, str], Memory] = {}
-        self._debts: dict[int, Tensor] = {}
+        self.plan: StepPlan | None = None
 
     @property
     def length(self) -> int:
         """Positions that have come in."""
-        return self.filled[self.span.start]
-
-    # -- debts ---------------------------------------------------------------------------------
+        return self.group.length
 
     @property
-    def debts(self) -> dict[int, int]:
-        """Positions owed, by depth."""
-        return {depth: h.shape[1] for depth, h in sorted(self._debts.items())}
+    def filled(self) -> list[int]:
+        """For each block, how many positions have been through it."""
+        return self.group.filled
 
-    def owe(self, depth: int, h_BTD: Tensor) -> None:
-        """These positions stopped before block ``depth``; they are newer than any owed there."""
-        assert self.span.start < depth < self.span.stop, f"a debt at depth {depth}, but blocks {self.span} are here"
-        known = self._debts.get(depth)
-        self._debts[depth] = h_BTD if known is None else torch.cat([known, h_BTD], 1)
-
-    def due(self, depth: int) -> Tensor | None:
-        """Take the positions owed before block ``depth``, oldest first; they are owed no longer."""
-        return self._debts.pop(depth, None)
-
-    def owed(self, depth: int) -> Tensor | None:
-        """Look at the positions owed before block ``depth`` and leave them owed."""
-        return self._debts.get(depth)
-
-    def balance(self) -> None:
-        """Law 4: every position is either through a block or owed below it."""
-        owed = 0
-        for depth in range(*self.span):
-            debt = self._debts.get(depth)
-            owed += 0 if debt is None else debt.shape[1]
-            assert self.filled[depth] + owed == self.length, (
-                f"block {depth} has seen {self.filled[depth]} positions and {owed} are owed below it, "
-                f"but {self.length} came in"
-            )
-
-    # -- what blocks call -----------------------------------------------------------------------
-
-    def count(self, block: int, rows: int) -> None:
-        """A block has been run over ``rows`` positions."""
-        self.filled[block] += rows
-        self.calls[block] += 1
-        self.rows[block] += rows
+    def ran(self, span: Span, rows: int, views: Sequence[CacheView]) -> None:
+        """Blocks have been run over ``rows`` positions: commit what they left in their views, and count."""
+        for block, view in zip(range(*span), views, strict=True):
+            view.commit()
+            self.group.filled[block] += rows
+            self.calls[block] += 1
+            self.rows[block] += rows
 
     def work(self) -> Work:
         """All that has been counted so far."""
         return Work(tuple(self.calls), tuple(self.rows), tuple(self.writes))
 
-    # -- marks ----------------------------------------------------------------------------------
-
-    def mark(self) -> Mark:
-        """Where a later ``rollback`` can return to. Costs no copy."""
+    def snapshot(self) -> CacheSnapshot:
+        """Where a later ``rollback`` can return to. Copies no keys and no states."""
         memories = {key: memory.copy() for key, memory in self.memories.items()}
-        return Mark(self.length, memories, [cell.mark() for cell in self.cells])
+        states = [state.snapshot(filled) for state, filled in zip(self.states, self.filled, strict=True)]
+        return CacheSnapshot(self.length, memories, states)
 
-    def rollback(self, mark: Mark, keep: int = 0) -> None:
-        """Forget all positions since the mark but the first ``keep``.
+    def rollback(self, snapshot: CacheSnapshot, keep: int = 0) -> None:
+        """Forget all positions since the snapshot but the first ``keep``.
 
-        Where blocks are recurrent, positions can be kept since the newest mark alone, and an older mark can be
-        returned to only if nothing was owed there. Heads' memories return to the mark; whoever keeps positions lets
-        the heads read them again.
+        Where blocks are recurrent, positions can be kept since the newest snapshot alone, and an older one can be
+        returned to only if nothing was owed there. Heads' memories return to the snapshot; whoever keeps positions
+        lets the heads read them again.
         """
-        length = mark.length + keep
-        at = self.filled[-1]
-        for depth in sorted(self._debts, reverse=True):
-            rows = self._debts[depth].shape[1]
-            kept = max(0, min(rows, length - at))
-            at += rows
-            if kept < rows:
-                self._debts[depth] = self._debts[depth][:, :kept]
-            if kept == 0:
-                del self._debts[depth]
-        for block, (cell, state) in enumerate(zip(self.cells, mark.states, strict=True)):
-            cell.crop(length, state)
-            self.filled[block] = min(self.filled[block], length)
-        self.memories = {key: memory.copy() for key, memory in mark.memories.items()}
+        length = snapshot.length + keep
+        for state, filled, then in zip(self.states, self.filled, snapshot.states, strict=True):
+            if filled > length:
+                state.crop(length, then)
+        self.group.crop(length)
+        self.memories = {key: memory.copy() for key, memory in snapshot.memories.items()}

@@ -156,7 +156,7 @@ def debts(backbone: Backbone, reference: Reference, tokens_BT: Tensor) -> Pairs:
         exit_ = 1 + index % (depth - 1) if depth > 1 else 1
         h_BTD = backbone.run(backbone.embed(token_BT, cache), Span(0, exit_), cache)
         if exit_ < depth:
-            cache.owe(exit_, h_BTD)
+            cache.group.owe(exit_, h_BTD)
     h_BTD = backbone.run(backbone.embed(tokens_BT[:, -2:], cache), Span(0, depth), cache)
     yield backbone.unembed(h_BTD), reference(tokens_BT)[:, -2:]
 
@@ -165,9 +165,9 @@ def rolled_back(backbone: Backbone, reference: Reference, tokens_BT: Tensor) -> 
     """Wrong tokens taken back before the right ones come."""
     cache, first = backbone.new_cache(), tokens_BT.shape[1] // 2
     chunked(backbone, tokens_BT[:, :first], [first], cache)
-    mark = cache.mark()
+    before = cache.snapshot()
     chunked(backbone, tokens_BT.flip(1)[:, :5], [2, 1], cache)
-    cache.rollback(mark)
+    cache.rollback(before)
     yield chunked(backbone, tokens_BT[:, first:], [2, 1], cache), reference(tokens_BT)[:, first:]
 
 

@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from torch import nn
 from transformers import PretrainedConfig
 
-from dynamax.backbones.cells import Part
 from dynamax.backbones.mixers import Mixer
+from dynamax.backbones.state import StateKind
 from dynamax.types import BlockCost
 
 
@@ -38,32 +38,29 @@ def own_adapter(config: PretrainedConfig, index: int, name: str) -> bool:
 def block_cost(
     config: PretrainedConfig,
     used: Mapping[str, nn.Parameter],
-    parts: tuple[Part, ...],
+    kinds: tuple[StateKind, ...],
     *,
     mixer: Mixer | None,
     window: int | None,
     share: float,
-    first: Part,
+    runs_to_write: bool,
 ) -> BlockCost:
     """Counts of a block: products only; norms and biases are left out.
 
     Args:
         config: Gives the heads.
         used: The parameters that the block uses, by name. Experts stand in matrices of three dimensions.
-        parts: What the block keeps.
+        kinds: What the block keeps.
         mixer: What continues its recurrent state.
         window: Most positions attended to.
         share: Part of the experts that a position uses.
-        first: What the block writes first, if it keeps both; it is stopped when it has written the second.
+        runs_to_write: Whether all of the block but its mixer runs where only the state is wanted.
     """
     plain, experts = weights_of(used)
-    scores, keys, write = attention_of(config) if "keys" in parts else (0, 0, 0)
+    scores, keys, write = attention_of(config) if "keys" in kinds else (0, 0, 0)
     if mixer is not None:
         mixed = weights_of(dict(mixer.module.named_parameters()))[0]
-        if "keys" not in parts:
-            write = mixer.write()
-        else:
-            write = write + mixed if first == "recurrent" else plain - mixed + mixer.write()
+        write = (plain - mixed if runs_to_write else write) + mixer.write_weights()
     return BlockCost(
         weights=plain + experts,
         active=plain + round(experts * share),
@@ -71,8 +68,8 @@ def block_cost(
         keys=keys,
         window=window,
         write=write,
-        state=0 if mixer is None else mixer.state(),
-        scan=0 if mixer is None else mixer.products(),
+        state=0 if mixer is None else mixer.state_size(),
+        scan=0 if mixer is None else mixer.scan_products(),
     )
 
 
@@ -85,10 +82,10 @@ def weights_of(parameters: Mapping[str, nn.Parameter]) -> tuple[int, int]:
 
 
 def attention_of(config: PretrainedConfig) -> tuple[int, int, int]:
-    """Multiply-adds for each key attended to, values kept a position, weights that make queries, keys and values."""
+    """Multiply-adds for each key attended to, values kept a position, weights that make keys and values."""
     known = config.to_dict()
     queries = config.num_attention_heads
     heads = known.get("num_key_value_heads") or queries
     size = getattr(config, "head_dim", None) or config.hidden_size // queries
     width = known.get("attention_hidden_size") or config.hidden_size
-    return 2 * queries * size, 2 * heads * size, width * size * (queries + 2 * heads)
+    return 2 * queries * size, 2 * heads * size, width * size * 2 * heads

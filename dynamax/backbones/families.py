@@ -14,11 +14,11 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
-from dynamax.backbones import costs
+from dynamax.backbones import costs, family_state
 from dynamax.backbones import family_functions as functions
-from dynamax.backbones.cells import Part
-from dynamax.backbones.chunk import Chunk, Rotary
 from dynamax.backbones.mixers import Mixer
+from dynamax.backbones.plan import Rotary, StepPlan
+from dynamax.backbones.state import LayerView
 from dynamax.errors import UserError
 
 
@@ -43,7 +43,9 @@ class FamilySpec:
         call: How a block is called.
         residual: The part of a block's rows that is the residual stream.
         used: Whether a block uses a parameter that it holds.
-        first: What a block that keeps both writes first.
+        input_norm: Name of the norm that a block's input passes before it is projected; None for none.
+        keys_and_values: ``(block, u_BTD) -> (k_BHTD, v_BHTD)``, keys not yet turned to their positions.
+        write: How a block's state is written where more than norm and projections has to run; None elsewhere.
     """
 
     embedding: str = "embed_tokens"
@@ -54,7 +56,7 @@ class FamilySpec:
     windows: Callable[[PretrainedConfig], functions.Windows] = functions.unbounded
     kinds: Callable[[PretrainedConfig], functions.Kinds] = functions.one_kind
     rotary: Callable[[nn.Module], Rotary | None] = functions.shared_rotary
-    place: Callable[[nn.Module, Tensor, Chunk], Tensor] = functions.tokens_only
+    place: Callable[[nn.Module, Tensor, StepPlan], Tensor] = functions.tokens_only
     logits: Callable[[PretrainedConfig, Tensor], Tensor] = functions.plain_logits
     experts: Callable[[PretrainedConfig], float] = costs.dense
     parts: Callable[[PretrainedConfig], functions.Parts] = functions.only_keys
@@ -62,12 +64,15 @@ class FamilySpec:
     call: Callable[[nn.Module, Tensor, int, dict[str, Any]], Tensor] = functions.plainly
     residual: Callable[[PretrainedConfig, Tensor], Tensor] = functions.whole
     used: Callable[[PretrainedConfig, int, str], bool] = costs.all_used
-    first: Part = "keys"
+    input_norm: str | None = "input_layernorm"
+    keys_and_values: Callable[[nn.Module, Tensor], tuple[Tensor, Tensor]] = family_state.separate_projections
+    write: Callable[[nn.Module, Tensor, int, dict[str, Any], LayerView, Mixer], None] | None = None
 
 
 PURE = FamilySpec(
     embedding="embeddings",
     norm="norm_f",
+    input_norm="norm",
     cache="cache_params",
     attention="eager",
     rotary=functions.no_rotary,
@@ -91,12 +96,23 @@ FAMILIES: dict[str, FamilySpec] = {
         rotary=functions.rotary_by_type,
         logits=functions.capped_logits,
     ),
-    "phi3": FamilySpec(windows=functions.same_window),
-    "gpt_neox": FamilySpec(embedding="embed_in", norm="final_layer_norm", cache="layer_past"),
-    "gpt2": FamilySpec(
-        embedding="wte", blocks="h", norm="ln_f", rotary=functions.no_rotary, place=functions.learned_positions
+    "phi3": FamilySpec(windows=functions.same_window, keys_and_values=family_state.rows_of_fused_projection),
+    "gpt_neox": FamilySpec(
+        embedding="embed_in",
+        norm="final_layer_norm",
+        cache="layer_past",
+        keys_and_values=family_state.heads_of_fused_projection,
     ),
-    "olmo2": FamilySpec(),
+    "gpt2": FamilySpec(
+        embedding="wte",
+        blocks="h",
+        norm="ln_f",
+        rotary=functions.no_rotary,
+        place=functions.learned_positions,
+        input_norm="ln_1",
+        keys_and_values=family_state.columns_of_fused_projection,
+    ),
+    "olmo2": FamilySpec(input_norm=None),
     "starcoder2": FamilySpec(windows=functions.same_window),
     "mamba": replace(PURE, mixer=functions.selective),
     "mamba2": replace(PURE, mixer=functions.ssd),
@@ -118,6 +134,7 @@ FAMILIES: dict[str, FamilySpec] = {
         residual=functions.first_half,
         used=costs.own_adapter,
         mixer=functions.free_ssd,
+        write=family_state.write_behind_shared_transformer,
     ),
     "granitemoehybrid": replace(
         HYBRID,
@@ -132,7 +149,7 @@ FAMILIES: dict[str, FamilySpec] = {
         place=functions.multiplied,
         logits=functions.multiplied_logits,
         mixer=functions.scaled_ssd,
-        first="recurrent",
+        keys_and_values=family_state.scaled_projections,
     ),
     "nemotron_h": replace(
         HYBRID,
@@ -141,8 +158,10 @@ FAMILIES: dict[str, FamilySpec] = {
         rotary=functions.no_rotary,
         experts=costs.routed,
         mixer=functions.free_ssd,
+        input_norm="norm",
+        keys_and_values=family_state.mixer_projections,
     ),
-    "lfm2": replace(HYBRID, norm="embedding_norm", mixer=functions.short_convolution),
+    "lfm2": replace(HYBRID, norm="embedding_norm", mixer=functions.short_convolution, input_norm="operator_norm"),
 }
 
 

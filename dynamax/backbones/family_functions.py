@@ -12,14 +12,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PretrainedConfig
 
-from dynamax.backbones.cells import Part
-from dynamax.backbones.chunk import Chunk, Rotary
 from dynamax.backbones.mixers import Mixer, SelectiveMixer, ShortConvMixer, SSDMixer
+from dynamax.backbones.plan import Rotary, StepPlan
 from dynamax.backbones.repairs import free_steps
+from dynamax.backbones.state import StateKind
 
 Kinds = list[str | None]
 Windows = list[int | None]
-Parts = list[tuple[Part, ...]]
+Parts = list[tuple[StateKind, ...]]
 
 # -- windows: positions each block sees ------------------------------------------------------------
 
@@ -76,14 +76,14 @@ def no_rotary(base: nn.Module) -> None:
 # -- what stands between the embedding matrix and block 0, and behind the output matrix ---------------
 
 
-def tokens_only(base: nn.Module, h_BTD: Tensor, chunk: Chunk) -> Tensor:
+def tokens_only(base: nn.Module, h_BTD: Tensor, plan: StepPlan) -> Tensor:
     """The word embeddings as they are."""
     return h_BTD
 
 
-def learned_positions(base: nn.Module, h_BTD: Tensor, chunk: Chunk) -> Tensor:
+def learned_positions(base: nn.Module, h_BTD: Tensor, plan: StepPlan) -> Tensor:
     """Word embeddings plus GPT-2's learned positions."""
-    return h_BTD + base.get_submodule("wpe")(chunk.positions_BT)
+    return h_BTD + base.get_submodule("wpe")(plan.positions_BT)
 
 
 def plain_logits(config: PretrainedConfig, logits: Tensor) -> Tensor:
@@ -97,12 +97,12 @@ def capped_logits(config: PretrainedConfig, logits: Tensor) -> Tensor:
     return logits if cap is None else cap * torch.tanh(logits / cap)
 
 
-def multiplied(base: nn.Module, h_BTD: Tensor, chunk: Chunk) -> Tensor:
+def multiplied(base: nn.Module, h_BTD: Tensor, plan: StepPlan) -> Tensor:
     """Word embeddings times a constant of the model's (Granite, Falcon-H1)."""
     return h_BTD * cast(Any, base).embedding_multiplier
 
 
-def twice(base: nn.Module, h_BTD: Tensor, chunk: Chunk) -> Tensor:
+def twice(base: nn.Module, h_BTD: Tensor, plan: StepPlan) -> Tensor:
     """Word embeddings beside themselves: Zamba2's shared blocks read them again at any depth."""
     return torch.cat([h_BTD, h_BTD], -1)
 
@@ -146,7 +146,7 @@ def beside_embedding(block: nn.Module, h_BTD: Tensor, index: int, options: dict[
 
 # -- what a block keeps, and what continues it ------------------------------------------------------------
 
-KEPT: dict[str, tuple[Part, ...]] = {
+KEPT: dict[str, tuple[StateKind, ...]] = {
     "full_attention": ("keys",),
     "linear_attention": ("recurrent",),
     "conv": ("recurrent",),

@@ -6,7 +6,7 @@ and ``top``.
 
 from __future__ import annotations
 
-from typing import final
+from typing import Any, final
 
 import torch
 from torch import Tensor
@@ -15,13 +15,13 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from dynamax.backbones.base import Backbone
 from dynamax.backbones.cache import Cache
-from dynamax.backbones.cells import Part
-from dynamax.backbones.chunk import Chunk, Rotary
 from dynamax.backbones.costs import block_cost
 from dynamax.backbones.families import FamilySpec, family
+from dynamax.backbones.family_state import rotated
 from dynamax.backbones.fingerprint import fingerprint_of
+from dynamax.backbones.plan import Rotary, StepPlan
 from dynamax.backbones.repairs import check_devices
-from dynamax.backbones.stores import Store
+from dynamax.backbones.state import LayerView, StateKind
 from dynamax.errors import UserError
 from dynamax.kernels.backend import at_least_float32
 from dynamax.types import BlockCost, Spec
@@ -55,7 +55,7 @@ class HFBackbone(Backbone):
         self._blocks = tuple(getattr(model.base_model, self.row.blocks))  # a tuple is not registered a second time
         self._windows = self.row.windows(model.config)
         self._kinds = self.row.kinds(model.config)
-        self._parts = self.row.parts(model.config)
+        self._state_kinds = self.row.parts(model.config)
         self._mixers = tuple(self.row.mixer(block) for block in self._blocks)
         for mixer in self._mixers:
             if mixer is not None:
@@ -78,29 +78,54 @@ class HFBackbone(Backbone):
         return self.model(tokens_BT, use_cache=False).logits
 
     @property
-    def _rotary(self) -> Rotary | None:
+    def rotary(self) -> Rotary | None:
+        """The model's rotary angles; None for a model without."""
         return self.row.rotary(self.model.base_model)
+
+    @property
+    def additive_masks(self) -> bool:
+        """Whether attention adds its mask."""
+        return self._additive
 
     def embed(self, tokens_BT: Tensor, cache: Cache | None = None) -> Tensor:
         """Tokens to ``h_BTD``, the input of block 0, at the positions that follow the cache's."""
         h_BTD = getattr(self.model.base_model, self.row.embedding)(tokens_BT)
-        chunk = self.chunk(h_BTD, 0) if cache is None else self.chunk(h_BTD, cache.length, cache.pad_B)
-        return self.row.place(self.model.base_model, h_BTD, chunk)
+        plan = self.plan(h_BTD, cache, start=0 if cache is None else cache.length)
+        return self.row.place(self.model.base_model, h_BTD, plan)
 
-    def block(self, index: int, h_BTD: Tensor, chunk: Chunk, store: Store) -> Tensor:
-        """One block over one chunk. ``store`` takes its keys and values, and advances its recurrent state."""
-        attends = "keys" in self._parts[index]
-        options = {
-            "attention_mask": chunk.mask(self._windows[index], store.holes) if attends else None,
-            "position_ids": chunk.positions_BT,
-            "position_embeddings": chunk.angles(self._kinds[index]),
-            self.row.cache: store,
+    def block(self, index: int, h_BTD: Tensor, plan: StepPlan, view: LayerView) -> Tensor:
+        """One block over one chunk. ``view`` takes its keys and values, and advances its recurrent state."""
+        return self.row.call(self._blocks[index], h_BTD, index, self._options(index, plan, view))
+
+    def _options(self, index: int, plan: StepPlan, view: LayerView) -> dict[str, Any]:
+        return {
+            "attention_mask": view.mask,
+            "position_ids": plan.positions_BT,
+            "position_embeddings": plan.angles(self._kinds[index]),
+            self.row.cache: view,
         }
-        return self.row.call(self._blocks[index], h_BTD, index, options)
 
-    def parts(self, index: int) -> tuple[Part, ...]:
+    def write_state(self, index: int, h_BTD: Tensor, plan: StepPlan, view: LayerView) -> None:
+        """Norm and projections of one block alone: what its keys, values and recurrent state are made of."""
+        block, mixer = self._blocks[index], self._mixers[index]
+        if self.row.write is not None and len(self._state_kinds[index]) > 1:
+            assert mixer is not None, "a block that keeps both has a mixer"
+            self.row.write(block, h_BTD, index, self._options(index, plan, view), view, mixer)
+            return
+        u_BTD = self.row.residual(self.model.config, h_BTD)
+        if self.row.input_norm is not None:
+            norm: Any = block.get_submodule(self.row.input_norm)
+            u_BTD = norm(u_BTD.to(norm.weight.dtype))
+        if mixer is not None:
+            mixer.write(u_BTD, view)
+        if "keys" in self._state_kinds[index]:
+            k_BHTD, v_BHTD = self.row.keys_and_values(block, u_BTD)
+            angles = plan.angles(self._kinds[index])
+            view.update(k_BHTD if angles is None else rotated(block, k_BHTD, angles), v_BHTD)
+
+    def state_kinds(self, index: int) -> tuple[StateKind, ...]:
         """What the block keeps."""
-        return self._parts[index]
+        return self._state_kinds[index]
 
     def window(self, index: int) -> int | None:
         """Positions a row of this block sees, its own included; None for all."""
@@ -125,20 +150,16 @@ class HFBackbone(Backbone):
         return block_cost(
             config,
             {name: parameter for name, parameter in held if self.row.used(config, index, name)},
-            self._parts[index],
+            self._state_kinds[index],
             mixer=self._mixers[index],
             window=self._windows[index],
             share=self.row.experts(config),
-            first=self.row.first,
+            runs_to_write=self.row.write is not None,
         )
-
-    def chunk(self, h_BTD: Tensor, start: int, pad_B: Tensor | None = None, past: int | None = None) -> Chunk:
-        """Positions, rotary angles and masks of a chunk that begins at ``start``, behind ``past`` held keys."""
-        return Chunk(h_BTD, start, pad_B, additive=self._additive, rotary=self._rotary, past=past)
 
     def shift_keys(self, k_BHTD: Tensor, index: int) -> Tensor:
         """Keys of one block as they would stand one position later; unchanged without rotary positions."""
-        rotary = self._rotary
+        rotary = self.rotary
         if rotary is None:
             return k_BHTD
         one_11 = torch.ones(1, 1, dtype=torch.long, device=k_BHTD.device)

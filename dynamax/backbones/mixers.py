@@ -1,9 +1,9 @@
 """Recurrent mixers of transformers, continued from a live state over any number of positions.
 
 A mixer stands in for the ``forward`` of one transformers module and uses its weights. It takes over where
-the cache it is given is a ``Store``; otherwise transformers' own code runs, which is what it is checked
+the cache it is given is a ``LayerView``; otherwise transformers' own code runs, which is what it is checked
 against. A mixer holds its module and names, no tensors, so that a copied model has copied mixers.
-Knows modules and stores, neither families nor positions.
+Knows modules and views, neither families nor positions.
 
 Padding changes no state: what it projects is masked. transformers masks what goes into the projection, whose bias,
 where there is one, then reaches the first live positions through the convolution.
@@ -21,8 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dynamax.backbones.cells import Past
-from dynamax.backbones.stores import Store
+from dynamax.backbones.state import LayerView, Tensors
 from dynamax.kernels import selective, ssd
 from dynamax.kernels.backend import at_least_float32
 from dynamax.kernels.convolution import convolve
@@ -48,26 +47,30 @@ class Mixer(ABC):
         self, hidden_states: Tensor, cache_params: object = None, *, past_key_values: object = None, **options: object
     ) -> Tensor:
         """The mixer's output for ``hidden_states``, as transformers calls it."""
-        store = cache_params if past_key_values is None else past_key_values
-        if isinstance(store, Store):
-            return self.mix(hidden_states, store)
+        view = cache_params if past_key_values is None else past_key_values
+        if isinstance(view, LayerView):
+            return self.mix(hidden_states, view)
         known = {"cache_params": cache_params, "past_key_values": past_key_values, **options}
         return self._own(hidden_states, **{name: value for name, value in known.items() if value is not None})
 
     @abstractmethod
-    def mix(self, u_BTD: Tensor, store: Store) -> Tensor:
-        """Advance the store's state over the chunk; the mixer's output ``[B, T, D]``."""
+    def mix(self, u_BTD: Tensor, view: LayerView) -> Tensor:
+        """Advance the view's state over the chunk; the mixer's output ``[B, T, D]``."""
 
     @abstractmethod
-    def write(self) -> int:
-        """Weights that ``mix`` multiplies a position with where only the state is wanted."""
+    def write(self, u_BTD: Tensor, view: LayerView) -> None:
+        """Advance the view's state over the chunk and nothing more: what only the output needs is not computed."""
 
     @abstractmethod
-    def products(self) -> int:
+    def write_weights(self) -> int:
+        """Weights that ``write`` multiplies a position with."""
+
+    @abstractmethod
+    def scan_products(self) -> int:
         """Multiply-adds a position costs beside the weights of linear layers: convolution, state in, state out."""
 
     @abstractmethod
-    def state(self) -> int:
+    def state_size(self) -> int:
         """Values of state, window included, of one row."""
 
 
@@ -98,14 +101,16 @@ class SSDMixer(Mixer):
         self._bc = self.module.n_groups * self.module.ssm_state_size
         self._sizes = [self._inner, self._inner + 2 * self._bc, self.module.num_heads]
 
-    def mix(self, u_BTD: Tensor, store: Store) -> Tensor:
+    def mix(self, u_BTD: Tensor, view: LayerView) -> Tensor:
         """Project, advance, gate, project."""
-        if store.last:
-            xbc, dt = self._project(u_BTD, self._inner).split(self._sizes[1:], -1)
-            return store.advance(self._read, self._rows(xbc, dt, store))
         z, xbc, dt = self._project(u_BTD, 0).split(self._sizes, -1)
-        y_BTE = store.advance(self._read, self._rows(xbc, dt, store))
+        y_BTE = view.advance(self._read, self._rows(xbc, dt, view))
         return self.module.out_proj(self._finish(y_BTE, z).to(u_BTD.dtype))
+
+    def write(self, u_BTD: Tensor, view: LayerView) -> None:
+        """Project all but the gate, advance."""
+        xbc, dt = self._project(u_BTD, self._inner).split(self._sizes[1:], -1)
+        view.advance(self._read, self._rows(xbc, dt, view))
 
     def _project(self, u_BTD: Tensor, first: int) -> Tensor:
         """The input projection from channel ``first`` on."""
@@ -114,12 +119,12 @@ class SSDMixer(Mixer):
         projected = F.linear(u_BTD if self._gain == 1.0 else u_BTD * self._gain, linear.weight[first:], bias)
         return projected if self._scale is None else projected * getattr(self.module, self._scale)[..., first:]
 
-    def _rows(self, xbc_BTC: Tensor, dt_BTH: Tensor, store: Store) -> Past:
+    def _rows(self, xbc_BTC: Tensor, dt_BTH: Tensor, view: LayerView) -> Tensors:
         low, high = self.module.time_step_limit
         dt_BTH = F.softplus(at_least_float32(dt_BTH) + at_least_float32(self.module.dt_bias)).clamp(low, high)
-        return masked(store.live_BT, xbc_BTC, dt_BTH)
+        return masked(view.live_BT, xbc_BTC, dt_BTH)
 
-    def _read(self, past: Past | None, xbc_BTC: Tensor, dt_BTH: Tensor) -> tuple[Tensor, Past]:
+    def _read(self, past: Tensors | None, xbc_BTC: Tensor, dt_BTH: Tensor) -> tuple[Tensor, Tensors]:
         m = self.module
         window, state_BHPN = past or (None, None)
         xbc_BTC, window = convolve(xbc_BTC, window, m.conv1d.weight[:, 0], m.conv1d.bias)
@@ -136,15 +141,15 @@ class SSDMixer(Mixer):
         y_BTHP = torch.addcmul(y_BTHP, x_BTHP, at_least_float32(m.D)[:, None])
         return y_BTHP.flatten(-2), (window, state_BHPN)
 
-    def write(self) -> int:
+    def write_weights(self) -> int:
         """All of the input projection but the gate."""
         return sum(self._sizes[1:]) * self.module.in_proj.in_features
 
-    def products(self) -> int:
+    def scan_products(self) -> int:
         """Taps, and each entry of the state written and read."""
         return self._sizes[1] * self.module.conv_kernel_size + 2 * self._inner * self.module.ssm_state_size
 
-    def state(self) -> int:
+    def state_size(self) -> int:
         """Window and scan state."""
         return self._sizes[1] * (self.module.conv_kernel_size - 1) + self._inner * self.module.ssm_state_size
 
@@ -163,23 +168,24 @@ class SelectiveMixer(Mixer):
         self._norms = norms
         self._inner = self.module.intermediate_size
 
-    def mix(self, u_BTD: Tensor, store: Store) -> Tensor:
+    def mix(self, u_BTD: Tensor, view: LayerView) -> Tensor:
         """Project, advance, gate, project."""
-        linear = self.module.in_proj
-        if store.last:
-            bias = None if linear.bias is None else linear.bias[: self._inner]
-            x_BTE = F.linear(u_BTD, linear.weight[: self._inner], bias)
-            return store.advance(self._read, self._rows(x_BTE, store))
-        x_BTE, z_BTE = linear(u_BTD).chunk(2, -1)
-        y_BTE = store.advance(self._read, self._rows(x_BTE, store))
+        x_BTE, z_BTE = self.module.in_proj(u_BTD).chunk(2, -1)
+        y_BTE = view.advance(self._read, self._rows(x_BTE, view))
         return self.module.out_proj((y_BTE * F.silu(z_BTE)).to(u_BTD.dtype))
 
-    def _rows(self, x_BTE: Tensor, store: Store) -> Past:
-        if store.live_BT is None:
-            return (x_BTE,)
-        return (*masked(store.live_BT, x_BTE), store.live_BT)
+    def write(self, u_BTD: Tensor, view: LayerView) -> None:
+        """Project the input's half, advance."""
+        linear = self.module.in_proj
+        bias = None if linear.bias is None else linear.bias[: self._inner]
+        view.advance(self._read, self._rows(F.linear(u_BTD, linear.weight[: self._inner], bias), view))
 
-    def _read(self, past: Past | None, x_BTE: Tensor, live_BT: Tensor | None = None) -> tuple[Tensor, Past]:
+    def _rows(self, x_BTE: Tensor, view: LayerView) -> Tensors:
+        if view.live_BT is None:
+            return (x_BTE,)
+        return (*masked(view.live_BT, x_BTE), view.live_BT)
+
+    def _read(self, past: Tensors | None, x_BTE: Tensor, live_BT: Tensor | None = None) -> tuple[Tensor, Tensors]:
         m = self.module
         window, state_BEN = past or (None, None)
         x_BTE, window = convolve(x_BTE, window, m.conv1d.weight[:, 0], m.conv1d.bias)
@@ -195,16 +201,16 @@ class SelectiveMixer(Mixer):
         y_BTE, state_BEN = selective.scan(x_BTE, dt_BTE, decay_EN, b_BTN, c_BTN, state_BEN)
         return torch.addcmul(y_BTE, x_BTE, at_least_float32(m.D)), (window, state_BEN)
 
-    def write(self) -> int:
+    def write_weights(self) -> int:
         """The input's half of the input projection, and what makes step, B and C of it."""
         m = self.module
         return self._inner * m.in_proj.in_features + m.x_proj.weight.numel() + m.dt_proj.weight.numel()
 
-    def products(self) -> int:
+    def scan_products(self) -> int:
         """Taps, and each entry of the state decayed, written and read."""
         return self._inner * (self.module.conv_kernel_size + 3 * self.module.ssm_state_size)
 
-    def state(self) -> int:
+    def state_size(self) -> int:
         """Window and scan state."""
         return self._inner * (self.module.conv_kernel_size - 1 + self.module.ssm_state_size)
 
@@ -217,32 +223,40 @@ class ShortConvMixer(Mixer):
         module: ``in_proj`` to B, C and input; ``conv``, ``out_proj``.
     """
 
-    def mix(self, u_BTD: Tensor, store: Store) -> Tensor:
+    def mix(self, u_BTD: Tensor, view: LayerView) -> Tensor:
         """Project, advance, gate, project."""
         b_BTD, c_BTD, x_BTD = self.module.in_proj(u_BTD).chunk(3, -1)
-        y_BTD = store.advance(self._read, masked(store.live_BT, b_BTD * x_BTD))
+        y_BTD = view.advance(self._read, masked(view.live_BT, b_BTD * x_BTD))
         return self.module.out_proj(c_BTD * y_BTD)
 
-    def _read(self, past: Past | None, x_BTD: Tensor) -> tuple[Tensor, Past]:
+    def write(self, u_BTD: Tensor, view: LayerView) -> None:
+        """Project B and the input, advance."""
+        linear = self.module.in_proj
+        bias_b, bias_x = (None, None) if linear.bias is None else linear.bias.chunk(3)[::2]
+        weight_b, weight_x = linear.weight.chunk(3)[::2]
+        rows_BTD = F.linear(u_BTD, weight_b, bias_b) * F.linear(u_BTD, weight_x, bias_x)
+        view.advance(self._read, masked(view.live_BT, rows_BTD))
+
+    def _read(self, past: Tensors | None, x_BTD: Tensor) -> tuple[Tensor, Tensors]:
         (window,) = past or (None,)
         conv = self.module.conv
         y_BTD, window = convolve(x_BTD, window, conv.weight[:, 0], conv.bias)
         return y_BTD, (window,)
 
-    def write(self) -> int:
-        """The whole input projection."""
-        return self.module.in_proj.weight.numel()
+    def write_weights(self) -> int:
+        """The input projection's parts for B and the input."""
+        return self.module.in_proj.weight.numel() * 2 // 3
 
-    def products(self) -> int:
+    def scan_products(self) -> int:
         """Taps."""
         return self.module.conv.weight.numel()
 
-    def state(self) -> int:
+    def state_size(self) -> int:
         """The window."""
         return self.module.conv.out_channels * (self.module.conv_kernel_size - 1)
 
 
-def masked(live_BT: Tensor | None, *rows: Tensor) -> Past:
+def masked(live_BT: Tensor | None, *rows: Tensor) -> Tensors:
     """Rows with zeros on padding, so that it changes no state."""
     if live_BT is None:
         return rows

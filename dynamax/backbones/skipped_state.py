@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dynamax.backbones.base import Backbone
 from dynamax.backbones.cache import Cache
-from dynamax.backbones.cells import Keys
+from dynamax.backbones.state import KeyValueState
 from dynamax.errors import UserError
 
 
@@ -37,7 +37,7 @@ class SkippedState(ABC):
         Raises:
             UserError: If keys would be copied and a block keeps a recurrent state.
         """
-        recurrent = [index for index in range(backbone.spec.depth) if "recurrent" in backbone.parts(index)]
+        recurrent = [index for index in range(backbone.spec.depth) if "recurrent" in backbone.state_kinds(index)]
         if self.copies_keys and recurrent:
             raise UserError(
                 f"The rule {type(self).__name__} copies keys and values, but {len(recurrent)} of the "
@@ -74,7 +74,7 @@ class Exact(SkippedState):
 
     def leave(self, backbone: Backbone, cache: Cache, depth: int, h_BTD: Tensor, *, last_block_ran: bool) -> None:
         """Owe the positions at ``depth``; a last block that ran for the lens left no trace."""
-        cache.owe(depth, h_BTD)
+        cache.group.owe(depth, h_BTD)
 
     def fill(self, backbone: Backbone, cache: Cache, block: int, h_BTD: Tensor) -> None:
         """Nothing: the debt is paid later."""
@@ -105,11 +105,12 @@ class CopyToken(SkippedState):
 
     def fill(self, backbone: Backbone, cache: Cache, block: int, h_BTD: Tensor) -> None:
         """Append the last position's keys and values, once for each position of ``h_BTD``."""
-        for _ in range(h_BTD.shape[1]):
-            keys = keys_of(cache, block)
-            k_BHTD, v_BHTD = keys.read(cache.filled[block] - 1)
-            keys.append(backbone.shift_keys(k_BHTD, block), v_BHTD)
-            cache.filled[block] += 1
+        keys, at = keys_of(cache, block), cache.filled[block]
+        keys.reserve(at + h_BTD.shape[1])
+        for position in range(at, at + h_BTD.shape[1]):
+            k_BHTD, v_BHTD = keys.read(position - 1, position)
+            keys.write(backbone.shift_keys(k_BHTD, block), v_BHTD, position)
+        cache.filled[block] += h_BTD.shape[1]
 
 
 class CopyLayer(SkippedState):
@@ -122,8 +123,11 @@ class CopyLayer(SkippedState):
 
     def fill(self, backbone: Backbone, cache: Cache, block: int, h_BTD: Tensor) -> None:
         """Append the keys and values that the block below holds for these positions."""
-        keys_of(cache, block).append(*keys_of(cache, block - 1).read(cache.filled[block]))
-        cache.filled[block] += h_BTD.shape[1]
+        keys, at = keys_of(cache, block), cache.filled[block]
+        stop = at + h_BTD.shape[1]
+        keys.reserve(stop)
+        keys.write(*keys_of(cache, block - 1).read(at, stop), at)
+        cache.filled[block] = stop
 
 
 class Skip(SkippedState):
@@ -134,12 +138,12 @@ class Skip(SkippedState):
 
     def fill(self, backbone: Backbone, cache: Cache, block: int, h_BTD: Tensor) -> None:
         """Leave holes, and nothing in a recurrent state."""
-        cache.cells[block].skip(h_BTD.shape[1])
+        cache.states[block].skip(cache.filled[block], h_BTD.shape[1])
         cache.filled[block] += h_BTD.shape[1]
 
 
-def keys_of(cache: Cache, block: int) -> Keys:
+def keys_of(cache: Cache, block: int) -> KeyValueState:
     """Keys and values of a block that has them."""
-    keys = cache.cells[block].keys
+    keys = cache.states[block].keys
     assert keys is not None, "the rule has been validated against the backbone"
     return keys

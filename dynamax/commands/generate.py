@@ -17,12 +17,12 @@ from dynamax.backbones.skipped_state import SkippedState
 from dynamax.backbones.sources import Source
 from dynamax.commands.colors import DepthColors, coloured
 from dynamax.commands.parsing import Parser, one_screen, prepare
+from dynamax.decoding.cost import CostModel
 from dynamax.decoding.sampling import Greedy, Sampled, Sampler
 from dynamax.device import chosen
 from dynamax.errors import UserError
 from dynamax.heads.bank import Exit
 from dynamax.heads.saved import RECORD
-from dynamax.metrics.cost import CostModel
 from dynamax.modules.answers import encode
 from dynamax.modules.decoding import DecodingModule, Sweep
 from dynamax.policies.base import TerminationPolicy

@@ -19,6 +19,7 @@ from dynamax.data.prompts import Prompt
 from dynamax.data.text import Corpus, Text
 from dynamax.data.writer import locked
 from dynamax.device import chosen
+from dynamax.engine import load
 from dynamax.files import write_atomically
 
 ENDS = ".!?"
@@ -86,8 +87,7 @@ class Answers(Corpus):
         done = next((index for index, file in enumerate(files) if not file.is_file()), len(files))
         if done == len(files):
             return
-        backbone = self.writer.load(dtype=self.dtype, device=self.device)
-        batches = self.text.answers(self._tokenizer, backbone, skip=done)
+        batches = self.text.answers(load(self.writer, dtype=self.dtype, device=self.device), skip=done)
         rest = tqdm(zip(files[done:], batches, strict=True), desc="answers", total=len(files), initial=done)
         for file, batch in rest:
             texts = [self._text(answered) for answered in batch]

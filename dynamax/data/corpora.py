@@ -8,11 +8,10 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar, final
 
 import datasets
-from transformers import PreTrainedTokenizerBase
 
-from dynamax.backbones.base import Backbone
 from dynamax.data.files import SampleBy, checked_file, read_file, text_of
 from dynamax.data.text import Corpus, Document, Text, TextSource, check_length, check_positive, windows
+from dynamax.engine import Engine
 from dynamax.errors import UserError
 
 GROUP = 64
@@ -45,17 +44,15 @@ class RowText(TextSource, Corpus):
                 yield Text(text, origin=text)
 
     @final
-    def groups(
-        self, tokenizer: PreTrainedTokenizerBase, backbone: Backbone, *, skip: int = 0
-    ) -> Iterator[list[Document]]:
+    def groups(self, engine: Engine, *, skip: int = 0) -> Iterator[list[Document]]:
         """See ``TextSource.groups``."""
-        check_length(self.length, backbone)
+        check_length(self.length, engine.backbone)
         rows = stretch(self.load(), skip * GROUP, self.rows)
         group: list[Document] = []
         index = skip * GROUP - 1
         for index, row in enumerate(rows, skip * GROUP):
             text = text_of(row, self.field, number=index + 1, name=self.name)
-            group += windows(text, tokenizer, length=self.length) if text.strip() else []
+            group += windows(text, engine, length=self.length) if text.strip() else []
             if (index + 1) % GROUP == 0:
                 yield group
                 group = []

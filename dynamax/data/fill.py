@@ -15,16 +15,18 @@ from typing import Any, final
 import torch
 import transformers
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 import dynamax
-from dynamax.backbones.base import Backbone
 from dynamax.data.manifest import NAME, Manifest, Shard, fingerprint
 from dynamax.data.states import StateReader, StoreDtype, check_exits
 from dynamax.data.store import Store, StoredDocument
 from dynamax.data.text import TextSource
 from dynamax.data.writer import StoreWriter, locked
+from dynamax.decoding.sampling import Greedy
+from dynamax.engine import Engine
 from dynamax.errors import UserError
+from dynamax.generation import generation_options
 from dynamax.types import Site, Spec
 
 SHARD_BYTES = 32 << 20
@@ -33,8 +35,7 @@ logger = logging.getLogger(__name__)
 
 def fill_store(
     folder: str | Path,
-    backbone: Backbone,
-    tokenizer: PreTrainedTokenizerBase,
+    engine: Engine,
     source: TextSource,
     exits: Sequence[int],
     *,
@@ -51,8 +52,7 @@ def fill_store(
 
     Args:
         folder: Where stores lie.
-        backbone: The model whose states are kept.
-        tokenizer: Its tokenizer.
+        engine: The model whose states are kept, with its tokenizer.
         source: Where the text comes from.
         exits: Depths to keep states at.
         k: Labels a position: the full model's most likely tokens.
@@ -65,14 +65,24 @@ def fill_store(
         UserError: For bad options, a source without documents, or a folder another process is writing.
         OSError: If the disk is full; what was written stays usable.
     """
-    reader = StateReader(backbone, exits, k=k, dtype=dtype, readout=readout)
-    compute = str(next(backbone.parameters()).dtype).removeprefix("torch.")
-    inputs = store_inputs(backbone.spec, tokenizer, source, exits, k=k, dtype=dtype, compute=compute)
+    assert engine.tokenizer is not None, "text is read through a tokenizer"
+    reader = StateReader(engine.backbone, exits, k=k, dtype=dtype, readout=readout)
+    compute = str(engine.dtype).removeprefix("torch.")
+    inputs = store_inputs(
+        engine.backbone.spec,
+        engine.tokenizer,
+        engine.generation_config,
+        source,
+        exits,
+        k=k,
+        dtype=dtype,
+        compute=compute,
+    )
     path = store_folder(folder, inputs)
     with locked(path):
         writer = StoreWriter(path, Manifest(inputs, versions()))
         with told_when_stopped(writer, source.count()), Progress(source.count(), shown=progress) as bar:
-            filler = Filler(reader, tokenizer, source, writer, bar)
+            filler = Filler(reader, engine, source, writer, bar)
             filler.mend()
             if not writer.manifest.whole:
                 filler.extend(shard_bytes)
@@ -112,6 +122,7 @@ def store_folder(folder: str | Path, inputs: dict[str, Any]) -> Path:
 def store_inputs(
     spec: Spec,
     tokenizer: PreTrainedTokenizerBase,
+    generation_config: GenerationConfig | None,
     source: TextSource,
     exits: Sequence[int],
     *,
@@ -124,6 +135,7 @@ def store_inputs(
     Args:
         spec: Of the backbone.
         tokenizer: Its tokenizer.
+        generation_config: Its rules of generation; end tokens shape text that it writes.
         source: Where the text comes from.
         exits: Depths.
         k: Labels a position.
@@ -136,6 +148,7 @@ def store_inputs(
         "width": spec.width,
         "compute": compute,
         "tokenizer": tokenizer_hash(tokenizer),
+        "end_tokens": list(generation_options(tokenizer, generation_config, sampler=Greedy()).eos_token_id),
         "text": source.identity(),
         "exits": list(check_exits(exits, depth=spec.depth)),
         "k": k,
@@ -195,12 +208,12 @@ class Filler:
     def __init__(
         self,
         reader: StateReader,
-        tokenizer: PreTrainedTokenizerBase,
+        engine: Engine,
         source: TextSource,
         writer: StoreWriter,
         bar: Progress,
     ) -> None:
-        self.reader, self.tokenizer, self.source, self.writer, self.bar = reader, tokenizer, source, writer, bar
+        self.reader, self.engine, self.source, self.writer, self.bar = reader, engine, source, writer, bar
 
     def mend(self) -> None:
         """Make damaged shards again, from the groups they held."""
@@ -234,7 +247,7 @@ class Filler:
             yield from documents
 
     def _groups(self, first: int) -> Iterable[list[StoredDocument]]:
-        for group in self.source.groups(self.tokenizer, self.reader.backbone, skip=first):
+        for group in self.source.groups(self.engine, skip=first):
             documents = self.reader.read(group)
             yield documents
             self.bar.advance(sum(len(document.tokens) for document in group))

@@ -8,19 +8,15 @@ import random
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from functools import cached_property
-from typing import Any, Literal, NamedTuple, cast, final
+from typing import Any, NamedTuple, final
 
 import torch
-from transformers import PreTrainedTokenizerBase
 
-from dynamax.backbones.base import Backbone
 from dynamax.data.prompts import Prompt, from_file, shipped
 from dynamax.data.text import Document, TextSource, check_positive, derived_seed
-from dynamax.decoding.full import Full
 from dynamax.decoding.sampling import Sampled
+from dynamax.engine import Engine
 from dynamax.errors import UserError
-
-Form = Literal["chat", "plain"]
 
 
 class Encoded(NamedTuple):
@@ -49,12 +45,12 @@ class SelfGenerated(TextSource):
         field: Column of the file with the prompt; a txt file has the one column ``text``.
         questions: Use only so many of the shipped questions, from the first on; the rest stays unseen.
         passages: Use only so many of the shipped passages, from the first on.
-        form: Ask through the tokenizer's chat template, or in plain text.
+        chat: Ask through the tokenizer's chat template; else in plain text.
         temperature: Of the sampling.
         top_k: Sample among the k most likely tokens only.
         top_p: Sample among the most likely tokens that hold this mass.
         documents: How many documents to write.
-        length: Most tokens of an answer.
+        max_new_tokens: Most tokens of an answer.
         batch: Answers written at a time.
         seed: Of sampling and order.
     """
@@ -66,16 +62,16 @@ class SelfGenerated(TextSource):
         field: str = "prompt",
         questions: int | None = None,
         passages: int | None = None,
-        form: Form = "chat",
+        chat: bool = True,
         temperature: float = 0.7,
         top_k: int | None = None,
         top_p: float = 1.0,
         documents: int = 1000,
-        length: int = 96,
+        max_new_tokens: int = 96,
         batch: int = 48,
         seed: int = 0,
     ) -> None:
-        check_positive(self, documents=documents, length=length, batch=batch)
+        check_positive(self, documents=documents, max_new_tokens=max_new_tokens, batch=batch)
         if prompts is not None and (questions is not None or passages is not None):
             raise UserError(
                 f"prompts={prompts!r} was given together with questions={questions} and passages={passages}, which "
@@ -83,14 +79,14 @@ class SelfGenerated(TextSource):
             )
         Sampled(temperature, top_k=top_k, top_p=top_p)  # refuses what it cannot sample with, before a model is loaded
         self.prompts, self.field, self.questions, self.passages = prompts, field, questions, passages
-        self.form: Form = form
+        self.chat = chat
         self.temperature, self.top_k, self.top_p = temperature, top_k, top_p
-        self.documents, self.length, self.batch, self.seed = documents, length, batch, seed
+        self.documents, self.max_new_tokens, self.batch, self.seed = documents, max_new_tokens, batch, seed
 
     def identity(self) -> dict[str, Any]:
         """The prompts' contents and all options."""
         content = json.dumps([asdict(prompt) for prompt in self._prompts]).encode()
-        names = ("form", "temperature", "top_k", "top_p", "documents", "length", "batch", "seed")
+        names = ("chat", "temperature", "top_k", "top_p", "documents", "max_new_tokens", "batch", "seed")
         options = {name: getattr(self, name) for name in names}
         return {"source": "SelfGenerated", "prompts": hashlib.sha256(content).hexdigest(), **options}
 
@@ -98,22 +94,16 @@ class SelfGenerated(TextSource):
         """Batches."""
         return -(-self.documents // self.batch)
 
-    def groups(
-        self, tokenizer: PreTrainedTokenizerBase, backbone: Backbone, *, skip: int = 0
-    ) -> Iterator[list[Document]]:
+    def groups(self, engine: Engine, *, skip: int = 0) -> Iterator[list[Document]]:
         """See ``TextSource.groups``."""
-        for group in self.answers(tokenizer, backbone, skip=skip):
+        for group in self.answers(engine, skip=skip):
             yield [Document(asked.tokens + answer, len(asked.tokens), asked.prompt.origin) for asked, answer in group]
 
-    def answers(
-        self, tokenizer: PreTrainedTokenizerBase, backbone: Backbone, *, skip: int = 0
-    ) -> Iterator[list[Answered]]:
+    def answers(self, engine: Engine, *, skip: int = 0) -> Iterator[list[Answered]]:
         """The groups again, with each document's prompt; see ``TextSource.groups``."""
-        encoded = [self._encode(prompt, tokenizer, backbone) for prompt in self._prompts]
-        end = cast(int | None, tokenizer.eos_token_id)
-        stop = () if end is None else (end,)
+        encoded = [self._encode(prompt, engine) for prompt in self._prompts]
         for index, batch in enumerate(self._batches(encoded)[skip:], skip):
-            yield self._answer(batch, backbone, stop, index)
+            yield self._answer(batch, engine, index)
 
     @cached_property
     def _prompts(self) -> list[Prompt]:
@@ -131,49 +121,33 @@ class SelfGenerated(TextSource):
         random.Random(self.seed).shuffle(batches)
         return batches
 
-    def _encode(self, prompt: Prompt, tokenizer: PreTrainedTokenizerBase, backbone: Backbone) -> Encoded:
-        tokens = encode(prompt, tokenizer, form=self.form)
-        if len(tokens) + self.length > backbone.spec.context:
+    def _encode(self, prompt: Prompt, engine: Engine) -> Encoded:
+        roles = ("user", "assistant")
+        turns = [{"role": roles[turn % 2], "content": said} for turn, said in enumerate(prompt.turns)]
+        tokens = engine.encode(turns if self.chat else prompt.plain, chat=self.chat)[0].tolist()
+        context = engine.backbone.spec.context
+        if len(tokens) + self.max_new_tokens > context:
             raise UserError(
-                f"A prompt of {len(tokens)} tokens and an answer of up to {self.length} do not fit the context of "
-                f"{backbone.spec.context}: {prompt.plain!r:.80}. Shorten the prompt, or lower length."
+                f"A prompt of {len(tokens)} tokens and an answer of up to {self.max_new_tokens} do not fit the context "
+                f"of {context}: {prompt.plain!r:.80}. Shorten the prompt, or lower max_new_tokens."
             )
         return Encoded(tokens, prompt)
 
-    def _answer(
-        self, batch: Sequence[Encoded], backbone: Backbone, stop: tuple[int, ...], index: int
-    ) -> list[Answered]:
-        device = next(backbone.parameters()).device
+    def _answer(self, batch: Sequence[Encoded], engine: Engine, index: int) -> list[Answered]:
         longest = max(len(prompt.tokens) for prompt in batch)
         pads = [longest - len(prompt.tokens) for prompt in batch]
         rows = [[0] * pad + prompt.tokens for pad, prompt in zip(pads, batch, strict=True)]
-        prompt_BT = torch.tensor(rows, device=device)
-        pad_B = torch.tensor(pads, device=device) if any(pads) else None
         sampler = Sampled(self.temperature, top_k=self.top_k, top_p=self.top_p, seed=derived_seed(self.seed, index))
-        steps = Full(backbone, sampler).decode(prompt_BT, limit=self.length, stop=stop, pad_B=pad_B)
+        options = engine.options(sampler=sampler, max_new_tokens=self.max_new_tokens)
+        steps = engine.decoder(sampler=sampler).decode(
+            torch.tensor(rows, device=engine.device),
+            max_new_tokens=self.max_new_tokens,
+            eos_token_id=options.eos_token_id,
+            pad_B=torch.tensor(pads, device=engine.device) if any(pads) else None,
+        )
         answers = torch.stack([step.token_B for step in steps], 1).tolist()
-        return [Answered(asked, until(answer, stop)) for asked, answer in zip(batch, answers, strict=True)]
-
-
-def encode(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, *, form: Form) -> list[int]:
-    """Token ids of a prompt.
-
-    Args:
-        prompt: What to answer.
-        tokenizer: The backbone's tokenizer.
-        form: Through the chat template, or plain.
-
-    Raises:
-        UserError: If the tokenizer has no chat template and one is wanted.
-    """
-    if form == "plain":
-        return tokenizer(prompt.plain)["input_ids"]
-    if tokenizer.chat_template is None:
-        raise UserError("This backbone's tokenizer has no chat template. Give SelfGenerated the option form: plain.")
-    roles = ("user", "assistant")
-    messages = [{"role": roles[turn % 2], "content": said} for turn, said in enumerate(prompt.turns)]
-    text = cast(str, tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
+        ends = options.eos_token_id
+        return [Answered(asked, until(answer, ends)) for asked, answer in zip(batch, answers, strict=True)]
 
 
 def until(tokens: list[int], stop: Sequence[int]) -> list[int]:

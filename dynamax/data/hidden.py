@@ -18,6 +18,7 @@ from dynamax.data.states import StoreDtype
 from dynamax.data.store import Store
 from dynamax.data.text import TextSource
 from dynamax.device import chosen
+from dynamax.engine import load
 from dynamax.errors import UserError
 from dynamax.types import Site
 
@@ -102,8 +103,7 @@ class HiddenStates(LightningDataModule):
         device = chosen(self.device)
         return fill_store(
             self.folder,
-            self.backbone.load(dtype=self.compute, device=device),
-            self.backbone.tokenizer(),
+            load(self.backbone, dtype=self.compute, device=device),
             self.text,
             self.exits,
             k=self.k,
@@ -155,6 +155,7 @@ class HiddenStates(LightningDataModule):
         return store_inputs(
             self.backbone.output_stage().spec,
             self.backbone.tokenizer(),
+            self.backbone.generation_config(),
             self.text,
             self.exits,
             k=self.k,

@@ -1,12 +1,11 @@
 """Runs documents through a backbone and keeps what the exits would see. Knows no disk.
 
-Never asks transformers for ``output_hidden_states``: ``run`` is cut at the exits.
+Never asks transformers for ``output_hidden_states``: ``walk`` stops at the exits.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from itertools import pairwise
 from typing import Literal, final
 
 import torch
@@ -18,7 +17,7 @@ from dynamax.data.store import StoredDocument
 from dynamax.data.text import Document
 from dynamax.data.writer import origin_hash
 from dynamax.errors import UserError
-from dynamax.types import Site, Span
+from dynamax.types import Site
 
 StoreDtype = Literal["float16", "bfloat16", "float32"]
 DTYPES: dict[str, torch.dtype] = {
@@ -80,12 +79,11 @@ class StateReader:
         ]
         tokens_BT = torch.tensor(rows, device=self.device)
         live_BT = torch.arange(max(lengths), device=self.device) < torch.tensor(lengths, device=self.device)[:, None]
-        h_BTD = self.backbone.embed(tokens_BT)
+        h_BTD = embedded_BTD = self.backbone.embed(tokens_BT)
         hidden: dict[int, tuple[Tensor, ...]] = {}
-        for start, stop in pairwise((0, *self.exits, self.backbone.spec.depth)):
-            h_BTD = self.backbone.run(h_BTD, Span(start, stop))
-            if stop in self.exits:
-                hidden[stop] = self._kept(h_BTD[live_BT][:, : self.backbone.spec.width], stop).split(lengths)
+        for depth, h_BTD in self.backbone.walk(embedded_BTD, [*self.exits, self.backbone.spec.depth]):
+            if depth in self.exits:
+                hidden[depth] = self._kept(h_BTD[live_BT][:, : self.backbone.spec.width], depth).split(lengths)
         columns = [column.split(lengths) for column in self._labels(h_BTD[live_BT])]
         for index, document in enumerate(documents):
             yield StoredDocument(

@@ -8,9 +8,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from transformers import PreTrainedTokenizerBase
-
 from dynamax.backbones.base import Backbone
+from dynamax.engine import Engine
 from dynamax.errors import UserError
 
 
@@ -57,8 +56,8 @@ class Corpus(ABC):
 class TextSource(ABC):
     """Where documents come from: the same ones each time, and from any point on.
 
-    Documents come in *groups*. Group ``i`` depends on the constructor's arguments, the tokenizer, the
-    backbone and ``i``, and on nothing else. So an interrupted store goes on at any group and holds the
+    Documents come in *groups*. Group ``i`` depends on the constructor's arguments, the model, its
+    tokenizer and ``i``, and on nothing else. So an interrupted store goes on at any group and holds the
     same text as one that was never interrupted, and a damaged part can be made again.
     """
 
@@ -71,21 +70,19 @@ class TextSource(ABC):
         """Number of groups; None if only the end will tell."""
 
     @abstractmethod
-    def groups(
-        self, tokenizer: PreTrainedTokenizerBase, backbone: Backbone, *, skip: int = 0
-    ) -> Iterator[list[Document]]:
+    def groups(self, engine: Engine, *, skip: int = 0) -> Iterator[list[Document]]:
         """Yield the groups from number ``skip`` on; those before cost next to nothing.
 
         Args:
-            tokenizer: The backbone's tokenizer.
-            backbone: The model the text is for, which may write it.
+            engine: The model the text is for, with its tokenizer; it may write the text.
             skip: Groups to leave out.
         """
 
 
-def windows(text: str, tokenizer: PreTrainedTokenizerBase, *, length: int) -> list[Document]:
+def windows(text: str, engine: Engine, *, length: int) -> list[Document]:
     """Cut a text into documents of at most ``length`` tokens, one behind the other."""
-    tokens = tokenizer(text, verbose=False)["input_ids"]
+    assert engine.tokenizer is not None, "text is read through a tokenizer"
+    tokens = engine.tokenizer(text, verbose=False)["input_ids"]
     return [Document(tokens[start : start + length], origin=text) for start in range(0, len(tokens), length)]
 
 

@@ -1,101 +1,59 @@
-"""Early-exit decoding: climb, ask, leave. The text may differ from full decoding's; the state need not."""
+"""Early-exit decoding: run to an exit, ask the policy, leave. The text may differ from full decoding's."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-
-import torch
-from torch import Tensor
+from collections.abc import Iterator
+from typing import final
 
 from dynamax.backbones.base import Backbone
 from dynamax.backbones.skipped_state import Exact, SkippedState
-from dynamax.decoding.ascent import Arrival, Ascent, gates_asked, logits_depths
-from dynamax.decoding.base import Decoder, Probe
-from dynamax.decoding.loop import checked_prompt, drive
-from dynamax.decoding.sampling import Greedy, Sampler
+from dynamax.decoding.base import Decoder, read_exits
+from dynamax.decoding.sampling import Sampler
+from dynamax.decoding.session import Session
 from dynamax.heads.bank import ExitBank
 from dynamax.policies.base import TerminationPolicy
-from dynamax.types import Span, Step
+from dynamax.types import Step
 
 
+@final
 class EarlyExit(Decoder):
-    """Leaves at the first exit where every live row wishes to. The prompt runs at full depth.
+    """Leaves at the first exit where the policy lets every live row leave. The prompt runs at full depth.
 
     Args:
         backbone: The model.
-        bank: Its exits.
+        exits: Its exits.
         policy: When to leave.
-        rule: What becomes of the state of skipped blocks; exact catch-up by default.
         sampler: How tokens are drawn; greedy by default.
+        skipped_state: What becomes of the state of skipped blocks; Exact by default.
     """
 
     def __init__(
         self,
         backbone: Backbone,
-        bank: ExitBank,
-        policy: TerminationPolicy,
-        *,
-        rule: SkippedState | None = None,
+        exits: ExitBank | None = None,
+        policy: TerminationPolicy | None = None,
         sampler: Sampler | None = None,
-    ) -> None:
-        policy.validate(bank.depths)
-        self.backbone = backbone
-        self.bank = bank.select_gates(policy.gates)
-        self.policy = policy
-        self.rule = rule or Exact()
-        self.rule.validate(backbone)
-        self.sampler = sampler or Greedy()
-
-    @torch.inference_mode()
-    def decode(
-        self,
-        prompt_BT: Tensor,
         *,
-        limit: int,
-        stop: Sequence[int] = (),
-        pad_B: Tensor | None = None,
-        forced_BT: Tensor | None = None,
-        probe: Probe | None = None,
-    ) -> Iterator[Step]:
-        """See ``Decoder.decode``."""
-        checked_prompt(prompt_BT, limit=limit, spec=self.backbone.spec)
-        cache = self.backbone.new_cache(prompt_BT.shape[1] + limit, pad_B)
-        ascent = Ascent(self.backbone, self.bank, cache)
-        clock = probe or Probe()
+        skipped_state: SkippedState | None = None,
+    ) -> None:
+        super().__init__(backbone, exits, policy, sampler)
+        self._bank, self._policy = read_exits(self)
+        self.skipped_state = skipped_state or Exact()
+        self.skipped_state.validate(backbone)
 
-        def step(tokens_BT: Tensor, index: int, ended_B: Tensor) -> Step:
-            if index == 0:
-                return prefilled(ascent, tokens_BT, self.sampler, clock)
-            return self._step(ascent, tokens_BT, index, ended_B, clock)
+    @property
+    def teacher_forced(self) -> bool:
+        """Whether the state is exact: then leaving early changes nothing for later positions."""
+        return self.skipped_state.exact and not any(self._bank.lens(d).runs_last_block for d in self._bank.depths)
 
-        yield from drive(step, prompt_BT, limit=limit, stop=stop, forced_BT=forced_BT)
+    def options(self) -> dict[str, object]:
+        """What becomes of skipped state."""
+        return {"skipped_state": type(self.skipped_state).__name__}
 
-    def _step(self, ascent: Ascent, tokens_BT: Tensor, index: int, ended_B: Tensor, clock: Probe) -> Step:
-        clock.begin(prefill=False)
-        arrival = ascent.ask(tokens_BT, self.policy, ended_B, step=index, probe=clock)
-        if arrival.left:
-            depth, logits_BV = arrival.depth, arrival.trail[-1].logits_BV
-            ascent.leave(arrival, self.rule)
-        else:
-            h_BTD = self.backbone.run(arrival.h_BTD, Span(arrival.depth, ascent.total), ascent.cache)
-            depth, logits_BV = ascent.total, self.backbone.unembed(h_BTD)[:, 0]
-        token_B = self.sampler(logits_BV)
-        clock.end(depth)
-        return told(arrival, token_B, logits_BV, depth, ascent)
-
-
-def prefilled(ascent: Ascent, prompt_BT: Tensor, sampler: Sampler, clock: Probe) -> Step:
-    """The prompt, run at full depth, and the first token."""
-    clock.begin(prefill=True)
-    h_BTD = ascent.climb(ascent.backbone.embed(prompt_BT, ascent.cache), Span(0, ascent.total))
-    logits_BV = ascent.backbone.unembed(h_BTD[:, -1:])[:, 0]
-    token_B = sampler(logits_BV)
-    clock.end(ascent.total)
-    return Step(token_B, ascent.total, logits_BV, logits_read=(ascent.total,), work=ascent.work(), prefill=True)
-
-
-def told(arrival: Arrival, token_B: Tensor, logits_BV: Tensor, depth: int, ascent: Ascent) -> Step:
-    """The record of a step that asked its exits."""
-    read = logits_depths(arrival.trail) + ((depth,) if depth == ascent.total else ())
-    wish_BE = torch.stack(arrival.wishes, -1)
-    return Step(token_B, depth, logits_BV, wish_BE, read, gates_asked(arrival.trail), ascent.work())
+    def steps(self, session: Session) -> Iterator[Step]:
+        """Run to an exit; leave there, or run on to the top."""
+        yield session.prefill()
+        while True:
+            arrival = session.run_to_exit(self._policy)
+            logits_BV = session.leave(arrival, self.skipped_state) if arrival.left else session.run_to_top(arrival)
+            yield session.step(arrival, logits_BV, self.sampler(logits_BV))

@@ -2,61 +2,55 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-
-import torch
-from torch import Tensor
+from collections.abc import Iterator
+from typing import ClassVar, final
 
 from dynamax.backbones.base import Backbone
-from dynamax.decoding.base import Decoder, Probe
-from dynamax.decoding.loop import checked_prompt, drive
-from dynamax.decoding.sampling import Greedy, Sampler
-from dynamax.types import Span, Step
+from dynamax.decoding.base import Decoder
+from dynamax.decoding.sampling import Sampler
+from dynamax.decoding.session import Session
+from dynamax.errors import UserError
+from dynamax.heads.bank import ExitBank
+from dynamax.policies.base import TerminationPolicy
+from dynamax.types import Step
 
 
+@final
 class Full(Decoder):
     """Every block for every token.
 
     Args:
         backbone: The model.
+        exits: Not read.
+        policy: None: it would never be asked.
         sampler: How tokens are drawn; greedy by default.
     """
 
-    def __init__(self, backbone: Backbone, sampler: Sampler | None = None) -> None:
-        self.backbone = backbone
-        self.sampler = sampler or Greedy()
+    lossless: ClassVar[bool] = True
 
-    @torch.inference_mode()
-    def decode(
+    def __init__(
         self,
-        prompt_BT: Tensor,
-        *,
-        limit: int,
-        stop: Sequence[int] = (),
-        pad_B: Tensor | None = None,
-        forced_BT: Tensor | None = None,
-        probe: Probe | None = None,
-    ) -> Iterator[Step]:
-        """See ``Decoder.decode``."""
-        spec = self.backbone.spec
-        checked_prompt(prompt_BT, limit=limit, spec=spec)
-        cache = self.backbone.new_cache(prompt_BT.shape[1] + limit, pad_B)
-        clock = probe or Probe()
-
-        def step(tokens_BT: Tensor, index: int, ended_B: Tensor) -> Step:
-            clock.begin(prefill=index == 0)
-            before = cache.work()
-            h_BTD = self.backbone.run(self.backbone.embed(tokens_BT, cache), Span(0, spec.depth), cache)
-            logits_BV = self.backbone.unembed(h_BTD[:, -1:])[:, 0]
-            token_B = self.sampler(logits_BV)
-            clock.end(spec.depth)
-            return Step(
-                token_B,
-                spec.depth,
-                logits_BV,
-                logits_read=(spec.depth,),
-                work=cache.work() - before,
-                prefill=index == 0,
+        backbone: Backbone,
+        exits: ExitBank | None = None,
+        policy: TerminationPolicy | None = None,
+        sampler: Sampler | None = None,
+    ) -> None:
+        if policy is not None:
+            raise UserError(
+                f"Full was given the policy {policy.label}, but it runs every block. Leave the policy out, or decode "
+                f"with EarlyExit or SelfSpeculative."
             )
+        super().__init__(backbone, None, None, sampler)
 
-        yield from drive(step, prompt_BT, limit=limit, stop=stop, forced_BT=forced_BT)
+    @property
+    def teacher_forced(self) -> bool:
+        """True: one pass has every position's logits."""
+        return True
+
+    def steps(self, session: Session) -> Iterator[Step]:
+        """Embed, run to the top, draw."""
+        yield session.prefill()
+        while True:
+            arrival = session.embed()
+            logits_BV = session.run_to_top(arrival)
+            yield session.step(arrival, logits_BV, self.sampler(logits_BV))

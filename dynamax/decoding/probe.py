@@ -1,4 +1,4 @@
-"""Clocks for a decoder: wall time on a CPU, CUDA events on a GPU. They know depths and nothing else."""
+"""What may watch a decoder: clocks, wall time on a CPU, CUDA events on a GPU. They know depths and nothing else."""
 
 from __future__ import annotations
 
@@ -9,7 +9,18 @@ from collections.abc import Sequence
 
 import torch
 
-from dynamax.decoding.base import Probe
+
+class Probe:
+    """Watches a decoder. Does nothing itself; clocks are below."""
+
+    def begin(self, *, prefill: bool) -> None:
+        """A step begins."""
+
+    def mark(self, depth: int) -> None:
+        """The step has completed ``depth`` blocks, and the exit there has been read."""
+
+    def end(self, depth: int) -> None:
+        """The step has its token, from ``depth`` blocks."""
 
 
 class Clock(Probe):

@@ -1,4 +1,4 @@
-"""The heads of all exits, by depth: built, read while decoding, saved. Knows no backbone and no policy.
+"""The heads of all exits, by depth: built, read, saved. Knows no backbone and no policy.
 
 While decoding, a recurrent gate must read every position once and in order, also those that left
 below it. Such positions reach its depth later, as debts that ride along with newer rows;
@@ -22,15 +22,25 @@ from dynamax.heads.exits import Exit, built, check_depths
 from dynamax.types import Evidence, Memory, Site, Spec
 
 
-class CacheView(Protocol):
-    """What is read of a cache, and the memories that are kept in it."""
+class Debts(Protocol):
+    """Fill levels and debts, as far as heads are concerned."""
 
     filled: list[int]
-    pad_B: Tensor | None
-    memories: dict[tuple[int, str], Memory]
 
     def owed(self, depth: int) -> Tensor | None:
         """Positions that stopped at this depth, oldest first."""
+
+
+class RunState(Protocol):
+    """What is read of a cache, and the memories that are kept in it."""
+
+    pad_B: Tensor | None
+    memories: dict[tuple[int, str], Memory]
+
+    @property
+    def group(self) -> Debts:
+        """Fill levels and debts."""
+        ...
 
 
 class ExitBank(nn.Module):
@@ -54,9 +64,13 @@ class ExitBank(nn.Module):
         spec = sites(1).spec
         check_depths(exits, spec.depth)
         self._width = spec.width
+        self._selected: frozenset[str] | None = None
         self.depths = tuple(sorted(exits))
         self.exits = nn.ModuleDict({str(depth): built(exits[depth], sites(depth)) for depth in self.depths})
-        self.recurrent_depths = recurrent_depths(self)
+        self.recurrent_depths = self._find_recurrent()
+
+    def _find_recurrent(self) -> tuple[int, ...]:
+        return tuple(d for d in self.depths if any(gate.recurrent for gate in self.gates(d).values()))
 
     def select_gates(self, gates: Collection[str] | None) -> ExitBank:
         """The same heads without the gates that are not named, so that recurrent ones among those are not run.
@@ -69,42 +83,27 @@ class ExitBank(nn.Module):
         """
         if gates is None:
             return self
-        there = sorted({name for depth in self.depths for name in self.gates(depth)})
+        known = sorted({name for depth in self.depths for name in self.gates(depth)})
         for name in gates:
-            if name not in there:
+            if name not in known:
                 raise UserError(
                     f"The policy asks for the gate {name}, which no exit has; gates of the exits: "
-                    f"{', '.join(there) or 'none'}. Name one of them in the policy (gate: NAME), or train exits with "
+                    f"{', '.join(known) or 'none'}. Name one of them in the policy (gate: NAME), or train exits with "
                     f"such a gate."
                 )
-        other = copy.copy(self)
-        other._modules = {}
-        other.exits = nn.ModuleDict(
-            {
-                str(depth): nn.ModuleDict(
-                    {
-                        "lens": self.lens(depth),
-                        "gates": nn.ModuleDict({n: gate for n, gate in self.gates(depth).items() if n in gates}),
-                    }
-                )
-                for depth in self.depths
-            }
-        )
-        other.recurrent_depths = recurrent_depths(other)
+        other = copy.copy(self)  # shares the heads
+        other._selected = frozenset(gates)
+        other.recurrent_depths = other._find_recurrent()
         return other
-
-    @property
-    def recurrent(self) -> bool:
-        """Whether any gate is."""
-        return bool(self.recurrent_depths)
 
     def lens(self, depth: int) -> Lens:
         """The lens of the exit at ``depth``."""
         return cast(Lens, self._exit(depth)["lens"])
 
     def gates(self, depth: int) -> dict[str, Gate]:
-        """The gates of the exit at ``depth``, by class name, in the order they were given."""
-        return {name: cast(Gate, gate) for name, gate in cast(nn.ModuleDict, self._exit(depth)["gates"]).items()}
+        """The selected gates of the exit at ``depth``, by class name, in the order they were given."""
+        gates = cast(nn.ModuleDict, self._exit(depth)["gates"]).items()
+        return {name: cast(Gate, gate) for name, gate in gates if self._selected is None or name in self._selected}
 
     def _exit(self, depth: int) -> nn.ModuleDict:
         if str(depth) not in self.exits:
@@ -118,99 +117,141 @@ class ExitBank(nn.Module):
         """The residual stream alone, which gates read: rows of some backbones carry more behind it."""
         return h_BTD[..., : self._width]
 
+    # -- reading ------------------------------------------------------------------------------------
+
+    def evidence(
+        self,
+        site: Site,
+        h_BTD: Tensor,
+        *,
+        pick: Callable[[Tensor], Tensor],
+        step: int | Tensor = 0,
+        trail: Sequence[Evidence] = (),
+        recurrent: Mapping[str, Tensor] | None = None,
+    ) -> Evidence:
+        """The evidence of one exit. Nothing is computed before it is asked for.
+
+        Args:
+            site: The exit's place.
+            h_BTD: States there: all of a known text, or the newest positions while decoding.
+            pick: Which of the ``[B, T, ...]`` positions the evidence is of.
+            step: Tokens generated before.
+            trail: Evidence of the step's earlier exits.
+            recurrent: Scores ``s_BT`` of recurrent gates that have read these positions already; the others read
+                ``h_BTD`` as a whole sequence.
+        """
+        lens, known = self.lens(site.depth), recurrent or {}
+
+        def scorer(name: str, gate: Gate) -> Callable[[Evidence], Tensor]:
+            if name in known:
+                return lambda _: pick(known[name])
+            if gate.recurrent:
+                return lambda _: pick(gate.score(self.sequence(site, h_BTD, step)))
+            return gate.score
+
+        return Evidence(
+            site.depth,
+            site.spec.depth,
+            step,
+            pick(self.stream(h_BTD)),
+            logits=lambda: site.project(pick(lens.translate(h_BTD, site))),
+            gates={name: scorer(name, gate) for name, gate in self.gates(site.depth).items()},
+            trail=trail,
+        )
+
+    def sequence(self, site: Site, h_BTD: Tensor, step: int | Tensor) -> Evidence:
+        """What a recurrent gate reads: all positions of ``h_BTD``, without a trail."""
+        lens = self.lens(site.depth)
+
+        def logits() -> Tensor:
+            if lens.runs_last_block:
+                raise UserError(
+                    f"A recurrent gate at depth {site.depth} asked for the logits of {type(lens).__name__}, which runs "
+                    f"the last block and has none of earlier positions. Give the exit another lens."
+                )
+            return site.project(lens.translate(h_BTD, site))
+
+        return Evidence(site.depth, site.spec.depth, step, self.stream(h_BTD), logits=logits)
+
+    def known_texts(
+        self, hidden: Mapping[int, Tensor], sites: Mapping[int, Site], counted_BT: Tensor
+    ) -> dict[int, Evidence]:
+        """Evidence of every exit, by depth, at the counted positions of known texts: for training and scoring.
+
+        Args:
+            hidden: States ``h_BTD`` of whole texts, by depth.
+            sites: The places of the exits.
+            counted_BT: Which positions the evidence is of; they become its leading dimension ``[N]``.
+        """
+        trail: list[Evidence] = []
+        for depth in self.depths:
+            trail.append(self.evidence(sites[depth], hidden[depth], pick=lambda x_BT: x_BT[counted_BT], trail=trail))
+        return {evidence.depth: evidence for evidence in trail}
+
     # -- while decoding ---------------------------------------------------------------------------
 
-    def catch_up(self, depth: int, h_BTD: Tensor, cache: CacheView) -> dict[str, Tensor]:
+    def catch_up(
+        self, site: Site, h_BTD: Tensor, cache: RunState, *, step: int = 0
+    ) -> tuple[dict[str, Tensor], tuple[tuple[int, int], ...]]:
         """Let the recurrent gates of one exit read on, up to and including the caller's rows.
 
         Rows that are owed at this depth and not yet read are read first, in the same chunk. Where a
         rule for skipped state has left no debts, the gates go on without the skipped rows.
 
         Args:
-            depth: The exit.
-            h_BTD: The newest positions that block ``depth - 1`` has completed.
+            site: The exit's place.
+            h_BTD: The newest positions that the block below has completed.
             cache: The fill levels, debts and memories of this decoding run.
+            step: Tokens generated before.
 
         Returns:
-            Confidences ``p_BT`` of the caller's rows, for each recurrent gate.
+            Scores ``s_BT`` of the caller's rows, for each recurrent gate; and (depth, positions) of each reading of
+            logits that a gate asked for.
         """
-        passed, rows = cache.filled[depth - 1], h_BTD.shape[1]
-        confidences: dict[str, Tensor] = {}
+        depth, rows = site.depth, h_BTD.shape[1]
+        passed = cache.group.filled[depth - 1]
+        scores: dict[str, Tensor] = {}
+        reads: list[tuple[int, int]] = []
         for name, gate in self._recurrent(depth):
             memory = remembered(cache, depth, name)
             unread = passed - rows - memory.read
             assert unread >= 0, f"{name} at depth {depth} has read {memory.read} of {passed} positions already"
-            owed_BTD = cache.owed(depth) if unread else None
+            owed_BTD = cache.group.owed(depth) if unread else None
             whole_BTD = h_BTD if owed_BTD is None else torch.cat([owed_BTD[:, -unread:], h_BTD], 1)
             memory.read = passed - whole_BTD.shape[1]
-            confidences[name] = gate.confidence(self.stream(whole_BTD), memory)[:, -rows:]
+            evidence = self.sequence(site, whole_BTD, step)
+            scores[name] = gate.score(evidence, memory)[:, -rows:]
             memory.read = passed
-        return confidences
+            if evidence.logits_read:
+                reads.append((depth, whole_BTD.shape[1]))
+        return scores, tuple(reads)
 
-    def advance(self, depth: int, h_BTD: Tensor, cache: CacheView) -> None:
+    def advance(self, site: Site, h_BTD: Tensor, cache: RunState) -> None:
         """Let the recurrent gates of one exit read positions that skip it, as if they had come in as ``h_BTD``.
 
         For rules that fill skipped state, and for positions kept by a rollback, which may be none.
         """
         if h_BTD.shape[1] == 0:
             return
-        for name, gate in self._recurrent(depth):
-            memory = remembered(cache, depth, name)
-            gate.score(self.stream(h_BTD), memory)
+        for name, gate in self._recurrent(site.depth):
+            memory = remembered(cache, site.depth, name)
+            gate.score(self.sequence(site, h_BTD, 0), memory)
             memory.read += h_BTD.shape[1]
 
     def _recurrent(self, depth: int) -> list[tuple[str, Gate]]:
         return [(name, gate) for name, gate in self.gates(depth).items() if gate.recurrent]
 
-    def read(
-        self,
-        depth: int,
-        h_BTD: Tensor,
-        *,
-        cache: CacheView,
-        total: int,
-        step: int,
-        trail: Sequence[Evidence],
-        site: Site,
-    ) -> Evidence:
-        """The evidence of one exit for the newest position.
-
-        Recurrent gates read all rows now; the lens and the other gates run when a policy asks.
-
-        Args:
-            depth: The exit.
-            h_BTD: The newest positions that block ``depth - 1`` has completed; evidence is of the last.
-            cache: As in ``catch_up``.
-            total: Blocks of the backbone.
-            step: Tokens generated before this one.
-            trail: Evidence of the step's earlier exits.
-            site: The place, with the cache behind its last block.
-        """
-        known = self.catch_up(depth, h_BTD, cache)
-        newest_B1D = h_BTD[:, -1:]
-
-        def confidence(name: str, gate: Gate) -> Callable[[], Tensor]:
-            if name in known:
-                return lambda: known[name][:, -1]
-            return lambda: gate.confidence(self.stream(newest_B1D))[:, 0]
-
-        def logits() -> Tensor:
-            return site.project(self.lens(depth).translate(newest_B1D, site))[:, 0]
-
-        gates = {name: confidence(name, gate) for name, gate in self.gates(depth).items()}
-        hidden_BD = self.stream(newest_B1D)[:, 0]
-        return Evidence(depth, total, step, hidden_BD, logits=logits, gates=gates, trail=trail)
-
     # -- on disk ----------------------------------------------------------------------------------
 
-    def save(self, folder: str | Path, spec: Spec) -> None:
+    def save(self, folder: str | Path, spec: Spec, source: Mapping[str, Any] | None = None) -> None:
         """Write ``heads.safetensors`` and ``heads.json``, whole or not at all.
 
         Args:
             folder: Where to; made if it is missing.
             spec: The backbone the heads belong to.
+            source: Where that backbone comes from, as JSON values; None if nobody knows.
         """
-        saved.write(Path(folder), self.record(spec), self.state_dict())
+        saved.write(Path(folder), {**self.record(spec), "source": source}, self.state_dict())
 
     def record(self, spec: Spec) -> dict[str, Any]:
         """What ``save`` writes beside the weights: the backbone, and class and options of each head by depth."""
@@ -239,11 +280,6 @@ class ExitBank(nn.Module):
         return bank
 
 
-def remembered(cache: CacheView, depth: int, name: str) -> Memory:
+def remembered(cache: RunState, depth: int, name: str) -> Memory:
     """The memory of one head in this decoding run; empty at first."""
     return cache.memories.setdefault((depth, name), Memory(pad_B=cache.pad_B))
-
-
-def recurrent_depths(bank: ExitBank) -> tuple[int, ...]:
-    """Depths at which a gate of the bank is recurrent."""
-    return tuple(depth for depth in bank.depths if any(gate.recurrent for gate in bank.gates(depth).values()))

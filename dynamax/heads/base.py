@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
-from typing import ClassVar, Self, final
+from typing import ClassVar, Self
 
 from torch import Tensor, nn
 
-from dynamax.types import Memory, Site
+from dynamax.types import Evidence, Memory, Site
 
 
 class ExitHead(nn.Module, ABC):
@@ -71,15 +71,14 @@ class Gate(ExitHead):
     state: int = 0
 
     @abstractmethod
-    def score(self, h_BTD: Tensor, memory: Memory | None = None) -> Tensor:
-        """Log-odds ``s_BT`` that leaving is right.
+    def score(self, evidence: Evidence, memory: Memory | None = None) -> Tensor:
+        """Log-odds that leaving is right, in the leading dimensions of ``evidence.hidden``.
 
-        A recurrent gate continues from ``memory.values`` (empty at the start), replaces its entries
-        (never writes into the tensors) and masks padding by ``memory.live(T)``. ``memory.read`` is
-        advanced by the caller. None means: a whole sequence from its start, nothing kept.
+        A gate that is not recurrent judges each position alone. It may read all of the evidence, such as
+        ``evidence.probs`` or ``evidence.trail``; what it reads is computed then, and charged.
+
+        A recurrent gate reads ``evidence.hidden`` of shape ``[B, T, D]``, and may read the logits of the same
+        positions; there is no trail. It continues from ``memory.values`` (empty at the start), replaces its entries
+        (never writes into the tensors) and masks padding by ``memory.live(T)``. ``memory.read`` is advanced by the
+        caller. None means: a whole sequence from its start, nothing kept.
         """
-
-    @final
-    def confidence(self, h_BTD: Tensor, memory: Memory | None = None) -> Tensor:
-        """Confidence ``p_BT`` in [0, 1]: the sigmoid of ``score``."""
-        return self.score(h_BTD, memory).sigmoid()

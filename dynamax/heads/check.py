@@ -19,7 +19,7 @@ from dynamax.errors import UserError
 from dynamax.heads.bank import ExitBank
 from dynamax.heads.base import ExitHead, Gate, Lens
 from dynamax.heads.exits import Exit
-from dynamax.types import Memory, Site, Spec
+from dynamax.types import Evidence, Memory, Site, Spec
 
 TOLERANCE = 1e-10
 REMEDIES = {
@@ -45,6 +45,16 @@ def toy_site(*, depth: int = 2, width: int = 64, vocab: int = 97, fingerprint: s
 
     spec = Spec("toy", 4, width, vocab, 512, fingerprint)
     return Site(depth, spec, lambda h_BTD: F.rms_norm(h_BTD, (width,)), project, last_block)
+
+
+def toy_evidence(h_BTD: Tensor, *, recurrent: bool = False) -> Evidence:
+    """Evidence of the second of two exits, all of it a function of ``h_BTD``; a recurrent gate has no trail."""
+
+    def exit_at(depth: int, x_BTD: Tensor, trail: list[Evidence]) -> Evidence:
+        site = toy_site(depth=depth, width=x_BTD.shape[-1])
+        return Evidence(depth, 4, 3, x_BTD, logits=lambda: site.project(site.normalize(x_BTD)), trail=trail)
+
+    return exit_at(2, h_BTD, [] if recurrent else [exit_at(1, 0.5 * h_BTD.roll(1, -1), [])])
 
 
 def stir(head: ExitHead, seed: int = 0) -> None:
@@ -101,10 +111,11 @@ def demand(head: ExitHead, holds: bool, message: str) -> None:
 
 
 def caller(head: ExitHead, site: Site) -> Callable[[Tensor], Tensor]:
-    """What the head computes without a memory: ``u_BTD`` of a lens, ``s_BT`` of a gate."""
+    """What the head makes of ``h_BTD`` without a memory: ``u_BTD`` of a lens, ``s_BT`` of a gate."""
     if isinstance(head, Lens):
         return lambda h_BTD: head.translate(h_BTD, site)
-    return cast(Gate, head).score
+    gate = cast(Gate, head)
+    return lambda h_BTD: gate.score(toy_evidence(h_BTD, recurrent=gate.recurrent))
 
 
 def states(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -156,9 +167,9 @@ def check_gradient(head: ExitHead, call: Callable[[Tensor], Tensor]) -> None:
 def check_memory(gate: Gate) -> None:
     """Cut anywhere, padded or not, a sequence gives the same scores; an old memory is not changed by later reads."""
     h_BTD = states(2, 9, dtype=torch.float64)
-    whole_BT = gate.score(h_BTD)
+    whole_BT = caller(gate, toy_site())(h_BTD)
     if not gate.recurrent:
-        alone_BT = torch.cat([gate.score(h_BTD[:, t : t + 1]) for t in range(9)], 1)
+        alone_BT = torch.cat([caller(gate, toy_site())(h_BTD[:, t : t + 1]) for t in range(9)], 1)
         message = "says recurrent = False, but its score of a position depends on earlier ones; "
         demand(gate, near(alone_BT, whole_BT), message + REMEDIES[False])
     for cuts in ((9,), (1,) * 9, (4, 5), (2, 6, 1)):
@@ -192,7 +203,7 @@ def continued(gate: Gate, h_BTD: Tensor, cuts: tuple[int, ...], memory: Memory) 
     """Scores of a sequence read in chunks."""
     parts = []
     for chunk_BTD in h_BTD.split(list(cuts), 1):
-        parts.append(gate.score(chunk_BTD, memory))
+        parts.append(gate.score(toy_evidence(chunk_BTD, recurrent=gate.recurrent), memory))
         memory.read += chunk_BTD.shape[1]
     return torch.cat(parts, 1)
 

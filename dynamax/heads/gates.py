@@ -25,7 +25,7 @@ from dynamax.heads.blocks import (
     zero_init,
 )
 from dynamax.heads.mamba import MambaBlock
-from dynamax.types import Memory, Site
+from dynamax.types import Evidence, Memory, Site
 
 
 class LinearGate(Gate):
@@ -42,9 +42,9 @@ class LinearGate(Gate):
         super().__init__()
         self.out = zero_init(site.spec.width)
 
-    def score(self, h_BTD: Tensor, memory: Memory | None = None) -> Tensor:
+    def score(self, evidence: Evidence, memory: Memory | None = None) -> Tensor:
         """A weighted sum of the normed state."""
-        return self.out(rms_normalize(h_BTD, self.out.weight.dtype))[..., 0]
+        return self.out(rms_normalize(evidence.hidden, self.out.weight.dtype))[..., 0]
 
     def flops(self) -> int:
         """2 D."""
@@ -65,9 +65,9 @@ class MLPGate(Gate):
         self.enter = nn.Linear(site.spec.width, positive("hidden", hidden))
         self.out = zero_init(hidden)
 
-    def score(self, h_BTD: Tensor, memory: Memory | None = None) -> Tensor:
+    def score(self, evidence: Evidence, memory: Memory | None = None) -> Tensor:
         """Norm, hidden layer, last layer."""
-        return self.out(F.silu(self.enter(rms_normalize(h_BTD, self.out.weight.dtype))))[..., 0]
+        return self.out(F.silu(self.enter(rms_normalize(evidence.hidden, self.out.weight.dtype))))[..., 0]
 
     def flops(self) -> int:
         """2 hidden (D + 1)."""
@@ -91,9 +91,9 @@ class FFNGate(Gate):
         self.inner = SwiGLU(site.spec.width, hidden)
         self.out = zero_init(hidden)
 
-    def score(self, h_BTD: Tensor, memory: Memory | None = None) -> Tensor:
+    def score(self, evidence: Evidence, memory: Memory | None = None) -> Tensor:
         """Norm, gate and up projections, last projection."""
-        return self.out(self.inner(rms_normalize(h_BTD, self.out.weight.dtype)))[..., 0]
+        return self.out(self.inner(rms_normalize(evidence.hidden, self.out.weight.dtype)))[..., 0]
 
     def flops(self) -> int:
         """2 hidden (2 D + 1)."""
@@ -137,9 +137,9 @@ class MambaGate(Gate):
         self.state = self.block.state
         self.out = zero_init(self.block.d_inner)
 
-    def score(self, h_BTD: Tensor, memory: Memory | None = None) -> Tensor:
-        """Norm, input_projection, block, last projection."""
-        x_BTD = self.enter(rms_normalize(h_BTD, self.out.weight.dtype))
+    def score(self, evidence: Evidence, memory: Memory | None = None) -> Tensor:
+        """Norm, input projection, block, last projection."""
+        x_BTD = self.enter(rms_normalize(evidence.hidden, self.out.weight.dtype))
         return self.out(self.block(x_BTD, memory))[..., 0]
 
     def flops(self) -> int:
@@ -171,10 +171,10 @@ class AttentionGate(Gate):
         self.down = nn.Linear(swiglu_width(inner), inner, bias=False)
         self.out = zero_init(inner)
 
-    def score(self, h_BTD: Tensor, memory: Memory | None = None) -> Tensor:
-        """Norm, input_projection, attention and feed-forward with their residuals, norm, last projection."""
+    def score(self, evidence: Evidence, memory: Memory | None = None) -> Tensor:
+        """Norm, input projection, attention and feed-forward with their residuals, norm, last projection."""
         dtype = self.out.weight.dtype
-        x_BTD = self.enter(rms_normalize(h_BTD, dtype))
+        x_BTD = self.enter(rms_normalize(evidence.hidden, dtype))
         x_BTD = x_BTD + self.attention(rms_normalize(x_BTD, dtype), memory)
         x_BTD = x_BTD + self.down(self.inner(rms_normalize(x_BTD, dtype)))
         return self.out(rms_normalize(x_BTD, dtype))[..., 0]

@@ -170,11 +170,23 @@ def read(folder: Path, spec: Spec) -> tuple[dict[str, Any], dict[str, Tensor]]:
             inner = json.loads((file.metadata() or {}).get("record", "null"))
             # cloned: a tensor inside the file's map may lie at an address that a kernel treats otherwise
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 - not a mapping
-        outer = json.loads((folder / RECORD).read_text())
     except (safetensors.SafetensorError, ValueError) as error:
         raise UserError(f"The heads in {folder} are damaged: {error}. Copy them again, or run fit again.") from error
+    outer = read_record(folder)
     check(folder, inner, outer, spec)
     return outer, tensors
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """What is said of the heads in a folder: their backbone, where it comes from, and each head's class and options.
+
+    Raises:
+        UserError: If it is missing or damaged.
+    """
+    try:
+        return json.loads((folder / RECORD).read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"The heads in {folder} are damaged: {error}. Copy them again, or run fit again.") from error
 
 
 def check(folder: Path, inner: Any, outer: Any, spec: Spec) -> None:  # noqa: ANN401 - whatever JSON holds

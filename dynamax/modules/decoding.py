@@ -3,33 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 from lightning.pytorch import LightningModule
 
 from dynamax.backbones.hf import UNBOUNDED
-from dynamax.backbones.skipped_state import Exact, SkippedState
 from dynamax.backbones.sources import Source
-from dynamax.decoding.base import Decoder, Probe
-from dynamax.decoding.early_exit import EarlyExit
-from dynamax.decoding.full import Full
-from dynamax.decoding.sampling import Greedy, Sampler
-from dynamax.decoding.speculative import SelfSpeculative
+from dynamax.decoding.base import DecoderFactory
+from dynamax.decoding.cost import CostModel
+from dynamax.decoding.probe import Probe
+from dynamax.decoding.sampling import Sampler
+from dynamax.engine import Engine, load
 from dynamax.errors import UserError
-from dynamax.heads.bank import Exit, ExitBank
-from dynamax.metrics.cost import CostModel
+from dynamax.heads.bank import Exit
 from dynamax.metrics.environment import environment
-from dynamax.modules.answers import answer, encode, forced, unforced
 from dynamax.modules.checks import one_device
-from dynamax.modules.evaluation import EvalContext, Evaluation, Generation, OperatingPoint, evaluation
-from dynamax.modules.results import DecodingResults, PolicyStats, named
+from dynamax.modules.evaluation import Evaluation, Generation, OperatingPoint, new_evaluation
+from dynamax.modules.results import DecodingResults, PolicyStats, point_name
 from dynamax.policies.base import TerminationPolicy
-from dynamax.policies.schedule import Never
 from dynamax.tasks.base import Example, GenerationTask
-from dynamax.types import Spec
 
 
 @dataclass
@@ -47,25 +41,29 @@ class Sweep:
 class DecodingModule(LightningModule):
     """Decodes a task with exits and measures what that costs and saves.
 
+    Every test run starts from nothing: a second one with the same module finds what the first one found.
+
     Args:
         backbone: Where the model comes from.
         policies: Policies and their thresholds; each is run beside the full model.
         heads: Folder of trained heads, as ``fit`` leaves it.
         exits: Exits in place of trained heads, for heads that need no training such as LogitLens.
-        rule: What becomes of the state of skipped blocks; Exact by default.
-        sampler: How tokens are drawn; Greedy by default.
-        mode: ``early-exit`` says what exits say; ``lossless`` verifies every draft at the top.
-        draft_limit: Lossless only: most drafted tokens before a verification.
-        chat: Wrap prompts as a user's turn in the chat template.
+        decoder: How tokens are decoded: EarlyExit (by default) says what exits say; SelfSpeculative verifies every
+            draft at the top.
+        sampler: How tokens are drawn; left out, as the model's ``generation_config`` says, which is greedy for most.
+        chat: Wrap prompts as a user's turn in the chat template; plain text if left out.
         dtype: Of the backbone, such as float32 or bfloat16.
-        timed: Examples on which time and cost are taken, policy by policy, beside the full model; on the
-            others agreement and depth are read off one pass. Under an approximate rule, or lossless, all are.
+        timed: Examples on which time and cost are taken, policy by policy, beside the full model; 8 if left out. On
+            the others agreement and depth are read off one pass. With approximate state, or a decoder that drafts, all
+            are timed.
 
     Attributes:
+        engine: The model and its exits; there once ``configure_model`` has run.
         results: What was found; there once testing has ended.
     """
 
     results: DecodingResults
+    engine: Engine
 
     def __init__(
         self,
@@ -74,13 +72,11 @@ class DecodingModule(LightningModule):
         *,
         heads: str | None = None,
         exits: dict[int, Exit] | None = None,
-        rule: SkippedState | None = None,
+        decoder: DecoderFactory | None = None,
         sampler: Sampler | None = None,
-        mode: Literal["early-exit", "lossless"] = "early-exit",
-        draft_limit: int = 4,
-        chat: bool = False,
+        chat: bool | None = None,
         dtype: str = "float32",
-        timed: int = 8,
+        timed: int | None = None,
     ) -> None:
         super().__init__()
         if (heads is None) == (exits is None):
@@ -89,96 +85,49 @@ class DecodingModule(LightningModule):
                 f"Name the folder that `dynamax fit` wrote (heads), or untrained exits such as LogitLens (exits), and "
                 "set the other to null."
             )
-        if mode == "lossless" and not isinstance(rule or Exact(), Exact):
-            raise UserError(f"Lossless decoding was given the rule {type(rule).__name__}; it needs Exact.")
         self.policies = [policy for sweep in policies for policy in sweep.points()]
         check_names(self.policies)
-        self.source = backbone
-        self.heads = heads
-        self.exits = exits
-        self.rule = rule or Exact()
-        self.sampler = sampler or Greedy()
-        self.mode = mode
-        self.draft_limit = draft_limit
-        self.chat = chat
+        self.source, self.heads, self.exits = backbone, heads, exits
+        self.decoder, self.sampler, self.chat, self.timed = decoder, sampler, chat, timed
         self.dtype_name = dtype
-        self.timed = timed
-        self.probes: list[Probe] = []
-        self._bench: EvalContext | None = None
+        self._probes: list[Probe] = []
         self._evaluation: Evaluation | None = None
 
     def add_probe(self, probe: Probe) -> None:
-        """Let a probe watch every policy's decoding. Call before testing starts."""
-        self.probes.append(probe)
+        """Let a probe watch every policy's decoding in the test run that is about to start."""
+        self._probes.append(probe)
 
     def setup(self, stage: str) -> None:
         """Refuse several devices."""
         one_device(self.trainer, self)
 
     def configure_model(self) -> None:
-        """Load backbone and heads, once."""
-        if self._bench is not None:
-            return
-        self.backbone = self.source.load(dtype=self.dtype_name)
-        self.bank = self._load_bank()
-        full = OperatingPoint(
-            Full(self.backbone, self.sampler), CostModel(self.backbone), PolicyStats("Full", None), Never()
-        )
-        self._bench = EvalContext(
-            backbone=self.backbone,
-            tokenizer=self.source.tokenizer(),
-            bank=self.bank,
-            full=full,
-            points=[self._point(policy) for policy in self.policies],
-            sampler=self.sampler,
-            chat=self.chat,
-            timed=self.timed if self.teacher_forceable else sys.maxsize,
-            probes=self.probes,
-        )
-
-    def _point(self, policy: TerminationPolicy) -> OperatingPoint:
-        costs = CostModel(self.backbone, self.bank.select_gates(policy.gates))
-        tally = PolicyStats(policy.label, policy.threshold, drafts=self.mode == "lossless")
-        return OperatingPoint(self.decoder(policy), costs, tally, policy)
-
-    def _load_bank(self) -> ExitBank:
-        if self.heads is not None:
-            return ExitBank.load(self.heads, self.backbone.site)
-        assert self.exits is not None
-        return ExitBank(self.exits, self.backbone.site)
-
-    def decoder(self, policy: TerminationPolicy) -> Decoder:
-        """A decoder for one policy."""
-        if self.mode == "lossless":
-            return SelfSpeculative(self.backbone, self.bank, policy, draft_limit=self.draft_limit, sampler=self.sampler)
-        return EarlyExit(self.backbone, self.bank, policy, rule=self.rule, sampler=self.sampler)
-
-    @property
-    def teacher_forceable(self) -> bool:
-        """Whether one pass over a known text tells what decoding along it would do."""
-        apart = not any(self.bank.lens(depth).runs_last_block for depth in self.bank.depths)
-        return self.rule.exact and self.mode == "early-exit" and apart
-
-    @property
-    def bench(self) -> EvalContext:
-        """What evaluation works with; there once the model is configured."""
-        assert self._bench is not None, "configure_model comes first"
-        return self._bench
+        """Load backbone and heads, once; a policy that does not fit them is refused now."""
+        if "engine" not in vars(self):
+            engine = load(self.source, heads=self.heads, exits=self.exits, dtype=self.dtype_name, device="cpu")
+            for policy in self.policies:
+                engine.decoder(policy, self.decoder)
+            self.backbone, self.bank = engine.backbone, engine.exits  # as submodules, so that they move with this one
+            self.engine = engine
 
     def on_test_start(self) -> None:
-        """Find out how this task's examples are put to the model.
+        """Begin a run over the data module's task.
 
         Raises:
-            UserError: If likelihoods are wanted under an approximate rule.
+            UserError: If an option would change nothing for this task, or the model asks for what is not done.
         """
-        task = self._task()
-        self._evaluation = evaluation(task, self.bench, unforced if self.mode == "lossless" else forced)
-        if not isinstance(self._evaluation, Generation) and not self.teacher_forceable:
-            raise UserError(
-                f"{type(task).__name__} scores likelihoods, which are read off one exact pass, but the rule is "
-                f"{type(self.rule).__name__}, the mode {self.mode}, or a lens runs the last block. Use the rule Exact, "
-                f"the mode early-exit and other lenses, or a task that generates."
-            )
+        probes, self._probes = self._probes, []
+        sampler = self.engine.options(sampler=self.sampler).sampler
+        full = OperatingPoint(self.engine.decoder(sampler=sampler), self.engine.costs, PolicyStats("Full", None), None)
+        points = [self._point(policy, sampler) for policy in self.policies]
+        self._evaluation = new_evaluation(
+            self._task, self.engine, full, points, sampler=self.sampler, chat=self.chat, timed=self.timed, probes=probes
+        )
+
+    def _point(self, policy: TerminationPolicy, sampler: Sampler) -> OperatingPoint:
+        decoder = self.engine.decoder(policy, self.decoder, sampler=sampler)
+        stats = PolicyStats(policy.label, policy.threshold, drafts=decoder.drafts)
+        return OperatingPoint(decoder, CostModel(self.engine.backbone, decoder.exits), stats, policy)
 
     def test_step(self, example: Any, index: int) -> None:  # noqa: ANN401 - each task has its own class of example
         """Put one example to the full model and to every policy."""
@@ -186,80 +135,61 @@ class DecodingModule(LightningModule):
         self._evaluation.add(example)
 
     def on_test_epoch_end(self) -> None:
-        """Close the books and log the frontier."""
-        task, bench = self._task(), self.bench
-        rows = [point.tally.row(task, bench.full.tally) for point in (bench.full, *bench.points)]
+        """Make the rows of the report, and log the frontier."""
+        task, run = self._task, self._evaluation
+        assert run is not None
         self.results = DecodingResults(
-            task={"name": type(task).__name__, "headline": task.headline, "examples": len(bench.full.tally.scores)},
-            backbone=facts(self.backbone.spec),
-            decoding=self.manner(),
+            task={"name": type(task).__name__, "headline": task.headline, "examples": run.examples},
+            backbone=spec_facts(self.engine),
+            decoding=self._manner(run),
             environment=environment(self.device, dtype=self.dtype_name, batch=1),
-            exits=[self._exit(depth) for depth in self.bank.depths],
-            rows=rows,
+            exits=[stats.row(run.bank.lens(depth), run.bank.gates(depth)) for depth, stats in run.exits.items()],
+            frontier=[point.stats.row(task, run.full.stats) for point in (run.full, *run.points)],
         )
-        for row in rows:
-            point = named(row["policy"], row["threshold"])
+        for row in self.results.frontier:
             for name in ("agreement", "blocks_per_token", "flops_fraction", "speed_up", "score"):
-                if row[name] is not None:
-                    self.log(f"test/{point}/{name}", float(row[name]))
+                if (value := getattr(row, name)) is not None:
+                    self.log(f"test/{row.name}/{name}", float(value))
 
-    def manner(self) -> dict[str, Any]:
-        """How tokens are decoded, as JSON values; ``draft_limit`` is None where nothing is drafted."""
-        options = {name: value for name, value in vars(self.sampler).items() if not name.startswith("_")}
-        plain = {name: value for name, value in options.items() if isinstance(value, int | float | str | None)}
+    def _manner(self, run: Evaluation) -> dict[str, Any]:
+        """How tokens were decoded, as JSON values; None where nothing was generated."""
+        generated = run if isinstance(run, Generation) else None
+        decoder = (run.points or [run.full])[0].decoder
+        sampler: dict[str, Any] | None = None
+        if generated is not None:
+            options = {name: value for name, value in vars(generated.sampler).items() if not name.startswith("_")}
+            plain = {name: value for name, value in options.items() if isinstance(value, int | float | str | None)}
+            sampler = {"name": type(generated.sampler).__name__, **plain}
         return {
-            "mode": self.mode,
-            "rule": type(self.rule).__name__,
-            "draft_limit": self.draft_limit if self.mode == "lossless" else None,
-            "sampler": {"name": type(self.sampler).__name__, **plain},
-            "chat": self.chat,
+            "decoder": type(decoder).__name__,
+            "lossless": decoder.lossless,
+            "options": decoder.options(),
+            "sampler": sampler,
+            "chat": None if generated is None else generated.chat,
             "heads": self.heads,
         }
 
     def predict_step(self, example: Example, index: int) -> dict[str, Any]:
         """Answer one example with the first policy: text, tokens, and the depth each token left at."""
-        task = self._task()
-        if not isinstance(task, GenerationTask):
-            raise UserError(f"predict answers in words, but {type(task).__name__} asks for likelihoods. Use test.")
-        tokenizer = self.bench.tokenizer
-        prompt_1T = encode(tokenizer, example.prompt, chat=self.chat, device=self.device)
-        decoder = self.bench.points[0].decoder
-        self.sampler.restart(index)
-        said = answer(decoder, tokenizer, prompt_1T, limit=example.limit, stop=example.stop)
-        return {
-            "id": example.id,
-            "text": said.text,
-            "tokens": said.tokens_1T[0].tolist(),
-            "depths": [step.depth for step in said.steps],
-        }
+        if not isinstance(self._task, GenerationTask):
+            name = type(self._task).__name__
+            raise UserError(f"predict answers in words, but {name} asks for likelihoods. Use test.")
+        options = self.engine.options(
+            sampler=self.sampler, max_new_tokens=example.max_new_tokens, stop_strings=example.stop_strings or None
+        )
+        options.sampler.restart(index)
+        decoder = self.engine.decoder(self.policies[0], self.decoder, sampler=options.sampler)
+        answer = self.engine.answer(decoder, self.engine.encode(example.prompt, chat=bool(self.chat)), options)
+        return {"id": example.id, "text": answer.text, "tokens": answer.tokens, "depths": answer.depths}
 
+    @property
     def _task(self) -> Any:  # noqa: ANN401 - the DataModule's
         return self.trainer.datamodule.task  # type: ignore[attr-defined]
 
-    def _exit(self, depth: int) -> dict[str, Any]:
-        tally = self.bench.exits[depth]
-        heads = {"lens": self.bank.lens(depth), **self.bank.gates(depth)}
-        told = {
-            name: {
-                "class": type(head).__name__,
-                "params": sum(p.numel() for p in head.parameters()),
-                "flops": head.flops(),
-            }
-            for name, head in heads.items()
-        }
-        return {
-            "depth": depth,
-            "agreement": tally.agreement(),
-            "gate_auroc": tally.aurocs(),
-            "latency_ms": tally.latency_ms(),
-            "params": sum(head["params"] for head in told.values()),
-            "flops": sum(head["flops"] for head in told.values()),
-            "heads": told,
-        }
 
-
-def facts(spec: Spec) -> dict[str, Any]:
+def spec_facts(engine: Engine) -> dict[str, Any]:
     """A backbone's spec as JSON values; ``context`` is None where no length is too long."""
+    spec = engine.backbone.spec
     return {**dataclasses.asdict(spec), "context": None if spec.context == UNBOUNDED else spec.context}
 
 
@@ -270,7 +200,7 @@ def check_names(policies: Sequence[TerminationPolicy]) -> None:
         UserError: Naming one that stands twice.
     """
     seen: set[str] = set()
-    for name in (named(policy.label, policy.threshold) for policy in policies):
+    for name in (point_name(policy.label, policy.threshold) for policy in policies):
         if name in seen:
             raise UserError(
                 f"Two policies go by the name {name}, and their figures could not be told apart. Remove one, or run "

@@ -11,17 +11,16 @@ import os
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from dynamax.backbones.base import Backbone
 from dynamax.backbones.hf import HFBackbone
-from dynamax.backbones.sources import Folder
 from dynamax.data.language import LanguageData
-from dynamax.decoding.full import Full
 from dynamax.decoding.sampling import Greedy, Sampled, Sampler
+from dynamax.engine import Engine, load
 from dynamax.errors import UserError
 from dynamax.metrics.environment import environment
 from dynamax.metrics.language import DepthScores
@@ -80,14 +79,15 @@ def write_model(
         fresh = Path(scratch) / "fresh"
         half(backbone.model).save_pretrained(fresh)
         tokenizer.save_pretrained(fresh)
-        written = Folder(str(fresh)).load(device=str(device))
+        engine = load(fresh, device=str(device))
+        written = engine.backbone
         report = {
             **facts,
             "parameters": sum(p.numel() for p in written.parameters()),
             "text": text_facts(data),
             "environment": environment(device.type, dtype="float32", batch=sum(data.rows)),
             "depths": measure(written, data, [*exits, written.spec.depth]),
-            "samples": samples(written, tokenizer, prompts),
+            "samples": samples(engine, prompts),
             "files": sorted([*(path.name for path in fresh.iterdir()), REPORT, "README.md"]),
         }
         (fresh / REPORT).write_text(json.dumps(report, indent=1), "utf-8")
@@ -144,18 +144,12 @@ def measure(backbone: Backbone, data: LanguageData, depths: Sequence[int]) -> di
     return {str(depth): score._asdict() for depth, score in scores.compute().items()}
 
 
-def samples(backbone: Backbone, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> list[dict[str, str]]:
+def samples(engine: Engine, prompts: Sequence[str]) -> list[dict[str, str]]:
     """What the model makes of each prompt, by each way of sampling."""
-    device = next(backbone.parameters()).device
-    stop = [cast(int, tokenizer.eos_token_id)]
     found = []
     for prompt in prompts:
-        tokens = tokenizer(prompt)["input_ids"]
+        most = min(SAMPLE, engine.backbone.spec.context - engine.encode(prompt, chat=False).shape[1])
         for name, sampler in SAMPLERS.items():
-            decoder = Full(backbone, sampler)
-            limit = min(SAMPLE, backbone.spec.context - len(tokens))
-            steps = decoder.decode(torch.tensor([tokens], device=device), limit=limit, stop=stop)
-            said = [int(step.token_B[0]) for step in steps]
-            text = str(tokenizer.decode(said, skip_special_tokens=True))
-            found.append({"prompt": prompt, "sampling": name, "text": text})
+            answer = engine.generate(prompt, chat=False, sampler=sampler, max_new_tokens=most)
+            found.append({"prompt": prompt, "sampling": name, "text": answer.text})
     return found

@@ -266,7 +266,7 @@ class HeadsModule(LightningModule):
             self.log(f"val/loss/{phase}", loss, batch_size=size)
             self.log_dict({f"val/{name}": value for name, value in seen.items()}, batch_size=size)
         if "gates" in phases:
-            for name, auroc in self.aurocs.update(self.bank, batch, agreed):
+            for name, auroc in self.aurocs.update(self.bank, batch, self.sites, agreed):
                 self.log(f"val/auroc/{name}", auroc, batch_size=size)
 
     # -- checkpoints --------------------------------------------------------------------------------

@@ -1,119 +1,134 @@
-"""What a test run found: one tally for each policy at each threshold, one for each exit. Sums only."""
+"""What a test run found: sums while it runs, and the rows of its report. The schema is in ``docs/report.md``."""
 
 from __future__ import annotations
 
-import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from dynamax.decoding.cost import FREE, Cost
 from dynamax.decoding.teacher_forced import PolicyPath
-from dynamax.metrics.cost import Cost
-from dynamax.metrics.functional import auroc
+from dynamax.heads.base import ExitHead
+from dynamax.metrics.exits import AnswerAgreement, BlocksPerToken, ExitAgreement, GateAUROC
 from dynamax.tasks.base import Task
-from dynamax.types import Step
+from dynamax.types import Evidence, Step
+
+SCHEMA_VERSION = 2
+"""Of ``report.json``; raised whenever a field changes its meaning or goes."""
+
+Threshold = float | Mapping[int, float] | None
 
 
-@dataclass
-class PolicyStats:
-    """Sums over the tokens and answers of one policy at one threshold.
+@dataclass(frozen=True)
+class PolicyRow:
+    """One policy at one threshold, or the full model. A quantity that was not measured is None.
 
     Attributes:
-        policy: Its label.
-        threshold: None for a policy without.
-        drafts: Whether it drafts and verifies, so that it can be told how many drafts were kept.
-        tokens: Tokens decoded along the full model's answers, or surveyed.
-        compared: Those of them at which the most likely token can be compared with the full model's.
-        kept: Tokens that were drafted at an exit and stood up to verification.
-        timed: Tokens that were timed and charged. The full model's are timed anew beside every policy.
+        policy: Its label; ``Full`` for the full model.
+        threshold: A number, one for each depth, or None for a policy without.
+        agreement: Share of positions at which the most likely token is the full model's.
+        drafts_kept: Share of tokens that were drafted at an exit and stood up to verification.
+        answer_agreement: Share of answers equal to the full model's, case and white space apart.
+        blocks_per_token: Block calls a token.
+        flops_fraction: FLOPs as a part of full decoding's.
+        bytes_fraction: Bytes as a part of full decoding's.
+        ms_per_token: Milliseconds a token.
+        speed_up: Full decoding's milliseconds over its own, timed in turn.
+        score: The task's headline score.
+        scores: All scores of the task.
+        tokens: Tokens that the row is about.
+        timed_tokens: Those of them that were timed and charged.
+        depth_counts: How many tokens left at each depth.
     """
 
     policy: str
-    threshold: float | Mapping[int, float] | None
-    drafts: bool = False
-    tokens: int = 0
-    compared: int = 0
-    agreed: int = 0
-    kept: int = 0
-    calls: int = 0
-    flops: float = 0.0
-    bytes: float = 0.0
-    full_flops: float = 0.0
-    full_bytes: float = 0.0
-    depths: Counter[int] = field(default_factory=Counter)
-    ms: float = 0.0
-    timed: int = 0
-    scores: list[Mapping[str, float]] = field(default_factory=list)
-    same_answers: list[bool] = field(default_factory=list)
+    threshold: Threshold
+    agreement: float | None
+    drafts_kept: float | None
+    answer_agreement: float | None
+    blocks_per_token: float | None
+    flops_fraction: float | None
+    bytes_fraction: float | None
+    ms_per_token: float | None
+    speed_up: float | None
+    score: float | None
+    scores: dict[str, float]
+    tokens: int
+    timed_tokens: int
+    depth_counts: dict[int, int]
 
-    def decoded(self, steps: Sequence[Step], top_T: Tensor | None) -> None:
-        """Add decoded steps (no prefill among them).
-
-        Args:
-            steps: The steps.
-            top_T: The full model's most likely token at each of their positions; None where they stand at positions
-                of their own, so that nothing can be compared.
-        """
-        self.tokens += len(steps)
-        self.kept += sum(step.accepted for step in steps)
-        self.calls += sum(sum(step.work.calls) for step in steps)
-        self.depths.update(step.depth for step in steps)
-        if top_T is not None:
-            self.compared += len(steps)
-            own = [int(step.logits_BV[0].argmax()) for step in steps]
-            self.agreed += sum(said == top for said, top in zip(own, top_T.tolist(), strict=True))
-
-    def charged(self, ms: float, costs: Sequence[Cost], full: Sequence[Cost]) -> None:
-        """Add time and cost of decoded steps, beside the full model's cost."""
-        self.ms += ms
-        for cost, whole in zip(costs, full, strict=True):
-            self.timed += 1
-            self.flops += cost.flops
-            self.bytes += cost.bytes
-            self.full_flops += whole.flops
-            self.full_bytes += whole.bytes
-
-    def played(self, played: PolicyPath, top_T: Tensor) -> None:
-        """Add what a survey says of a text; its first position is decided at the top and left out."""
-        depths = played.depth_T[1:].tolist()
-        self.tokens += len(depths)
-        self.compared += len(depths)
-        self.agreed += int((played.logits_TV.argmax(-1) == top_T)[1:].sum())
-        self.calls += sum(depths)
-        self.depths.update(depths)
-
-    def row(self, task: Task, full: PolicyStats) -> dict[str, Any]:
-        """One line of the frontier; a quantity that the task does not give is None."""
-        scores = task.aggregate(self.scores) if self.scores else {}
-        ms = _ratio(self.ms, self.timed) or None
-        full_ms = _ratio(full.ms, full.timed)
-        return {
-            "policy": self.policy,
-            "threshold": self.threshold,
-            "agreement": _ratio(self.agreed, self.compared),
-            "drafts_kept": _ratio(self.kept, self.tokens) if self.drafts else None,
-            "answer_agreement": statistics.fmean(self.same_answers) if self.same_answers else None,
-            "blocks_per_token": _ratio(self.calls, self.tokens),
-            "flops_fraction": _ratio(self.flops, self.full_flops),
-            "bytes_fraction": _ratio(self.bytes, self.full_bytes),
-            "ms_per_token": ms,
-            "speed_up": full_ms / ms if ms and full_ms else None,
-            "score": scores.get(task.headline),
-            "scores": scores,
-            "tokens": self.tokens,
-            "timed_tokens": self.timed,
-            "depth_counts": dict(sorted(self.depths.items())),
-        }
+    @property
+    def name(self) -> str:
+        """What logs call it."""
+        return point_name(self.policy, self.threshold)
 
 
-def named(policy: str, threshold: float | Mapping[int, float] | None) -> str:
+@dataclass(frozen=True)
+class HeadRow:
+    """One head: its class, parameters, and FLOPs a position."""
+
+    name: str
+    params: int
+    flops: int
+
+
+@dataclass(frozen=True)
+class ExitRow:
+    """One exit, along the full model's own answers. A quantity that was not measured is None.
+
+    Attributes:
+        depth: Blocks completed.
+        agreement: Share of positions at which the lens' token is the full model's.
+        gate_auroc: For each gate, how well its confidence ranks those positions.
+        latency_ms: Median (``p50``) and 95th percentile (``p95``) of a step that leaves here.
+        lens: The lens.
+        gates: The gates.
+    """
+
+    depth: int
+    agreement: float | None
+    gate_auroc: dict[str, float | None]
+    latency_ms: dict[str, float | None]
+    lens: HeadRow
+    gates: list[HeadRow]
+
+
+@dataclass(frozen=True)
+class DecodingResults:
+    """All that a report needs.
+
+    Attributes:
+        task: Class name of the task, its headline score and how many examples were run.
+        backbone: Its spec; ``context`` is None where no length is too long.
+        decoding: Decoder and its options, sampler, whether prompts stood in the chat template, folder of the heads
+            (None for untrained exits).
+        environment: Machine, device, versions.
+        exits: One row an exit, shallowest first.
+        frontier: The full model first, then one row for each policy at each threshold.
+        schema_version: Of these fields.
+    """
+
+    task: dict[str, Any]
+    backbone: dict[str, Any]
+    decoding: dict[str, Any]
+    environment: dict[str, Any]
+    exits: list[ExitRow]
+    frontier: list[PolicyRow]
+    schema_version: int = SCHEMA_VERSION
+
+    def as_json(self) -> dict[str, Any]:
+        """The content of ``report.json``."""
+        return asdict(self)
+
+
+def point_name(policy: str, threshold: Threshold) -> str:
     """What logs call a policy at a threshold.
 
-    >>> named("MaxProb", 0.5), named("MaxProb", {15: 0.5, 19: 0.75}), named("Never", None)
+    >>> point_name("MaxProb", 0.5), point_name("MaxProb", {15: 0.5, 19: 0.75}), point_name("Never", None)
     ('MaxProb@0.5', 'MaxProb@15=0.5,19=0.75', 'Never')
     """
     if threshold is None:
@@ -124,57 +139,127 @@ def named(policy: str, threshold: float | Mapping[int, float] | None) -> str:
 
 
 @dataclass
-class ExitStats:
-    """What one exit said along the full model's own answers."""
-
-    depth: int
-    right: list[Tensor] = field(default_factory=list)
-    confidences: dict[str, list[Tensor]] = field(default_factory=dict)
-    times_ms: list[float] = field(default_factory=list)
-
-    def agreement(self) -> float | None:
-        """Share of positions at which the lens' token is the full model's."""
-        return float(torch.cat(self.right).float().mean()) if self.right else None
-
-    def aurocs(self) -> dict[str, float | None]:
-        """For each gate, how well its confidence ranks the positions where the lens is right; None if all are alike."""
-        right_N = torch.cat(self.right) if self.right else torch.empty(0)
-        return {name: _number(auroc(torch.cat(parts), right_N)) for name, parts in self.confidences.items()}
-
-    def latency_ms(self) -> dict[str, float | None]:
-        """Milliseconds of a step that leaves here: median and 95th percentile."""
-        if not self.times_ms:
-            return {"p50": None, "p95": None}
-        p50, p95 = torch.tensor(self.times_ms).quantile(torch.tensor([0.5, 0.95])).tolist()
-        return {"p50": p50, "p95": p95}
-
-
-@dataclass(frozen=True)
-class DecodingResults:
-    """All that a report needs.
+class PolicyStats:
+    """Sums over the tokens and answers of one policy at one threshold, in one test run.
 
     Attributes:
-        task: Class name of the task, its headline score and how many examples were run.
-        backbone: Its spec; ``context`` is None where no length is too long.
-        decoding: The mode, the rule for skipped state, the most drafts before a verification (None where nothing is
-            drafted), the sampler, whether prompts stood in the chat template, and the folder of the heads (None for
-            untrained exits).
-        environment: Machine, device, versions.
-        exits: One mapping an exit, shallowest first.
-        rows: The full model first, then one mapping for each policy at each threshold.
+        policy: Its label.
+        threshold: None for a policy without.
+        drafts: Whether it drafts and verifies, so that it can be told how many drafts were kept.
+        kept: Tokens that were drafted at an exit and stood up to verification.
+        timed: Tokens that were timed and charged. The full model's are timed anew beside every policy.
     """
 
-    task: dict[str, Any]
-    backbone: dict[str, Any]
-    decoding: dict[str, Any]
-    environment: dict[str, Any]
-    exits: list[dict[str, Any]]
-    rows: list[dict[str, Any]]
+    policy: str
+    threshold: Threshold
+    drafts: bool = False
+    agreement: ExitAgreement = field(default_factory=ExitAgreement)
+    answers: AnswerAgreement = field(default_factory=AnswerAgreement)
+    blocks: BlocksPerToken = field(default_factory=BlocksPerToken)
+    kept: int = 0
+    depths: Counter[int] = field(default_factory=Counter)
+    ms: float = 0.0
+    timed: int = 0
+    cost: Cost = FREE
+    full_cost: Cost = FREE
+    scores: list[Mapping[str, float]] = field(default_factory=list)
+
+    def add_steps(self, steps: Sequence[Step], top_T: Tensor | None) -> None:
+        """Add decoded steps (no prefill among them).
+
+        Args:
+            steps: The steps.
+            top_T: The full model's most likely token at each of their positions; None where they stand at positions
+                of their own, so that nothing can be compared.
+        """
+        self.kept += sum(step.accepted for step in steps)
+        self.depths.update(step.depth for step in steps)
+        if steps:
+            self.blocks.update(sum(sum(step.work.calls) for step in steps), tokens=len(steps))
+        if top_T is not None and steps:
+            self.agreement.update(torch.cat([step.logits_BV.argmax(-1) for step in steps]).cpu(), top_T.cpu())
+
+    def add_path(self, path: PolicyPath, top_T: Tensor) -> None:
+        """Add what a policy does along a known text; its first position is decided at the top and left out."""
+        depths = path.depth_T[1:].tolist()
+        self.depths.update(depths)
+        if depths:
+            self.blocks.update(sum(depths), tokens=len(depths))
+            self.agreement.update(path.logits_TV.argmax(-1)[1:].cpu(), top_T[1:].cpu())
+
+    def add_time(self, ms: float, costs: Sequence[Cost], full: Sequence[Cost]) -> None:
+        """Add time and cost of decoded steps, beside the full model's cost."""
+        self.ms += ms
+        self.timed += len(costs)
+        self.cost = sum(costs, self.cost)
+        self.full_cost = sum(full, self.full_cost)
+
+    def row(self, task: Task, full: PolicyStats) -> PolicyRow:
+        """One line of the frontier."""
+        scores = task.aggregate(self.scores) if self.scores else {}
+        tokens, ms = sum(self.depths.values()), _ratio(self.ms, self.timed) or None
+        full_ms = _ratio(full.ms, full.timed)
+        return PolicyRow(
+            policy=self.policy,
+            threshold=self.threshold,
+            agreement=_computed(self.agreement),
+            drafts_kept=_ratio(self.kept, tokens) if self.drafts else None,
+            answer_agreement=_computed(self.answers),
+            blocks_per_token=_computed(self.blocks),
+            flops_fraction=_ratio(self.cost.flops, self.full_cost.flops),
+            bytes_fraction=_ratio(self.cost.bytes, self.full_cost.bytes),
+            ms_per_token=ms,
+            speed_up=full_ms / ms if ms and full_ms else None,
+            score=scores.get(task.headline),
+            scores=scores,
+            tokens=tokens,
+            timed_tokens=self.timed,
+            depth_counts=dict(sorted(self.depths.items())),
+        )
+
+
+@dataclass
+class ExitStats:
+    """What one exit said along the full model's own answers, in one test run."""
+
+    depth: int
+    agreement: ExitAgreement = field(default_factory=ExitAgreement)
+    gates: dict[str, GateAUROC] = field(default_factory=dict)
+    times_ms: list[float] = field(default_factory=list)
+
+    def add(self, evidence: Evidence, gates: Sequence[str], top_T: Tensor) -> None:
+        """Add positions of one text, whose most likely tokens at the top are ``top_T``."""
+        right_T = evidence.token == top_T
+        self.agreement.update(evidence.token.cpu(), top_T.cpu())
+        for name in gates:
+            self.gates.setdefault(name, GateAUROC()).update(evidence.confidence(name).float().cpu(), right_T.cpu())
+
+    def row(self, lens: ExitHead, gates: Mapping[str, ExitHead]) -> ExitRow:
+        """One line of the exits."""
+        p50, p95 = None, None
+        if self.times_ms:
+            p50, p95 = torch.tensor(self.times_ms).quantile(torch.tensor([0.5, 0.95])).tolist()
+        return ExitRow(
+            self.depth,
+            _computed(self.agreement),
+            {name: _computed(auroc) for name, auroc in self.gates.items()},
+            {"p50": p50, "p95": p95},
+            _head_row(lens),
+            [_head_row(gate) for gate in gates.values()],
+        )
+
+
+def _head_row(head: ExitHead) -> HeadRow:
+    return HeadRow(type(head).__name__, sum(p.numel() for p in head.parameters()), head.flops())
 
 
 def _ratio(part: float, whole: float) -> float | None:
     return part / whole if whole else None
 
 
-def _number(value: Tensor) -> float | None:
-    return None if value.isnan() else float(value)
+def _computed(metric: ExitAgreement | AnswerAgreement | BlocksPerToken | GateAUROC) -> float | None:
+    """The metric's value; None where nothing was counted or it is not defined."""
+    if not metric.update_called:
+        return None
+    value = float(metric.compute())
+    return None if value != value else value

@@ -11,6 +11,7 @@ from dynamax.data.batch import HiddenBatch
 from dynamax.heads.bank import ExitBank
 from dynamax.metrics.exits import GateAUROC
 from dynamax.objectives.base import counted
+from dynamax.types import Site
 
 
 class GateAUROCs(nn.Module):
@@ -26,17 +27,19 @@ class GateAUROCs(nn.Module):
         self.metrics = nn.ModuleDict({name: GateAUROC() for name in names})
 
     def update(
-        self, bank: ExitBank, batch: HiddenBatch, agreed: Mapping[int, Tensor]
+        self, bank: ExitBank, batch: HiddenBatch, sites: Mapping[int, Site], agreed: Mapping[int, Tensor]
     ) -> Iterator[tuple[str, GateAUROC]]:
         """Add a batch, and give each metric by ``DEPTH/GATE``.
 
         Args:
             bank: The heads.
             batch: Stored states.
+            sites: The places of the exits.
             agreed: Whether each lens says the full model's token, bool ``agreed_N`` by depth.
         """
+        read = bank.known_texts(batch.hidden, sites, counted(batch))
         for depth, agreed_N in agreed.items():
-            for name, gate in bank.gates(depth).items():
+            for name in bank.gates(depth):
                 metric = cast(GateAUROC, self.metrics[f"{depth}/{name}"])
-                metric.update(gate.score(batch.hidden[depth])[counted(batch)], agreed_N)
+                metric.update(read[depth].score(name), agreed_N)
                 yield f"{depth}/{name}", metric

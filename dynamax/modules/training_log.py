@@ -11,7 +11,6 @@ from torch import Tensor
 
 from dynamax.backbones.base import Backbone
 from dynamax.errors import UserError
-from dynamax.types import Span
 
 POINTS = 40
 
@@ -77,9 +76,4 @@ def read_depths(backbone: Backbone, tokens_BT: Tensor, depths: Sequence[int]) ->
         tokens_BT: Token ids.
         depths: Blocks completed, ascending.
     """
-    h_BTD = backbone.embed(tokens_BT)
-    logits = []
-    for start, stop in itertools.pairwise([0, *depths]):
-        h_BTD = backbone.run(h_BTD, Span(start, stop))
-        logits.append(backbone.unembed(h_BTD))
-    return logits
+    return [backbone.unembed(h_BTD) for _, h_BTD in backbone.walk(backbone.embed(tokens_BT), depths)]

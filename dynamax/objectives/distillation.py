@@ -7,7 +7,6 @@ https://arxiv.org/abs/2408.10189).
 
 from __future__ import annotations
 
-import itertools
 from abc import ABC, abstractmethod
 from typing import final
 
@@ -18,7 +17,6 @@ from torch.nn import functional as F
 from dynamax.backbones.base import Backbone
 from dynamax.errors import UserError
 from dynamax.kernels.backend import at_least_float32
-from dynamax.types import Span
 
 
 class DistillationLoss(ABC):
@@ -95,11 +93,8 @@ class LogitDistillation(DistillationLoss):
     def _states(self, backbone: Backbone, tokens_BT: Tensor) -> list[Tensor]:
         """Hidden states after every block if they are compared, after the last in any case."""
         depth = backbone.spec.depth
-        stops = range(1, depth + 1) if self.hidden else [depth]
-        states = [backbone.embed(tokens_BT)]
-        for span in itertools.pairwise([0, *stops]):
-            states.append(backbone.run(states[-1], Span(*span)))
-        return states[1:]
+        depths = range(1, depth + 1) if self.hidden else [depth]
+        return [h_BTD for _, h_BTD in backbone.walk(backbone.embed(tokens_BT), depths)]
 
 
 def divergence(logits_BTV: Tensor, wanted_BTV: Tensor, temperature: float = 1.0) -> Tensor:

@@ -5,7 +5,6 @@ Knows a backbone's verb and tokens; not optimisers. LayerSkip: https://arxiv.org
 
 from __future__ import annotations
 
-import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import final
@@ -81,34 +80,22 @@ class LayerSkip(LanguageObjective):
         self, backbone: Backbone, tokens_BT: Tensor, exits: Sequence[int], step: int
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """See ``LanguageObjective.loss``."""
-        depth = exits[step % len(exits)]
-        h_BTD = backbone.embed(tokens_BT)
+        exit_depth, top = exits[step % len(exits)], backbone.spec.depth
         seen: dict[str, Tensor] = {}
         total = torch.zeros((), device=tokens_BT.device)
-        for name, weight, span in (
-            (str(depth), self.weight, Span(0, depth)),
-            ("top", 1.0, Span(depth, backbone.spec.depth)),
-        ):
-            for kept in self.kept(span, backbone.spec.depth, step):
-                h_BTD = backbone.run(h_BTD, kept)
+        left_out = self.left_out(top, step)
+        for depth, h_BTD in backbone.walk(backbone.embed(tokens_BT), [exit_depth, top], leave_out=left_out):
+            name, weight = ("top", 1.0) if depth == top else (str(depth), self.weight)
             loss = cross_entropy(backbone, h_BTD, tokens_BT)
             seen[f"cross_entropy/{name}"] = loss.detach()
             total = total + weight * loss
         return total, seen
 
-    def kept(self, span: Span, depth: int, step: int) -> list[Span]:
-        """The stretches of blocks of a span that one step runs.
-
-        Args:
-            span: Blocks.
-            depth: Blocks of the backbone, L.
-            step: Number of the step.
-        """
+    def left_out(self, depth: int, step: int) -> set[int]:
+        """The blocks, of ``depth``, that one step leaves out."""
         generator = torch.Generator().manual_seed(derived_seed(self.seed, step))
-        stays_L = torch.rand(depth, generator=generator) >= chances(depth, self.dropout)
-        stretches = itertools.groupby(range(*span), key=lambda block: bool(stays_L[block]))
-        runs = [list(blocks) for stays, blocks in stretches if stays]
-        return [Span(blocks[0], blocks[-1] + 1) for blocks in runs]
+        out_L = torch.rand(depth, generator=generator) < chances(depth, self.dropout)
+        return set(out_L.nonzero()[:, 0].tolist())
 
 
 def chances(depth: int, dropout: float) -> Tensor:

@@ -76,12 +76,13 @@ class GateObjective(Objective):
         live_BT, labels = counted(batch), self.labels(bank, batch, sites)
         shares = dict(zip(bank.depths, depth_weights(len(bank.depths), self.weights), strict=True))
         total, seen = torch.zeros((), device=live_BT.device), {}
+        read = bank.known_texts(batch.hidden, sites, live_BT)
         for depth, label_N in labels.items():
             target_N = label_N.float()
             positions = max(1, len(target_N))
             seen[f"positive/{depth}"] = target_N.sum() / positions
-            for name, gate in bank.gates(depth).items():
-                score_N = gate.score(batch.hidden[depth])[live_BT].float()
+            for name in bank.gates(depth):
+                score_N = read[depth].score(name).float()
                 weight = self._positive_weight(target_N)
                 loss = (
                     F.binary_cross_entropy_with_logits(score_N, target_N, pos_weight=weight, reduction="sum")

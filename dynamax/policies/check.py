@@ -26,11 +26,11 @@ class World:
 
     hidden_EBD: Tensor
     logits_EBV: Tensor
-    confidence_EB: Tensor
+    score_EB: Tensor
 
     def rows(self, index_B: Tensor) -> World:
         """Some of the rows, in this order."""
-        return World(self.hidden_EBD[:, index_B], self.logits_EBV[:, index_B], self.confidence_EB[:, index_B])
+        return World(self.hidden_EBD[:, index_B], self.logits_EBV[:, index_B], self.score_EB[:, index_B])
 
 
 def made(depths: Sequence[int], seed: int) -> World:
@@ -44,17 +44,17 @@ def made(depths: Sequence[int], seed: int) -> World:
     hidden_EBD = normal(1, ROWS, WIDTH) + normal(exits, ROWS, 1).abs() * normal(exits, ROWS, WIDTH)
     logits_EBV = normal(1 if seed % 2 else exits, ROWS, VOCAB).expand(exits, -1, -1)
     logits_EBV = logits_EBV * normal(exits, ROWS, 1).mul(2).exp()
-    return World(hidden_EBD, logits_EBV, normal(exits, ROWS).mul(3).sigmoid())
+    return World(hidden_EBD, logits_EBV, normal(exits, ROWS).mul(3))
 
 
 def climb(world: World, depths: Sequence[int], gate: str) -> Iterator[Evidence]:
     """Evidence of the exits, shallowest first, each with the earlier ones in its trail."""
     seen: list[Evidence] = []
-    for hidden_BD, logits_BV, p_B, depth in zip(
-        world.hidden_EBD, world.logits_EBV, world.confidence_EB, depths, strict=True
+    for hidden_BD, logits_BV, s_B, depth in zip(
+        world.hidden_EBD, world.logits_EBV, world.score_EB, depths, strict=True
     ):
         logits: Callable[[], Tensor] = lambda logits_BV=logits_BV: logits_BV  # noqa: E731 - bound now
-        gates: dict[str, Callable[[], Tensor]] = {gate: lambda p_B=p_B: p_B}
+        gates: dict[str, Callable[[Evidence], Tensor]] = {gate: lambda _, s_B=s_B: s_B}
         seen.append(Evidence(depth, depths[-1] + 1, 3, hidden_BD, logits=logits, gates=gates, trail=seen))
         yield seen[-1]
 

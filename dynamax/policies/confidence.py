@@ -21,7 +21,7 @@ class MaxProb(ScorePolicy):
 
     def score(self, evidence: Evidence) -> Tensor:
         """The greatest probability, ``score_B``."""
-        return evidence.probs_BV.amax(-1)
+        return evidence.probs.amax(-1)
 
 
 class Margin(ScorePolicy):
@@ -34,7 +34,7 @@ class Margin(ScorePolicy):
 
     def score(self, evidence: Evidence) -> Tensor:
         """The two greatest probabilities' difference, ``score_B``."""
-        best_B2 = evidence.probs_BV.topk(2, dim=-1).values
+        best_B2 = evidence.probs.topk(2, dim=-1).values
         return best_B2[:, 0] - best_B2[:, 1]
 
 
@@ -51,5 +51,5 @@ class Entropy(ScorePolicy):
 
     def score(self, evidence: Evidence) -> Tensor:
         """Certainty of the whole distribution, ``score_B``."""
-        entropy_B = torch.special.entr(evidence.probs_BV).sum(-1)
-        return (1 - entropy_B / math.log(evidence.probs_BV.shape[-1])).clamp(0.0, 1.0)
+        entropy_B = torch.special.entr(evidence.probs).sum(-1)
+        return (1 - entropy_B / math.log(evidence.probs.shape[-1])).clamp(0.0, 1.0)

@@ -14,7 +14,7 @@ from dynamax.types import Evidence
 
 
 def _constant(evidence: Evidence, leave: bool) -> Tensor:
-    return torch.full(evidence.hidden_BD.shape[:1], leave, device=evidence.hidden_BD.device)
+    return torch.full(evidence.hidden.shape[:1], leave, device=evidence.hidden.device)
 
 
 class Never(TerminationPolicy):
@@ -86,7 +86,7 @@ class Decaying(TerminationPolicy):
 
     def __call__(self, evidence: Evidence) -> Tensor:
         """Where the inner policy's score is at least the threshold of this step."""
-        step = torch.as_tensor(evidence.step, device=evidence.hidden_BD.device)
+        step = torch.as_tensor(evidence.step, device=evidence.hidden.device)
         fall = torch.exp(-self.temperature * step / self.horizon)
         level = (0.9 * self.policy.level(evidence.depth) + 0.1 * fall).clamp(0.0, 1.0)
         return self.policy.score(evidence) >= level

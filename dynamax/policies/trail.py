@@ -26,9 +26,9 @@ class Patience(CountPolicy):
     def __call__(self, evidence: Evidence) -> Tensor:
         """Where the last exits and this one say the same token."""
         first = len(evidence.trail) - (self.count - 1)
-        leave_B = torch.full(evidence.hidden_BD.shape[:1], first >= 0, device=evidence.hidden_BD.device)
+        leave_B = torch.full(evidence.hidden.shape[:1], first >= 0, device=evidence.hidden.device)
         for before in evidence.trail[first:] if first >= 0 else ():
-            leave_B = leave_B & (before.token_B == evidence.token_B)
+            leave_B = leave_B & (before.token == evidence.token)
         return leave_B
 
 
@@ -44,8 +44,8 @@ class Saturation(ScorePolicy):
 
     def score(self, evidence: Evidence) -> Tensor:
         """Cosine similarity with the exit before, ``score_B``."""
-        h_BD = evidence.hidden_BD.float()
+        h_BD = evidence.hidden.float()
         if not evidence.trail:
             return h_BD.new_zeros(h_BD.shape[0])
-        before_BD = evidence.trail[-1].hidden_BD.float()
+        before_BD = evidence.trail[-1].hidden.float()
         return torch.cosine_similarity(h_BD, before_BD, dim=-1).clamp(0.0, 1.0)

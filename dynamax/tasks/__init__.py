@@ -9,7 +9,6 @@ from dynamax.tasks.base import (
     TextExample,
     TextTask,
     Window,
-    cut,
 )
 from dynamax.tasks.coqa import CoQA
 from dynamax.tasks.perplexity import Perplexity
@@ -33,5 +32,4 @@ __all__ = [
     "TruthfulQA",
     "TruthfulQAMC",
     "Window",
-    "cut",
 ]

@@ -26,16 +26,16 @@ class Example:
         prompt: Text the model continues.
         references: Answers that count as right.
         incorrect: Answers known to be wrong; empty where a task has none.
-        stop: Strings that end the answer; see ``cut``.
-        limit: Most tokens to generate.
+        stop_strings: Strings that end the answer.
+        max_new_tokens: Most tokens to generate.
     """
 
     id: str
     prompt: str
     references: tuple[str, ...]
     incorrect: tuple[str, ...] = ()
-    stop: tuple[str, ...] = ()
-    limit: int = 64
+    stop_strings: tuple[str, ...] = ()
+    max_new_tokens: int = 64
 
 
 @dataclass(frozen=True)
@@ -184,13 +184,3 @@ def mean(scores: Sequence[Mapping[str, float]]) -> dict[str, float]:
     if not scores:
         raise UserError("No example was scored. Give the task at least one row: raise limit or lower offset.")
     return {name: fmean(score[name] for score in scores) for name in scores[0]}
-
-
-def cut(text: str, stops: Sequence[str]) -> str:
-    r"""``text`` up to the earliest of the stop strings; all of it if none occurs.
-
-    >>> cut(" Paris.\nQ: And", (".", "\n"))
-    ' Paris'
-    """
-    ends = [end for end in map(text.find, stops) if end >= 0]
-    return text[: min(ends)] if ends else text

@@ -67,7 +67,7 @@ class CoQA(GenerationTask):
         rows = load(self.path, hub=hub, suffixes=(".json",), wanted=WANTED)
         examples = []
         for conversation in map(_conversation, rows):
-            turns = ask(conversation, limit=self.max_new_tokens)
+            turns = ask(conversation, max_new_tokens=self.max_new_tokens)
             examples += turns[-1:] if self.last_turn_only else turns
         return select(examples, skip=self.offset, limit=self.limit)
 
@@ -76,13 +76,17 @@ class CoQA(GenerationTask):
         return score(example.references, answer)
 
 
-def ask(conversation: Conversation, *, limit: int) -> list[Example]:
+def ask(conversation: Conversation, *, max_new_tokens: int) -> list[Example]:
     """One example a turn, with the turns before it in the prompt."""
     examples = []
     prompt = f"{conversation.passage}\n\n"
     for turn, (question, golds) in enumerate(zip(conversation.questions, conversation.golds, strict=True), 1):
         prompt += f"Q: {question}\n\nA:"
-        examples.append(Example(f"{conversation.id}-{turn}", prompt, golds, stop=("\nQ:", "\n\n"), limit=limit))
+        examples.append(
+            Example(
+                f"{conversation.id}-{turn}", prompt, golds, stop_strings=("\nQ:", "\n\n"), max_new_tokens=max_new_tokens
+            )
+        )
         prompt += f" {golds[0]}\n\n"
     return examples
 

@@ -45,8 +45,8 @@ class Questions(GenerationTask):
                 id=f"questions-{row.number}",
                 prompt=solved + _prompt(row),
                 references=row.texts("answers"),
-                stop=("\nQuestion:",),
-                limit=self.max_new_tokens,
+                stop_strings=("\nQuestion:",),
+                max_new_tokens=self.max_new_tokens,
             )
             for row in select(rows, skip=self.shots + self.offset, limit=self.limit)
         ]
@@ -78,7 +78,9 @@ class Passages(GenerationTask):
     def examples(self) -> list[Example]:
         """The turns, passage by passage."""
         rows = _rows("passages.jsonl", PASSAGES)
-        turns = [example for row in rows for example in coqa.ask(_conversation(row), limit=self.max_new_tokens)]
+        turns = [
+            example for row in rows for example in coqa.ask(_conversation(row), max_new_tokens=self.max_new_tokens)
+        ]
         return select(turns, skip=self.offset, limit=self.limit)
 
     def score(self, example: Example, answer: str) -> dict[str, float]:

@@ -80,8 +80,8 @@ class TriviaQA(GenerationTask):
             id=row.text(fields.id),
             prompt=solved + _prompt(row, fields),
             references=row.texts(fields.aliases),
-            stop=("\n", ".", ","),
-            limit=self.max_new_tokens,
+            stop_strings=("\n", ".", ","),
+            max_new_tokens=self.max_new_tokens,
         )
 
     def score(self, example: Example, answer: str) -> dict[str, float]:

@@ -90,8 +90,8 @@ class TruthfulQA(GenerationTask):
             prompt=f"{PRIMER}\n\nQ: {question.strip()}",
             references=right if NO_COMMENT in right else (*right, NO_COMMENT),
             incorrect=wrong,
-            stop=("\n\n",),
-            limit=self.max_new_tokens,
+            stop_strings=("\n\n",),
+            max_new_tokens=self.max_new_tokens,
         )
 
     def score(self, example: Example, answer: str) -> dict[str, float]:

@@ -136,9 +136,9 @@ def test_shifted_keys_are_those_of_the_next_position(name):
         index = 2
         h_BTD = torch.randn(1, 5, 32, dtype=torch.float64).repeat(2, 1, 1)
         cache = backbone.new_cache(pad_B=torch.tensor([1, 0]))
-        cache.filled = [8] * 6  # past the padding
+        cache.group.filled = [8] * 6  # past the padding
         backbone.write(h_BTD, index, cache)
-        k_BHTD, _ = cache.cells[index].keys.read()
+        k_BHTD, _ = cache.states[index].keys.read(8, 13)
         shifted_BHTD = backbone.shift_keys(k_BHTD[:1], index)
     torch.testing.assert_close(shifted_BHTD, k_BHTD[1:], atol=1e-12, rtol=1e-12)
 
@@ -148,7 +148,7 @@ def test_shape_counts_what_is_there():
     shape = HFBackbone(tiny("llama")).block_cost(0)
     projections = width * size * (heads + 2 * keys)
     assert shape.weights == shape.active == projections + heads * size * width + 3 * width * inner
-    assert (shape.write, shape.keys, shape.scores) == (projections, 2 * keys * size, 2 * heads * size)
+    assert (shape.write, shape.keys, shape.scores) == (width * size * 2 * keys, 2 * keys * size, 2 * heads * size)
 
 
 def test_only_some_experts_are_active():

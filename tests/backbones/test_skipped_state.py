@@ -8,16 +8,17 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from dynamax.backbones.cache import Cache
-from dynamax.backbones.chunk import Chunk
 from dynamax.backbones.hf import HFBackbone
+from dynamax.backbones.plan import StepPlan
 from dynamax.backbones.skipped_state import CopyLayer, CopyToken, Exact, Propagate, Skip, SkippedState
 from dynamax.types import Span
 from tests.float64 import upcast64
 from tests.states import State, same, state, told
+from tests.tiny import FAMILIES as ALL
 from tests.tiny import RECURRENT, tiny
 
 DEPTH, EXIT, LENGTH = 6, 2, 11
-FAMILIES = ["llama", "llama-yarn", "mistral", "gemma3_text", "phi3", "gpt_neox", "gpt2", "olmo2", "qwen3"]
+FAMILIES = [name for name in ALL if name not in RECURRENT]
 CLOSE = {"rtol": 1e-12, "atol": 1e-11}
 
 
@@ -28,11 +29,11 @@ def left(backbone: HFBackbone, rule: SkippedState, *, ran: bool = False) -> tupl
     backbone.run(backbone.embed(tokens[:, :LENGTH], cache), Span(0, DEPTH), cache)
     h_BTD = backbone.run(backbone.embed(tokens[:, LENGTH:], cache), Span(0, EXIT), cache)
     rule.leave(backbone, cache, EXIT, h_BTD, last_block_ran=ran)
-    cache.balance()
+    cache.group.balance()
     return cache, h_BTD
 
 
-def by_transformers(backbone: HFBackbone, block: int, h_BTD: Tensor, chunk: Chunk, held: DynamicCache) -> Tensor:
+def by_transformers(backbone: HFBackbone, block: int, h_BTD: Tensor, chunk: StepPlan, held: DynamicCache) -> Tensor:
     """One block as transformers runs it, behind what its own cache holds."""
     options = {
         "attention_mask": None,
@@ -46,7 +47,7 @@ def by_transformers(backbone: HFBackbone, block: int, h_BTD: Tensor, chunk: Chun
 def written_by_the_block(backbone: HFBackbone, block: int, h_BTD: Tensor) -> tuple[Tensor, Tensor]:
     """Keys and values that transformers' layer writes for one row at position LENGTH, the whole layer run."""
     store = DynamicCache()
-    by_transformers(backbone, block, h_BTD, backbone.chunk(h_BTD, LENGTH), store)
+    by_transformers(backbone, block, h_BTD, backbone.plan(h_BTD, start=LENGTH), store)
     return store.layers[block].keys, store.layers[block].values
 
 
@@ -59,7 +60,7 @@ def test_propagate_writes_what_the_block_would_for_the_exits_state(family: str) 
         assert cache.calls == [2, 2, 1, 1, 1, 1], "no skipped block was run"
         for block in range(EXIT, DEPTH):
             torch.testing.assert_close(
-                cache.cells[block].keys.read(LENGTH), written_by_the_block(backbone, block, h_BTD), **CLOSE
+                cache.states[block].keys.read(LENGTH, LENGTH + 1), written_by_the_block(backbone, block, h_BTD), **CLOSE
             )
 
 
@@ -69,8 +70,12 @@ def test_copy_token_repeats_the_token_before_at_the_new_position(family: str) ->
     with upcast64(), torch.inference_mode():
         backbone = HFBackbone(tiny(family, depth=DEPTH))
         inputs: dict[int, Tensor] = {}
+
+        def note(i: int, h_BTD: Tensor) -> None:
+            inputs.setdefault(i, h_BTD)
+
         hooks = [
-            block.register_forward_hook(lambda _, args, __, i=i: inputs.setdefault(i, args[0]))
+            block.register_forward_hook(lambda _, args, __, i=i: note(i, args[0]))
             for i, block in enumerate(backbone._blocks)
         ]
         cache, _ = left(backbone, CopyToken())
@@ -79,7 +84,9 @@ def test_copy_token_repeats_the_token_before_at_the_new_position(family: str) ->
         for block in range(EXIT, DEPTH):
             newest_B1D = inputs[block][:, -1:]
             torch.testing.assert_close(
-                cache.cells[block].keys.read(LENGTH), written_by_the_block(backbone, block, newest_B1D), **CLOSE
+                cache.states[block].keys.read(LENGTH, LENGTH + 1),
+                written_by_the_block(backbone, block, newest_B1D),
+                **CLOSE,
             )
 
 
@@ -88,10 +95,11 @@ def test_copy_layer_takes_the_block_below(family: str) -> None:
     with torch.inference_mode():
         backbone = HFBackbone(tiny(family, depth=DEPTH))
         cache, _ = left(backbone, CopyLayer())
-        below = cache.cells[EXIT - 1].keys.read(LENGTH)
+        below = cache.states[EXIT - 1].keys.read(LENGTH, LENGTH + 1)
         for block in range(EXIT, DEPTH):
             assert all(
-                mine.equal(theirs) for mine, theirs in zip(cache.cells[block].keys.read(LENGTH), below, strict=True)
+                mine.equal(theirs)
+                for mine, theirs in zip(cache.states[block].keys.read(LENGTH, LENGTH + 1), below, strict=True)
             )
 
 
@@ -102,22 +110,24 @@ def test_skip_leaves_state_as_it_is_and_unseen(family: str) -> None:
         backbone = HFBackbone(tiny(family, depth=DEPTH))
         cache, h_BTD = left(backbone, Skip())
         never, _ = left(backbone, Exact())
-        never.due(EXIT)
+        never.group.due(EXIT)
         for block in range(EXIT, DEPTH):
-            for mine, theirs in zip(cache.cells[block].keys.read(), never.cells[block].keys.read(), strict=True):
-                assert mine[:, :, :LENGTH].equal(theirs)
-        chunk = backbone.chunk(h_BTD, LENGTH + 1, past=LENGTH)
+            for mine, theirs in zip(
+                cache.states[block].keys.read(0, LENGTH), never.states[block].keys.read(0, LENGTH), strict=True
+            ):
+                assert mine.equal(theirs)
+        chunk = backbone.plan(h_BTD, start=LENGTH + 1, past=LENGTH)
         for block in range(EXIT, DEPTH):
             wanted_BTD = _beside(backbone, never, block, h_BTD, chunk)
             got_BTD = backbone.run(h_BTD, Span(block, block + 1), cache)
             torch.testing.assert_close(got_BTD, wanted_BTD, **CLOSE)
 
 
-def _beside(backbone: HFBackbone, cache: Cache, block: int, h_BTD: Tensor, chunk: Chunk) -> Tensor:
+def _beside(backbone: HFBackbone, cache: Cache, block: int, h_BTD: Tensor, chunk: StepPlan) -> Tensor:
     """One block at position LENGTH + 1 over a plain cache that holds the first LENGTH positions."""
     first = chunk.first_key(backbone.window(block))
     store = DynamicCache()
-    store.update(*cache.cells[block].keys.read(first), block)
+    store.update(*cache.states[block].keys.read(first, LENGTH), block)
     return by_transformers(backbone, block, h_BTD, chunk, store)
 
 
@@ -128,7 +138,7 @@ def test_a_last_block_that_ran_keeps_what_it_computed(rule: SkippedState) -> Non
         backbone = HFBackbone(tiny("llama", depth=DEPTH))
         cache, h_BTD = left(backbone, rule, ran=True)
         wanted = written_by_the_block(backbone, DEPTH - 1, h_BTD)
-        torch.testing.assert_close(cache.cells[DEPTH - 1].keys.read(LENGTH), wanted, **CLOSE)
+        torch.testing.assert_close(cache.states[DEPTH - 1].keys.read(LENGTH, LENGTH + 1), wanted, **CLOSE)
 
 
 # -- recurrent and hybrid blocks ---------------------------------------------------------------------
@@ -143,14 +153,14 @@ def test_propagate_advances_a_recurrent_state_as_the_block_would(family: str) ->
         assert cache.filled == [LENGTH + 1] * DEPTH
         assert cache.calls == [2, 2, 1, 1, 1, 1], "no skipped block was run"
         for block in range(EXIT, DEPTH):
-            same(state(cache.cells[block]), advanced_by_the_block(backbone, block, h_BTD))
+            same(state(cache.states[block], LENGTH + 1), advanced_by_the_block(backbone, block, h_BTD))
 
 
 def advanced_by_the_block(backbone: HFBackbone, block: int, h_BTD: Tensor) -> State:
     tokens = torch.randint(0, 61, (1, LENGTH + 1), generator=torch.Generator().manual_seed(0))[:, :LENGTH]
     held = DynamicCache(config=backbone.model.config)
     for rows, start in ((backbone.run(backbone.embed(tokens), Span(0, block)), 0), (h_BTD, LENGTH)):
-        by_transformers(backbone, block, rows, backbone.chunk(rows, start), held)
+        by_transformers(backbone, block, rows, backbone.plan(rows, start=start), held)
     return told(held.layers[block])
 
 
@@ -161,12 +171,12 @@ def test_skip_leaves_a_recurrent_state_bit_for_bit(family: str) -> None:
         cache, _ = left(backbone, Skip())
         never, _ = left(backbone, Exact())
         for block in range(EXIT, DEPTH):
-            mine, theirs = cache.cells[block].recurrent, never.cells[block].recurrent
+            mine, theirs = cache.states[block].recurrent, never.states[block].recurrent
             if mine is not None and theirs is not None:
-                assert mine.past is not None
-                assert theirs.past is not None
-                assert mine.fill == LENGTH + 1
-                assert all(x.equal(y) for x, y in zip(mine.past, theirs.past, strict=True))
+                assert mine.tensors is not None
+                assert theirs.tensors is not None
+                assert all(x.equal(y) for x, y in zip(mine.tensors, theirs.tensors, strict=True))
+        assert cache.filled == [LENGTH + 1] * DEPTH
 
 
 @pytest.mark.parametrize("ran", [False, True])
@@ -175,9 +185,9 @@ def test_the_last_block_advances_once(ran: bool) -> None:
     with upcast64(), torch.inference_mode():
         backbone = HFBackbone(tiny("mamba2", depth=DEPTH))
         cache, h_BTD = left(backbone, Propagate(), ran=ran)
-        assert [cell.recurrent.fill for cell in cache.cells] == [LENGTH + 1] * DEPTH
+        assert cache.filled == [LENGTH + 1] * DEPTH
         for block in (EXIT, DEPTH - 1):
-            same(state(cache.cells[block]), advanced_by_the_block(backbone, block, h_BTD))
+            same(state(cache.states[block], LENGTH + 1), advanced_by_the_block(backbone, block, h_BTD))
 
 
 @pytest.mark.parametrize("rule", [CopyToken(), CopyLayer()])
@@ -192,7 +202,7 @@ def test_exact_owes() -> None:
     with torch.inference_mode():
         backbone = HFBackbone(tiny("llama", depth=DEPTH))
         cache, h_BTD = left(backbone, Exact())
-        assert cache.debts == {EXIT: 1}
-        owed = cache.owed(EXIT)
+        assert cache.group.debts == {EXIT: 1}
+        owed = cache.group.owed(EXIT)
         assert owed is not None
         assert owed.equal(h_BTD)

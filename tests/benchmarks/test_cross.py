@@ -16,9 +16,9 @@ from benchmarks.cross_readings import Ledger, Readings, always, first, oracle, r
 from dynamax.backbones.base import Backbone
 from dynamax.backbones.sources import Folder
 from dynamax.data.generated import SelfGenerated
+from dynamax.decoding.cost import CostModel
 from dynamax.decoding.early_exit import EarlyExit
 from dynamax.decoding.full import Full
-from dynamax.metrics.cost import CostModel
 from dynamax.policies.learned import GateConfidence
 from dynamax.policies.schedule import AtDepth
 from tests.folders import model_folder

@@ -13,8 +13,8 @@ import torch
 from dynamax.backbones.sources import Folder
 from dynamax.commands.colors import DepthColors, coloured
 from dynamax.commands.generate import WITHOUT_HEADS, balance, pieces
+from dynamax.decoding.cost import CostModel
 from dynamax.decoding.full import Full
-from dynamax.metrics.cost import CostModel
 from dynamax.types import Step
 from tests.folders import byte_tokenizer
 

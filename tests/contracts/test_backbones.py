@@ -7,9 +7,10 @@ import dataclasses
 import pytest
 import torch
 
-from dynamax.backbones import families, traits
-from dynamax.backbones.chunk import Chunk
+from dynamax.backbones import families
+from dynamax.backbones import family_functions as functions
 from dynamax.backbones.hf import HFBackbone
+from dynamax.backbones.plan import StepPlan
 from dynamax.testing import check_backbone
 from tests.float64 import upcast64
 from tests.tiny import FAMILIES, RECURRENT, tiny
@@ -44,17 +45,17 @@ def test_edges(depth, length):
 
 
 FAULTS = {
-    "a window too wide": ("mistral", {"windows": traits.unbounded}),
-    "layer types ignored": ("qwen2-window", {"windows": traits.unbounded}),
-    "one window for all": ("gemma3_text", {"windows": traits.same_window}),
-    "the cap lost": ("gemma2", {"logits": traits.plain_logits}),
-    "positions lost": ("gpt2", {"place": traits.tokens_only}),
+    "a window too wide": ("mistral", {"windows": functions.unbounded}),
+    "layer types ignored": ("qwen2-window", {"windows": functions.unbounded}),
+    "one window for all": ("gemma3_text", {"windows": functions.same_window}),
+    "the cap lost": ("gemma2", {"logits": functions.plain_logits}),
+    "positions lost": ("gpt2", {"place": functions.tokens_only}),
     "another norm": ("llama", {"norm": "embed_tokens"}),
-    "norms on step, B and C lost": ("falcon_mamba", {"mixer": traits.selective}),
-    "the embedding's scale lost": ("granitemoehybrid-dense", {"place": traits.tokens_only}),
-    "the logits' scale lost": ("granitemoehybrid-dense", {"logits": traits.plain_logits}),
-    "the channels' scales lost": ("falcon_h1", {"mixer": traits.ssd}),
-    "no rotary angles": ("lfm2", {"rotary": traits.no_rotary}),
+    "norms on step, B and C lost": ("falcon_mamba", {"mixer": functions.selective}),
+    "the embedding's scale lost": ("granitemoehybrid-dense", {"place": functions.tokens_only}),
+    "the logits' scale lost": ("granitemoehybrid-dense", {"logits": functions.plain_logits}),
+    "the channels' scales lost": ("falcon_h1", {"mixer": functions.ssd}),
+    "no rotary angles": ("lfm2", {"rotary": functions.no_rotary}),
 }
 
 
@@ -72,7 +73,7 @@ def test_a_wrong_row_is_found(fault, monkeypatch):
 @pytest.mark.parametrize(("name", "mode"), [("llama", "uneven chunks"), ("gpt2", "left padding")])
 def test_no_masks_are_found(name, mode, monkeypatch):
     backbone = HFBackbone(tiny(name))
-    monkeypatch.setattr(Chunk, "mask", lambda self, window, holes=frozenset(): None)
+    monkeypatch.setattr(StepPlan, "mask", lambda self, window, holes=frozenset(): None)
     with pytest.raises(ValueError, match=r"logits differ from the model's own by .* at position"):
         check_backbone(backbone, backbone.reference)
 

@@ -68,7 +68,7 @@ class Forgetful(TerminationPolicy):
 
     def __call__(self, evidence):
         self.asked += 1
-        return torch.full((len(evidence.hidden_BD),), self.asked % 2 == 0)
+        return torch.full((len(evidence.hidden),), self.asked % 2 == 0)
 
 
 class Mixing(TerminationPolicy):
@@ -78,7 +78,7 @@ class Mixing(TerminationPolicy):
 
 class Wasteful(ScorePolicy):
     def score(self, evidence):
-        return evidence.confidence() + 0 * evidence.probs_BV[:, 0]
+        return evidence.confidence() + 0 * evidence.probs[:, 0]
 
 
 class Backwards(ScorePolicy):

@@ -27,9 +27,9 @@ def house():  # noqa: ANN201
 def test_stop_tokens_end_rows_and_then_the_decoding(house) -> None:  # noqa: ANN001
     backbone, _ = house
     rows = prompt(6, batch=3)
-    free = torch.stack([step.token_B for step in Full(backbone).decode(rows, limit=12)], 1)
+    free = torch.stack([step.token_B for step in Full(backbone).decode(rows, max_new_tokens=12)], 1)
     stop = int(free[1, 4])
-    got = torch.stack([step.token_B for step in Full(backbone).decode(rows, limit=12, stop=[stop])], 1)
+    got = torch.stack([step.token_B for step in Full(backbone).decode(rows, max_new_tokens=12, eos_token_id=[stop])], 1)
     for row_free, row in zip(free.tolist(), got.tolist(), strict=True):
         end = row_free.index(stop) if stop in row_free else len(row)
         assert row[: end + 1] == row_free[: len(row)][: end + 1]
@@ -46,13 +46,13 @@ def test_every_decoder_keeps_to_its_limit(house, make) -> None:  # noqa: ANN001
             decoder = EarlyExit(backbone, bank, Dice(0.5))
         else:
             decoder = SelfSpeculative(backbone, bank, Dice(0.9), draft_limit=4)
-        assert len(list(decoder.decode(prompt(6), limit=limit))) == limit
+        assert len(list(decoder.decode(prompt(6), max_new_tokens=limit))) == limit
 
 
 def test_forced_tokens_are_fed_and_own_ones_told(house) -> None:  # noqa: ANN001
     backbone, _ = house
     target = prompt(8, seed=3)
-    told = torch.stack([s.token_B for s in Full(backbone).decode(prompt(6), limit=8, forced_BT=target)], 1)
+    told = torch.stack([s.token_B for s in Full(backbone).decode(prompt(6), max_new_tokens=8, forced_BT=target)], 1)
     whole = torch.cat([prompt(6), target[:, :-1]], 1)
     assert told.equal(backbone.model(whole).logits[:, 5:].argmax(-1))
 
@@ -60,16 +60,16 @@ def test_forced_tokens_are_fed_and_own_ones_told(house) -> None:  # noqa: ANN001
 def test_forced_tokens_that_do_not_reach_the_last_step_are_refused(house) -> None:  # noqa: ANN001
     backbone, _ = house
     target = prompt(7, seed=3)
-    enough = list(Full(backbone).decode(prompt(6), limit=8, forced_BT=target))
+    enough = list(Full(backbone).decode(prompt(6), max_new_tokens=8, forced_BT=target))
     assert len(enough) == 8
     with pytest.raises(ValueError, match="7 forced tokens were given for 9 steps; wanted: at least 8"):
-        list(Full(backbone).decode(prompt(6), limit=9, forced_BT=target))
+        list(Full(backbone).decode(prompt(6), max_new_tokens=9, forced_BT=target))
 
 
 @pytest.mark.parametrize("limit", [0, -1])
 def test_a_limit_below_one_is_refused(house, limit: int) -> None:  # noqa: ANN001
     with pytest.raises(ValueError, match="must be at least 1"):
-        list(Full(house[0]).decode(prompt(6), limit=limit))
+        list(Full(house[0]).decode(prompt(6), max_new_tokens=limit))
 
 
 @pytest.mark.parametrize(
@@ -90,12 +90,12 @@ def test_a_prompt_that_cannot_be_read_is_refused_by_every_decoder(house, given, 
     assert backbone.spec.vocab == VOCAB
     for decoder in (Full(backbone), EarlyExit(backbone, bank, Never()), SelfSpeculative(backbone, bank, Never())):
         with pytest.raises(ValueError, match=wanted):
-            list(decoder.decode(given, limit=2))
+            list(decoder.decode(given, max_new_tokens=2))
 
 
 def test_the_last_token_of_the_vocabulary_and_short_integers_are_read(house) -> None:  # noqa: ANN001
     start = torch.tensor([[0, VOCAB - 1]])
-    one, other = (list(Full(house[0]).decode(given, limit=2)) for given in (start, start.int()))
+    one, other = (list(Full(house[0]).decode(given, max_new_tokens=2)) for given in (start, start.int()))
     assert [int(step.token_B) for step in one] == [int(step.token_B) for step in other]
 
 
@@ -103,7 +103,7 @@ def test_a_prompt_longer_than_the_context_is_refused(house) -> None:  # noqa: AN
     backbone, _ = house
     length = backbone.spec.context
     with pytest.raises(ValueError, match=rf"{length} tokens and 4 more .* holds {length}. Shorten the prompt"):
-        list(Full(backbone).decode(prompt(length), limit=4))
+        list(Full(backbone).decode(prompt(length), max_new_tokens=4))
 
 
 def test_a_depth_without_an_exit_is_refused(house) -> None:  # noqa: ANN001
@@ -115,7 +115,7 @@ def test_lossless_refuses_forced_tokens_and_no_drafts(house) -> None:  # noqa: A
     with pytest.raises(ValueError, match="at least 1"):
         SelfSpeculative(*house, Never(), draft_limit=0)
     with pytest.raises(ValueError, match="leave forced_BT out"):
-        list(SelfSpeculative(*house, Never()).decode(prompt(6), limit=2, forced_BT=prompt(2)))
+        list(SelfSpeculative(*house, Never()).decode(prompt(6), max_new_tokens=2, forced_BT=prompt(2)))
 
 
 def test_sampled_lossless_decoding_has_full_decodings_distribution(house) -> None:  # noqa: ANN001
@@ -127,7 +127,7 @@ def test_sampled_lossless_decoding_has_full_decodings_distribution(house) -> Non
         sampler = Sampled(0.25, seed=11)
         decoder = SelfSpeculative(backbone, bank, Dice(0.9, seed=2), draft_limit=2, sampler=sampler)
         first_V = sampler.distribution(backbone.model(start).logits[:, -1])[0]
-        drawn = torch.tensor([[int(s.token_B) for s in decoder.decode(start, limit=3)] for _ in range(runs)])
+        drawn = torch.tensor([[int(s.token_B) for s in decoder.decode(start, max_new_tokens=3)] for _ in range(runs)])
         second_V = torch.zeros_like(first_V)
         for token in first_V.nonzero().flatten():
             longer = torch.cat([start, token.view(1, 1)], 1)
@@ -141,7 +141,7 @@ def test_sampled_lossless_decoding_has_full_decodings_distribution(house) -> Non
 def test_clocks_time_the_depth_left_at_and_drop_the_warmup(house) -> None:  # noqa: ANN001
     backbone, bank = house
     clock, other = WallClock(warmup=2), WallClock(warmup=0)
-    list(EarlyExit(backbone, bank, AtDepth(3)).decode(prompt(6), limit=10, probe=Together([clock, other])))
+    list(EarlyExit(backbone, bank, AtDepth(3)).decode(prompt(6), max_new_tokens=10, probe=Together([clock, other])))
     times, all_times = clock.read(), other.read()
     assert {kind: sorted(by_depth) for kind, by_depth in times.items()} == {
         "prefill": [DEPTH],
@@ -157,13 +157,13 @@ def test_recurrent_gates_that_a_policy_never_asks_are_not_run(house, monkeypatch
     backbone, bank = house
     read: list[str] = []
 
-    def score(self, h_BTD, memory=None):
+    def score(self, evidence, memory=None):
         read.append(type(self).__name__)
-        return h_BTD[..., 0]
+        return evidence.hidden[..., 0]
 
     for gate in (MambaGate, AttentionGate):
         monkeypatch.setattr(gate, "score", score)
-    list(EarlyExit(backbone, bank, AtDepth(3)).decode(prompt(6), limit=4))
+    list(EarlyExit(backbone, bank, AtDepth(3)).decode(prompt(6), max_new_tokens=4))
     assert read == []
-    list(EarlyExit(backbone, bank, GateConfidence(1.0, gate="MambaGate")).decode(prompt(6), limit=4))
+    list(EarlyExit(backbone, bank, GateConfidence(1.0, gate="MambaGate")).decode(prompt(6), max_new_tokens=4))
     assert set(read) == {"MambaGate"}

@@ -1,4 +1,4 @@
-"""A survey plays a policy along a text; decoding step by step along the same text is the reference."""
+"""A text plays a policy along a text; decoding step by step along the same text is the reference."""
 
 from __future__ import annotations
 
@@ -35,15 +35,15 @@ POLICIES: list[TerminationPolicy] = [
 
 
 @pytest.mark.parametrize("policy", POLICIES, ids=lambda policy: policy.label)
-def test_playing_along_a_text_is_decoding_along_it(policy: TerminationPolicy) -> None:
+def test_a_policy_along_a_text_is_decoding_along_it(policy: TerminationPolicy) -> None:
     with upcast64():
         _, backbone = pair("llama")
         exit_ = Exit(lens=TunedLens, gates=[LinearGate, MambaGate, AttentionGate])
         bank = loud(ExitBank({2: exit_, 3: exit_, 5: exit_}, backbone.site).double().requires_grad_(False))
         start_BT, target_BT = prompt(7), prompt(20, seed=4)
-        survey = TeacherForcedPass(backbone, bank, torch.cat([start_BT, target_BT[:, :-1]], 1), start=6)
-        played = survey.play(policy)
-        steps = list(EarlyExit(backbone, bank, policy).decode(start_BT, limit=20, forced_BT=target_BT))
+        text = TeacherForcedPass(backbone, bank, torch.cat([start_BT, target_BT[:, :-1]], 1), start=6)
+        played = text.apply_policy(policy)
+        steps = list(EarlyExit(backbone, bank, policy).decode(start_BT, max_new_tokens=20, forced_BT=target_BT))
         assert played.depth_T.tolist() == [step.depth for step in steps]
         wanted = torch.cat([step.logits_BV for step in steps])
         torch.testing.assert_close(played.logits_TV, wanted, rtol=0, atol=1e-10)
@@ -56,10 +56,10 @@ def test_a_text_longer_than_the_context_is_refused() -> None:
         TeacherForcedPass(backbone, ExitBank({2: Exit()}, backbone.site).double(), prompt(length), start=6)
 
 
-def test_nothing_surveyed_is_nothing_played() -> None:
+def test_nothing_texted_is_nothing_played() -> None:
     _, backbone = pair("llama")
-    survey = TeacherForcedPass(backbone, ExitBank({2: Exit()}, backbone.site).double(), prompt(6), start=6)
-    assert len(survey.play(MaxProb(0.2)).depth_T) == 0
+    text = TeacherForcedPass(backbone, ExitBank({2: Exit()}, backbone.site).double(), prompt(6), start=6)
+    assert len(text.apply_policy(MaxProb(0.2)).depth_T) == 0
 
 
 def test_the_policies_above_do_leave() -> None:
@@ -67,7 +67,7 @@ def test_the_policies_above_do_leave() -> None:
         _, backbone = pair("llama")
         exit_ = Exit(lens=TunedLens, gates=[LinearGate, MambaGate, AttentionGate])
         bank = loud(ExitBank({2: exit_, 3: exit_, 5: exit_}, backbone.site).double().requires_grad_(False))
-        survey = TeacherForcedPass(backbone, bank, prompt(40), start=6)
+        text = TeacherForcedPass(backbone, bank, prompt(40), start=6)
         for policy in POLICIES[1:]:
-            depths = set(survey.play(policy).depth_T[1:].tolist())
+            depths = set(text.apply_policy(policy).depth_T[1:].tolist())
             assert depths != {6}, policy.label

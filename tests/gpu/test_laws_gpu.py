@@ -32,7 +32,7 @@ class EveryThird(TerminationPolicy):
 
     def __call__(self, evidence: Evidence) -> torch.Tensor:
         leave = (evidence.step + evidence.depth) % 3 == 0
-        return torch.full(evidence.hidden_BD.shape[:1], bool(leave), device=evidence.hidden_BD.device)
+        return torch.full(evidence.hidden.shape[:1], bool(leave), device=evidence.hidden.device)
 
 
 def bound(backbone: HFBackbone, dtype: torch.dtype) -> float:
@@ -72,7 +72,7 @@ def test_never_leaving_is_generate(family: str) -> None:
     start = text(9)
     wanted = backbone.model.generate(start, attention_mask=torch.ones_like(start), max_new_tokens=24, do_sample=False)
     for decoder in (EarlyExit(backbone, bank_of(backbone), Never()), Full(backbone)):
-        got = [int(step.token_B) for step in decoder.decode(start, limit=24)]
+        got = [int(step.token_B) for step in decoder.decode(start, max_new_tokens=24)]
         same_tokens(backbone, start, got, wanted[0, 9:].tolist())
 
 
@@ -80,9 +80,9 @@ def test_never_leaving_is_generate(family: str) -> None:
 def test_lossless_is_full_decoding(family: str) -> None:
     torch.backends.cuda.matmul.allow_tf32 = False
     backbone = backbone_of(family, torch.float32)
-    full = [int(step.token_B) for step in Full(backbone).decode(text(9), limit=24)]
+    full = [int(step.token_B) for step in Full(backbone).decode(text(9), max_new_tokens=24)]
     lossless = SelfSpeculative(backbone, bank_of(backbone), EveryThird(), draft_limit=3)
-    same_tokens(backbone, text(9), [int(step.token_B) for step in lossless.decode(text(9), limit=24)], full)
+    same_tokens(backbone, text(9), [int(step.token_B) for step in lossless.decode(text(9), max_new_tokens=24)], full)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
@@ -96,10 +96,10 @@ def test_settled_state_is_that_of_one_full_pass(family: str, dtype: torch.dtype)
             depth = 1 + (at * 5) % 6
             h_BTD = backbone.run(backbone.embed(tokens[:, at : at + 1], cache), Span(0, depth), cache)
             if depth < 6:
-                cache.owe(depth, h_BTD)
+                cache.group.owe(depth, h_BTD)
         backbone.settle(cache)
         backbone.run(backbone.embed(tokens, whole), Span(0, 6), whole)
-    for mine, theirs in zip(cache.cells, whole.cells, strict=True):
+    for mine, theirs in zip(cache.states, whole.cells, strict=True):
         for got, wanted in zip(state(mine).values(), state(theirs).values(), strict=True):
             assert float((got - wanted).norm() / wanted.norm()) < bound(backbone, dtype)
 
@@ -109,5 +109,5 @@ def test_a_step_that_leaves_at_d_calls_d_blocks(dtype: torch.dtype) -> None:
     backbone = backbone_of("llama", dtype)
     bank = bank_of(backbone)
     for depth in bank.depths:
-        steps = list(EarlyExit(backbone, bank, AtDepth(depth)).decode(text(9), limit=6))[1:]
+        steps = list(EarlyExit(backbone, bank, AtDepth(depth)).decode(text(9), max_new_tokens=6))[1:]
         assert all(step.work.calls == (1,) * depth + (0,) * (6 - depth) for step in steps)

@@ -125,9 +125,9 @@ def test_evidence_is_of_the_newest_position_and_lazy():
     evidence = read(bank, 2, h_BTD, cache_at(2, 5))
     assert bank.gates(2)["Counted"].calls == 0
     assert not evidence.logits_read
-    assert torch.equal(evidence.hidden_BD, h_BTD[:, -1])
+    assert torch.equal(evidence.hidden, h_BTD[:, -1])
     logits_BTV = site(2).project(bank.lens(2).translate(h_BTD, site(2)))
-    torch.testing.assert_close(evidence.logits_BV, logits_BTV[:, -1].float())
+    torch.testing.assert_close(evidence.logits, logits_BTV[:, -1].float())
     torch.testing.assert_close(evidence.confidence("Counted"), h_BTD[:, -1, 0].sigmoid())
     torch.testing.assert_close(evidence.confidence("MambaGate"), bank.gates(2)["MambaGate"].confidence(h_BTD)[:, -1])
     assert bank.gates(2)["Counted"].calls == 1
@@ -158,11 +158,11 @@ class Run:
         """What a backbone's ``run`` does to debts and fill levels; gates none of which is read here."""
         owed = 0
         for block in range(start, stop):
-            debt = self.cache.due(block)
+            debt = self.cache.group.due(block)
             owed += 0 if debt is None else debt.shape[1]
             self.cache.filled[block] += owed + self.rows
         if owed and stop < 4:
-            self.cache.owe(stop, self.h[stop, :, self.at - owed : self.at])
+            self.cache.group.owe(stop, self.h[stop, :, self.at - owed : self.at])
 
     def go(self, rows, leave):
         """Take the next positions up, read every exit on the way, leave at ``leave`` (4: at the top)."""
@@ -173,9 +173,9 @@ class Run:
             if depth in self.bank.depths:
                 self.note(depth, self.bank.catch_up(depth, self.newest(depth), self.cache))
         if leave < 4:
-            self.cache.owe(leave, self.newest(leave))
+            self.cache.group.owe(leave, self.newest(leave))
         self.at += rows
-        self.cache.balance()
+        self.cache.group.balance()
 
     def newest(self, depth):
         return self.h[depth, :, self.at : self.at + self.rows]

@@ -46,7 +46,7 @@ class Dice(TerminationPolicy):
 
     def __call__(self, evidence: Evidence) -> Tensor:
         leave = torch.rand((), generator=self._dice) < self.chance
-        return torch.full(evidence.hidden_BD.shape[:1], bool(leave))
+        return torch.full(evidence.hidden.shape[:1], bool(leave))
 
 
 class Listener(TerminationPolicy):

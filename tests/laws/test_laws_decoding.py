@@ -26,7 +26,7 @@ ATTENTION = ("llama", "mistral", "gpt2", "phi3", "gpt_neox")
 
 
 def tokens(decoder: Decoder, prompt_BT: Tensor, limit: int = LIMIT, pad_B: Tensor | None = None) -> Tensor:
-    return torch.stack([step.token_B for step in decoder.decode(prompt_BT, limit=limit, pad_B=pad_B)], 1)
+    return torch.stack([step.token_B for step in decoder.decode(prompt_BT, max_new_tokens=limit, pad_B=pad_B)], 1)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -74,7 +74,9 @@ def test_drafts_are_both_kept_and_rejected() -> None:
     """The tests above would prove nothing if every draft were right, or every one wrong."""
     with upcast64():
         _, backbone = pair("llama")
-        steps = list(SelfSpeculative(backbone, exits(backbone), Dice(0.9), draft_limit=4).decode(prompt(9), limit=100))
+        steps = list(
+            SelfSpeculative(backbone, exits(backbone), Dice(0.9), draft_limit=4).decode(prompt(9), max_new_tokens=100)
+        )
         kept = sum(step.accepted for step in steps)
         calls = sum(sum(step.work.calls) for step in steps[1:])
         assert kept > 0
@@ -163,7 +165,9 @@ def test_a_step_that_leaves_at_d_calls_d_blocks(family: str) -> None:
             block.register_forward_hook(lambda *_, index=index: calls.append(index))
         bank = exits(backbone, tuple(range(1, DEPTH)))
         for depth in range(1, DEPTH):
-            for number, step in enumerate(EarlyExit(backbone, bank, AtDepth(depth)).decode(prompt(9), limit=6)):
+            for number, step in enumerate(
+                EarlyExit(backbone, bank, AtDepth(depth)).decode(prompt(9), max_new_tokens=6)
+            ):
                 wanted = DEPTH if number == 0 else depth
                 assert calls == list(range(wanted)) == [i for i, n in enumerate(step.work.calls) if n]
                 assert step.depth == wanted
@@ -179,7 +183,9 @@ def test_rules_keep_the_books_and_change_nothing_if_nothing_leaves(rule: Skipped
     with upcast64():
         model, backbone = pair(family)
         bank = exits(backbone)
-        assert tokens(EarlyExit(backbone, bank, Never(), rule=rule), prompt(9)).equal(generate(model, prompt(9), LIMIT))
-        steps = list(EarlyExit(backbone, bank, Dice(0.5), rule=rule).decode(prompt(9), limit=LIMIT))
+        assert tokens(EarlyExit(backbone, bank, Never(), skipped_state=rule), prompt(9)).equal(
+            generate(model, prompt(9), LIMIT)
+        )
+        steps = list(EarlyExit(backbone, bank, Dice(0.5), skipped_state=rule).decode(prompt(9), max_new_tokens=LIMIT))
         assert all(sum(step.work.calls) == step.depth for step in steps)
         assert {step.depth for step in steps} == {2, 3, 5, 6}

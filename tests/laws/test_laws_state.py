@@ -10,7 +10,9 @@ from torch import Tensor
 
 from dynamax.backbones.cache import Cache
 from dynamax.backbones.hf import HFBackbone
-from dynamax.decoding.ascent import Ascent
+from dynamax.decoding.sampling import Greedy
+from dynamax.decoding.session import Session
+from dynamax.policies.schedule import AtDepth
 from dynamax.types import Memory, Span
 from tests.float64 import upcast64
 from tests.laws.house import DEPTH, exits, padded, pair, prompt
@@ -19,7 +21,7 @@ from tests.tiny import FAMILIES, RECURRENT
 
 
 def balanced(cache: Cache) -> None:
-    cache.balance()
+    cache.group.balance()
     assert cache.filled == sorted(cache.filled, reverse=True), "fill levels never rise with depth"
 
 
@@ -34,7 +36,7 @@ def wander(backbone: HFBackbone, text_BT: Tensor, cache: Cache, seed: int) -> No
         for start, stop in zip(cuts, cuts[1:], strict=False):
             h_BTD = backbone.run(h_BTD, Span(start, stop), cache)
         if depth < DEPTH:
-            cache.owe(depth, h_BTD)
+            cache.group.owe(depth, h_BTD)
         at += piece_BT.shape[1]
         balanced(cache)
 
@@ -50,8 +52,8 @@ def test_settled_state_is_that_of_one_full_pass(family: str, seed: int) -> None:
         backbone.settle(cache)
         balanced(cache)
         assert cache.filled == [41] * DEPTH
-        for cell, wanted in zip(cache.cells, reference(model, text_BT), strict=True):
-            same(state(cell), wanted)
+        for cell, wanted in zip(cache.states, reference(model, text_BT), strict=True):
+            same(state(cell, 41), wanted)
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral-eager", "gemma3_text", "gpt2", "phi3", *RECURRENT])
@@ -65,8 +67,8 @@ def test_settled_state_of_padded_rows(family: str) -> None:
         backbone.settle(cache)
         for row, pad in enumerate(pad_B.tolist()):
             alone = reference(model, text_BT[row : row + 1, pad:])
-            for cell, wanted in zip(cache.cells, alone, strict=True):
-                same(row_of(state(cell), row, pad), wanted)
+            for cell, wanted in zip(cache.states, alone, strict=True):
+                same(row_of(state(cell, 30), row, pad), wanted)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -83,7 +85,7 @@ def test_the_row_a_step_leaves_with_is_the_full_passes(family: str) -> None:
             h_BTD = backbone.run(backbone.embed(text_BT[:, at : at + 1], cache), Span(0, depth), cache)
             torch.testing.assert_close(h_BTD[:, 0], whole[depth][:, at], **CLOSE)
             if depth < DEPTH:
-                cache.owe(depth, h_BTD)
+                cache.group.owe(depth, h_BTD)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -94,18 +96,18 @@ def test_rollback_at_every_place_is_as_if_it_had_not_been(family: str) -> None:
         for keep in range(8):
             cache = backbone.new_cache(capacity=8)
             wander(backbone, text_BT[:, :12], cache, seed=keep)
-            mark = cache.mark()
+            before = cache.snapshot()
             kept_BT = torch.cat([text_BT[:, 12 : 12 + keep], wrong_BT[:, keep:]], 1)
             wander(backbone, kept_BT, cache, seed=keep + 1)
-            cache.rollback(mark, keep)
+            cache.rollback(before, keep)
             balanced(cache)
             assert cache.length == 12 + keep
             wander(backbone, text_BT[:, 12 + keep :], cache, seed=keep + 2)
             backbone.settle(cache)
             never = backbone.new_cache()
             backbone.run(backbone.embed(text_BT, never), Span(0, DEPTH), never)
-            for cell, untouched in zip(cache.cells, never.cells, strict=True):
-                same(state(cell), state(untouched))
+            for cell, untouched in zip(cache.states, never.states, strict=True):
+                same(state(cell, 20), state(untouched, 20))
 
 
 @pytest.mark.parametrize("batch", [1, 3])
@@ -115,20 +117,19 @@ def test_recurrent_gates_read_what_a_full_pass_shows_them(batch: int) -> None:
         _, backbone = pair("llama")
         bank = exits(backbone)
         text_BT, pad_B = (prompt(40), None) if batch == 1 else padded((40, 33, 25))
-        cache = backbone.new_cache(pad_B=pad_B)
-        ascent, dice, at = Ascent(backbone, bank, cache), random.Random(5), 0
-        ascent.climb(backbone.embed(text_BT[:, :9], cache), Span(0, DEPTH))
-        at = 9
+        session = Session(backbone, bank, Greedy(), text_BT[:, :9], max_new_tokens=31, capacity=40, pad_B=pad_B)
+        cache, dice, at = session.cache, random.Random(5), 9
+        session.prefill()
         while at < 40:
-            mark = ascent.mark()
+            session.snapshot()
             rows = dice.choice([1, 2, 3])
             for row in range(at, min(at + rows, 40)):
-                depth = dice.choice([2, 3, 5])
-                h_BTD = ascent.climb(backbone.embed(text_BT[:, row : row + 1], cache), Span(0, depth))
-                cache.owe(depth, h_BTD)
-            ascent.settle()
+                leave_at = AtDepth(dice.choice([2, 3, 5]))
+                arrival = session.run_to_exit(leave_at, text_BT[:, row])
+                cache.group.owe(arrival.depth, arrival.h_BTD)
+            session.settle()
             keep = dice.randint(1, min(rows, 40 - at))
-            ascent.rollback(mark, keep)
+            session.rollback(keep)
             at += keep
         h_BTD, below = backbone.embed(text_BT, backbone.new_cache(pad_B=pad_B)), 0
         whole = backbone.new_cache(pad_B=pad_B)
@@ -138,7 +139,7 @@ def test_recurrent_gates_read_what_a_full_pass_shows_them(batch: int) -> None:
             for name in ("MambaGate", "AttentionGate"):
                 memory, alone = cache.memories[depth, name], Memory(pad_B)
                 assert memory.read == 40
-                bank.gates(depth)[name].score(h_BTD, alone)
+                bank.gates(depth)[name].score(bank.sequence(backbone.site(depth), h_BTD, 0), alone)
                 for key, value in alone.values.items():
                     torch.testing.assert_close(memory.values[key], value, rtol=1e-12, atol=1e-10)
 

@@ -36,7 +36,7 @@ def test_never_leaving_is_generate(
     torch.set_num_threads(2)
     for prompt_1T in encoded(tokenizer, PROMPTS):
         wanted = generate(backbone.model, prompt_1T, TOKENS)
-        got = torch.stack([step.token_B for step in decoder.decode(prompt_1T, limit=TOKENS)], 1)
+        got = torch.stack([step.token_B for step in decoder.decode(prompt_1T, max_new_tokens=TOKENS)], 1)
         assert got.shape == (1, TOKENS)
         assert got.equal(wanted)
     torch.set_num_threads(threads)
@@ -48,7 +48,7 @@ def test_lossless_is_generate(smollm2: tuple[HFBackbone, PreTrainedTokenizerBase
     decoder = SelfSpeculative(backbone, bank, MaxProb(0.5), draft_limit=3)
     accepted = 0
     for prompt_1T in encoded(tokenizer, 3):
-        steps = list(decoder.decode(prompt_1T, limit=24, stop=[tokenizer.eos_token_id]))
+        steps = list(decoder.decode(prompt_1T, max_new_tokens=24, stop=[tokenizer.eos_token_id]))
         wanted = generate(backbone.model, prompt_1T, len(steps))
         got = torch.stack([step.token_B for step in steps], 1)
         end = len(steps) - 1 if got[0, -1] == tokenizer.eos_token_id else len(steps)
@@ -64,7 +64,9 @@ def test_forced_depths_call_that_many_blocks(smollm2: tuple[HFBackbone, PreTrain
     calls: list[int] = []
     hooks = [b.register_forward_hook(lambda *_, i=i: calls.append(i)) for i, b in enumerate(backbone._blocks)]
     for depth in depths:
-        for number, _ in enumerate(EarlyExit(backbone, bank, AtDepth(depth)).decode(encoded(tokenizer, 1)[0], limit=3)):
+        for number, _ in enumerate(
+            EarlyExit(backbone, bank, AtDepth(depth)).decode(encoded(tokenizer, 1)[0], max_new_tokens=3)
+        ):
             assert calls == list(range(backbone.spec.depth if number == 0 else depth))
             calls.clear()
     for hook in hooks:

@@ -10,13 +10,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from dynamax.backbones.hf import HFBackbone
 from dynamax.backbones.mixers import ShortConvMixer, SSDMixer
 from dynamax.backbones.skipped_state import Propagate
+from dynamax.decoding.cost import CostModel
 from dynamax.decoding.early_exit import EarlyExit
 from dynamax.decoding.full import Full
 from dynamax.heads.bank import Exit, ExitBank
 from dynamax.heads.base import Gate
 from dynamax.heads.gates import AttentionGate, LinearGate, MambaGate
 from dynamax.heads.lenses import LastBlockLens, TunedLens
-from dynamax.metrics.cost import CostModel
 from dynamax.policies.learned import GateConfidence
 from dynamax.policies.schedule import AtDepth
 from dynamax.types import Memory, Span, Step
@@ -79,7 +79,7 @@ def test_recurrent_state_is_what_the_cache_holds(family: str) -> None:
     backbone = HFBackbone(tiny(family, dtype=torch.float32))
     cache = backbone.new_cache()
     backbone.run(backbone.embed(torch.arange(9)[None], cache), Span(0, 6), cache)
-    for index, cell in enumerate(cache.cells):
+    for index, cell in enumerate(cache.states):
         past = () if cell.recurrent is None else cell.recurrent.past or ()
         assert backbone.block_cost(index).state == sum(tensor.numel() for tensor in past)
 

@@ -68,12 +68,12 @@ def test_agreement_is_that_of_forced_decoding(folder: Folder) -> None:
     agreed: dict[float, list[bool]] = {0.01: [], 0.05: [], 0.9: []}
     for example in task.examples():
         prompt_1T = torch.tensor([module.bench.tokenizer(example.prompt)["input_ids"]])
-        full = [int(s.token_B) for s in Full(module.backbone).decode(prompt_1T, limit=12, stop=[0])]
+        full = [int(s.token_B) for s in Full(module.backbone).decode(prompt_1T, max_new_tokens=12, eos_token_id=[0])]
         text = module.bench.tokenizer.decode(full)
         assert not any(stop in text[:-1] for stop in example.stop), "the reference below would need cutting"
         for threshold, found in agreed.items():
             decoder = EarlyExit(module.backbone, module.bank, MaxProb(threshold))
-            steps = decoder.decode(prompt_1T, limit=len(full), forced_BT=torch.tensor([full]))
+            steps = decoder.decode(prompt_1T, max_new_tokens=len(full), forced_BT=torch.tensor([full]))
             found += [int(s.token_B) == wanted for s, wanted in zip(steps, full, strict=True)][1:]
     for row in module.results.rows[1:]:
         assert row["agreement"] == pytest.approx(sum(agreed[row["threshold"]]) / len(agreed[row["threshold"]]))
@@ -105,8 +105,8 @@ def drafts_kept(module: DecodingModule) -> float:
     accepted: list[bool] = []
     for example in Questions(limit=3, max_new_tokens=12).examples():
         prompt_1T = torch.tensor([module.bench.tokenizer(example.prompt)["input_ids"]])
-        limit = len(list(Full(module.backbone).decode(prompt_1T, limit=12, stop=[0])))
-        accepted += [step.accepted for step in decoder.decode(prompt_1T, limit=limit)][1:]
+        limit = len(list(Full(module.backbone).decode(prompt_1T, max_new_tokens=12, eos_token_id=[0])))
+        accepted += [step.accepted for step in decoder.decode(prompt_1T, max_new_tokens=limit)][1:]
     return sum(accepted) / len(accepted)
 
 
@@ -149,10 +149,10 @@ def test_sampling_compares_what_is_most_likely(folder: Folder) -> None:
         prompt_1T = torch.tensor([module.bench.tokenizer(example.prompt)["input_ids"]])
         sampler = Sampled(1.0, seed=4)
         sampler.restart(turn)
-        full = list(Full(module.backbone, sampler).decode(prompt_1T, limit=12, stop=[0]))
+        full = list(Full(module.backbone, sampler).decode(prompt_1T, max_new_tokens=12, eos_token_id=[0]))
         target_1T = torch.stack([step.token_B for step in full], 1)
         decoder = EarlyExit(module.backbone, module.bank, MaxProb(0.05))
-        steps = list(decoder.decode(prompt_1T, limit=len(full), forced_BT=target_1T))
+        steps = list(decoder.decode(prompt_1T, max_new_tokens=len(full), forced_BT=target_1T))
         agreed += [int(s.token_B) == int(f.logits_BV.argmax()) for s, f in zip(steps, full, strict=True)][1:]
     for one in sampled.values():
         whole, never, early = one.results.rows

@@ -15,14 +15,14 @@ def evidence(
     *,
     depth: int = 4,
     step: int | Tensor = 0,
-    hidden_BD: Tensor | None = None,
+    hidden: Tensor | None = None,
     gates: Mapping[str, Tensor] | None = None,
     trail: Sequence[Evidence] = (),
 ) -> Evidence:
     """One exit's evidence, of a backbone of 12 blocks."""
-    hidden_BD = torch.zeros(logits_BV.shape[0], 3) if hidden_BD is None else hidden_BD
-    known = {name: (lambda p_B=p_B: p_B) for name, p_B in (gates or {}).items()}
-    return Evidence(depth, 12, step, hidden_BD, logits=lambda: logits_BV, gates=known, trail=trail)
+    hidden = torch.zeros(logits_BV.shape[0], 3) if hidden is None else hidden
+    known = {name: (lambda _, p_B=p_B: p_B.double().logit()) for name, p_B in (gates or {}).items()}
+    return Evidence(depth, 12, step, hidden, logits=lambda: logits_BV, gates=known, trail=trail)
 
 
 def climb(tokens_BE: Sequence[Sequence[int]], *, vocab: int = 5) -> list[Evidence]:

@@ -40,8 +40,8 @@ def test_patience_needs_a_whole_number(patience):
 
 def test_saturation_is_the_cosine_with_the_exit_before():
     logits_BV = torch.zeros(3, 2)
-    first = evidence(logits_BV, hidden_BD=torch.tensor([[1.0, 0.0], [1.0, 0.0], [1.0, 0.0]]))
-    second = evidence(logits_BV, hidden_BD=torch.tensor([[5.0, 0.0], [3.0, 4.0], [-1.0, 0.0]]), trail=[first])
+    first = evidence(logits_BV, hidden=torch.tensor([[1.0, 0.0], [1.0, 0.0], [1.0, 0.0]]))
+    second = evidence(logits_BV, hidden=torch.tensor([[5.0, 0.0], [3.0, 4.0], [-1.0, 0.0]]), trail=[first])
     assert Saturation(0.0).score(first).tolist() == [0.0, 0.0, 0.0]
     torch.testing.assert_close(Saturation(0.0).score(second), torch.tensor([1.0, 0.6, 0.0]))
     assert Saturation(0.5)(second).tolist() == [True, True, False]

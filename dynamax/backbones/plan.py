@@ -1,22 +1,25 @@
 """Where a chunk stands: positions, rotary angles, attention masks. Knows windows, not families.
 
 Rows of a chunk are contiguous, oldest debt first, so a start, a length and the padding determine
-everything here. All of it is made when first asked for and shared by the blocks of one stretch.
+everything here. The host makes a plan once for each chunk, and all blocks that the chunk passes share it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cached_property
+from typing import final
 
 import torch
 from torch import Tensor
 
 Rotary = Callable[[Tensor, Tensor, str | None], tuple[Tensor, Tensor]]
+"""``(h_BTD, positions_BT, kind) -> (cos, sin)``; only the dtype and the device of ``h_BTD`` matter."""
 
 
-class Chunk:
-    """Positions ``[start, start + length)`` of every row.
+@final
+class StepPlan:
+    """A chunk at positions ``[start, start + length)`` of every row.
 
     Args:
         like: The chunk's rows ``h_BTD``; gives length, dtype and device.

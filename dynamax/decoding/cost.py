@@ -34,45 +34,45 @@ class CostModel:
     """What a step costs, from what the blocks counted.
 
     Args:
-        backbone: Gives the shape of each block and the size of a weight.
+        backbone: Gives the cost of each block and the size of a weight.
         bank: Its exits; None for plain decoding.
         batch: Rows that share each read of the weights.
     """
 
     def __init__(self, backbone: Backbone, bank: ExitBank | None = None, *, batch: int = 1) -> None:
         self.spec = backbone.spec
-        self.shapes = [backbone.block_cost(index) for index in range(self.spec.depth)]
+        self.blocks = [backbone.block_cost(index) for index in range(self.spec.depth)]
         self.size = next(backbone.parameters()).element_size()
         self.bank = bank
         self.batch = batch
 
     def full(self, context: int) -> Cost:
         """One token at full depth, with ``context`` positions before it."""
-        return sum((self._block(shape, 1, context) for shape in self.shapes), self._output())
+        return sum((self._block(block, 1, context) for block in self.blocks), self._output())
 
     def step(self, step: Step, context: int) -> Cost:
         """One decoded token, with ``context`` positions before it."""
         cost = FREE
-        for index, shape in enumerate(self.shapes):
+        for index, block in enumerate(self.blocks):
             if step.work.calls[index]:
-                cost += self._block(shape, step.work.rows[index], context)
+                cost += self._block(block, step.work.rows[index], context)
             if step.work.writes[index]:
-                cost += self._write(shape, step.work.writes[index])
+                cost += self._write(block, step.work.writes[index])
         return cost + self._reads(step) + self._recurrent(step, context)
 
-    def _block(self, shape: BlockCost, rows: int, context: int) -> Cost:
-        seen = context + 1 if shape.window is None else min(context + 1, shape.window)
-        flops = rows * 2.0 * (shape.active + shape.scores * seen + shape.scan)
-        weights = min(shape.weights, shape.active * rows * self.batch)
-        return Cost(flops, self.size * (weights / self.batch + shape.keys * (seen + rows)) + self._state(shape))
+    def _block(self, block: BlockCost, rows: int, context: int) -> Cost:
+        seen = context + 1 if block.window is None else min(context + 1, block.window)
+        flops = rows * 2.0 * (block.active + block.scores * seen + block.scan)
+        weights = min(block.weights, block.active * rows * self.batch)
+        return Cost(flops, self.size * (weights / self.batch + block.keys * (seen + rows)) + self._state(block))
 
-    def _write(self, shape: BlockCost, rows: int) -> Cost:
-        weights = self._weights(shape.write, rows)
-        return weights + Cost(2.0 * shape.scan * rows, self.size * shape.keys * rows + self._state(shape))
+    def _write(self, block: BlockCost, rows: int) -> Cost:
+        weights = self._weights(block.write, rows)
+        return weights + Cost(2.0 * block.scan * rows, self.size * block.keys * rows + self._state(block))
 
-    def _state(self, shape: BlockCost) -> float:
+    def _state(self, block: BlockCost) -> float:
         """Bytes of recurrent state, read once and written once."""
-        return 2.0 * max(self.size, 4) * shape.state
+        return 2.0 * max(self.size, 4) * block.state
 
     def _output(self) -> Cost:
         return self._weights(self.spec.vocab * self.spec.width, 1)
@@ -82,11 +82,10 @@ class CostModel:
 
     def _reads(self, step: Step) -> Cost:
         cost = FREE
-        for depth in step.logits_read:
-            cost += self._output()
+        for depth, rows in step.logits_read:
+            cost += self._weights(self.spec.vocab * self.spec.width, rows)
             if depth < self.spec.depth and self.bank is not None:
-                lens = self.bank.lens(depth)
-                cost += self._head(lens, 1)
+                cost += self._head(self.bank.lens(depth), rows)
         for depth, name in step.gates_read:
             assert self.bank is not None
             gate = self.bank.gates(depth)[name]

@@ -1,0 +1,324 @@
+"""The state of one block, and what a block is given as its cache while one chunk passes.
+
+A state knows neither positions owed nor other blocks. The host decides where a chunk's keys go and which of them it
+may see (``StepPlan``); while blocks run, a view only moves tensors. What a block left in its view becomes part of the
+state when the host commits it, after the span.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from typing import Literal, final
+
+import torch
+from torch import Tensor
+
+from dynamax.backbones.plan import StepPlan
+
+StateKind = Literal["keys", "recurrent"]
+"""What a block may keep of the positions it has seen: keys and values, or a recurrent state."""
+
+Tensors = tuple[Tensor, ...]
+Recurrence = Callable[..., tuple[Tensor, Tensors]]
+"""``(state or None, *rows) -> (output, new state)``: continues a recurrence; rows have positions in dimension 1."""
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """Where ``LayerState.crop`` can return to.
+
+    Attributes:
+        filled: Positions the block had been through.
+        recurrent: Its recurrent state then; None without one.
+    """
+
+    filled: int
+    recurrent: Tensors | None = None
+
+
+class LayerState(ABC):
+    """What one block keeps of the positions it has been through."""
+
+    @property
+    def keys(self) -> KeyValueState | None:
+        """Keys and values; None for a block without attention."""
+        return None
+
+    @property
+    def recurrent(self) -> RecurrentState | None:
+        """Recurrent state; None for a block without one."""
+        return None
+
+    @abstractmethod
+    def skip(self, start: int, count: int) -> None:
+        """Let positions ``[start, start + count)`` go by unseen."""
+
+    @abstractmethod
+    def snapshot(self, filled: int) -> Snapshot:
+        """Where ``crop`` can return to; the block has been through ``filled`` positions."""
+
+    @abstractmethod
+    def crop(self, length: int, snapshot: Snapshot) -> None:
+        """Forget the positions from ``length`` on; ``length`` is at or after the snapshot's."""
+
+
+@final
+class NoState(LayerState):
+    """A block that looks at each position alone."""
+
+    def skip(self, start: int, count: int) -> None:
+        """Nothing to do."""
+
+    def snapshot(self, filled: int) -> Snapshot:
+        """The fill level."""
+        return Snapshot(filled)
+
+    def crop(self, length: int, snapshot: Snapshot) -> None:
+        """Nothing to do."""
+
+
+@final
+class KeyValueState(LayerState):
+    """Keys and values of one attention block, in buffers ``[B, H, capacity, D]`` that grow by doubling.
+
+    Nothing is removed: a window is a slice of the buffer, and a rollback only lets later positions write over it.
+
+    Args:
+        capacity: Positions to make room for at first.
+
+    Attributes:
+        holes: Positions whose keys were never written; no later position may attend to them.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
+        self.holes: frozenset[int] = frozenset()
+        self._buffers: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def keys(self) -> KeyValueState:
+        """This state itself."""
+        return self
+
+    def reserve(self, positions: int) -> None:
+        """Make room for so many positions, before blocks run."""
+        if self._buffers is None:
+            self.capacity = max(self.capacity, positions)
+        elif positions > self.capacity:
+            old, self.capacity = self._buffers, max(positions, 2 * self.capacity)
+            self._buffers = (self._new_buffer(old[0]), self._new_buffer(old[1]))
+            for new, previous in zip(self._buffers, old, strict=True):
+                new[:, :, : previous.shape[2]] = previous
+
+    def _new_buffer(self, like_BHTD: Tensor) -> Tensor:
+        return like_BHTD.new_zeros(*like_BHTD.shape[:2], self.capacity, like_BHTD.shape[3])
+
+    def write(self, k_BHTD: Tensor, v_BHTD: Tensor, start: int) -> None:
+        """Write the keys and values of positions from ``start`` on; there is room for them."""
+        if self._buffers is None:
+            self._buffers = (self._new_buffer(k_BHTD), self._new_buffer(v_BHTD))
+        stop = start + k_BHTD.shape[2]
+        self._buffers[0][:, :, start:stop] = k_BHTD
+        self._buffers[1][:, :, start:stop] = v_BHTD
+
+    def read(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of positions ``[start, stop)``, as views of the buffers."""
+        assert self._buffers is not None, "read before the first write"
+        return self._buffers[0][:, :, start:stop], self._buffers[1][:, :, start:stop]
+
+    def skip(self, start: int, count: int) -> None:
+        """Leave holes."""
+        self.reserve(start + count)
+        self.holes |= frozenset(range(start, start + count))
+
+    def snapshot(self, filled: int) -> Snapshot:
+        """The fill level; keys are not copied."""
+        return Snapshot(filled)
+
+    def crop(self, length: int, snapshot: Snapshot) -> None:
+        """Forget holes from ``length`` on; keys there are written over."""
+        self.holes = frozenset(hole for hole in self.holes if hole < length)
+
+
+@final
+class RecurrentState(LayerState):
+    """Convolution window and scan state of one block, in whatever form its recurrence gives them.
+
+    A recurrent state cannot be cropped. A snapshot keeps it by reference, and from then on the rows that advance the
+    state are noted, so that a rollback can read the first few of them again: by the recurrence alone, without the
+    block's other weights.
+
+    Attributes:
+        tensors: The state; None before the first position. They are replaced, never written into.
+    """
+
+    def __init__(self) -> None:
+        self.tensors: Tensors | None = None
+        self._snapshot: Snapshot | None = None
+        self._recurrence: Recurrence | None = None
+        self._noted: list[Tensors] = []
+
+    @property
+    def recurrent(self) -> RecurrentState:
+        """This state itself."""
+        return self
+
+    def commit(self, recurrence: Recurrence, rows: Tensors, tensors: Tensors) -> None:
+        """Take over the state that ``recurrence`` made of ``rows``."""
+        self.tensors = tensors
+        if self._snapshot is not None:
+            self._recurrence = recurrence
+            self._noted.append(rows)
+
+    def skip(self, start: int, count: int) -> None:
+        """Nothing is read. A rollback can then return to a snapshot, but to no position after it."""
+        self._snapshot = None
+
+    def snapshot(self, filled: int) -> Snapshot:
+        """The fill level and the state; rows are noted until the next snapshot."""
+        self._snapshot, self._noted = Snapshot(filled, self.tensors), []
+        return self._snapshot
+
+    def crop(self, length: int, snapshot: Snapshot) -> None:
+        """Return to the snapshot; if it is the newest, read the rows up to ``length`` again."""
+        keep = length - snapshot.filled
+        assert keep == 0 or snapshot is self._snapshot, "only positions after the newest snapshot can be kept"
+        noted = [torch.cat(parts, 1)[:, :keep] for parts in zip(*self._noted, strict=True)]
+        self.tensors = snapshot.recurrent
+        self._snapshot, self._noted = snapshot, []
+        if keep and noted:
+            assert self._recurrence is not None
+            rows = tuple(noted)
+            self.commit(self._recurrence, rows, self._recurrence(self.tensors, *rows)[1])
+
+
+@final
+class HybridState(LayerState):
+    """Keys and values beside a recurrent state.
+
+    Args:
+        capacity: As for ``KeyValueState``.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        self._keys = KeyValueState(capacity)
+        self._recurrent = RecurrentState()
+
+    @property
+    def keys(self) -> KeyValueState:
+        """Keys and values."""
+        return self._keys
+
+    @property
+    def recurrent(self) -> RecurrentState:
+        """Recurrent state."""
+        return self._recurrent
+
+    def skip(self, start: int, count: int) -> None:
+        """Both skip."""
+        self._keys.skip(start, count)
+        self._recurrent.skip(start, count)
+
+    def snapshot(self, filled: int) -> Snapshot:
+        """The recurrent state's, which holds all that is needed."""
+        return self._recurrent.snapshot(filled)
+
+    def crop(self, length: int, snapshot: Snapshot) -> None:
+        """Both forget."""
+        self._keys.crop(length, snapshot)
+        self._recurrent.crop(length, snapshot)
+
+
+def new_state(kinds: Collection[StateKind], capacity: int) -> LayerState:
+    """The state of a block that keeps these kinds."""
+    if "keys" in kinds:
+        return HybridState(capacity) if "recurrent" in kinds else KeyValueState(capacity)
+    return RecurrentState() if "recurrent" in kinds else NoState()
+
+
+class LayerView(ABC):
+    """What a block is given as its cache while one chunk passes.
+
+    transformers' attention calls ``update`` with keys and values; our recurrent mixers call ``advance``.
+
+    Attributes:
+        mask: Attention mask over the keys that ``update`` answers with; None where none is needed.
+        live_BT: False on padding, for recurrent blocks; None if nothing is padded.
+    """
+
+    mask: Tensor | None
+    live_BT: Tensor | None
+
+    @abstractmethod
+    def update(self, k_BHTD: Tensor, v_BHTD: Tensor, *_: object, **__: object) -> tuple[Tensor, Tensor]:
+        """The keys and values that the chunk may see, its own included."""
+
+    @abstractmethod
+    def advance(self, recurrence: Recurrence, rows: Tensors) -> Tensor:
+        """Continue the recurrent state over the chunk; the recurrence's output."""
+
+
+@final
+class CacheView(LayerView):
+    """A view of a state that is kept. Nothing counts until ``commit``.
+
+    Args:
+        state: The block's state.
+        plan: Where the chunk stands.
+        window: Positions each row sees, its own included; None for all.
+    """
+
+    def __init__(self, state: LayerState, plan: StepPlan, window: int | None) -> None:
+        self._keys, self._recurrent = state.keys, state.recurrent
+        self._start, self._stop = plan.past, plan.past + plan.length
+        self._first = min(plan.first_key(window), plan.past)
+        self._advanced: tuple[Recurrence, Tensors, Tensors] | None = None
+        self.live_BT = plan.live_BT
+        self.mask = None
+        if self._keys is not None:
+            self._keys.reserve(self._stop)
+            self.mask = plan.mask(window, self._keys.holes)
+
+    def update(self, k_BHTD: Tensor, v_BHTD: Tensor, *_: object, **__: object) -> tuple[Tensor, Tensor]:
+        """Write the chunk's keys and values behind those held; all that the chunk may see."""
+        assert self._keys is not None, "a block without keys asked for some"
+        self._keys.write(k_BHTD, v_BHTD, self._start)
+        return self._keys.read(self._first, self._stop)
+
+    def advance(self, recurrence: Recurrence, rows: Tensors) -> Tensor:
+        """Continue from the state that is held."""
+        assert self._recurrent is not None, "a block without a recurrent state advanced one"
+        output, tensors = recurrence(self._recurrent.tensors, *rows)
+        self._advanced = (recurrence, rows, tensors)
+        return output
+
+    def commit(self) -> None:
+        """Make the chunk part of the state."""
+        if self._advanced is not None:
+            assert self._recurrent is not None
+            self._recurrent.commit(*self._advanced)
+
+
+@final
+class NoCacheView(LayerView):
+    """For one pass over a text from its first position: nothing is held and nothing is kept.
+
+    Args:
+        plan: Where the chunk stands.
+        window: As for ``CacheView``.
+        kinds: What the block would keep.
+    """
+
+    def __init__(self, plan: StepPlan, window: int | None, kinds: Collection[StateKind]) -> None:
+        self.live_BT = plan.live_BT
+        self.mask = plan.mask(window) if "keys" in kinds else None
+
+    def update(self, k_BHTD: Tensor, v_BHTD: Tensor, *_: object, **__: object) -> tuple[Tensor, Tensor]:
+        """The chunk's own keys and values."""
+        return k_BHTD, v_BHTD
+
+    def advance(self, recurrence: Recurrence, rows: Tensors) -> Tensor:
+        """Begin from nothing."""
+        return recurrence(None, *rows)[0]

@@ -1,0 +1,254 @@
+"""One decoding run: the steps that decoders are made of. Each runs blocks, lets exits read, and counts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple, final
+
+import torch
+from torch import Tensor
+
+from dynamax.backbones.base import Backbone
+from dynamax.backbones.cache import CacheSnapshot
+from dynamax.backbones.skipped_state import SkippedState
+from dynamax.decoding.probe import Probe
+from dynamax.decoding.sampling import Sampler
+from dynamax.heads.bank import ExitBank
+from dynamax.policies.base import TerminationPolicy
+from dynamax.types import Evidence, Span, Step
+
+
+class Arrival(NamedTuple):
+    """How far a step has come.
+
+    Attributes:
+        h_BTD: The step's positions after ``depth`` blocks.
+        depth: Blocks completed.
+        trail: Evidence of the exits that were read, shallowest first.
+        left: Whether the policy lets all rows leave here.
+    """
+
+    h_BTD: Tensor
+    depth: int
+    trail: Sequence[Evidence] = ()
+    left: bool = False
+
+
+@final
+class Session:
+    """State of one decoding run.
+
+    Args:
+        backbone: The model.
+        exits: Its exits; None for a decoder that reads none.
+        sampler: How tokens are drawn.
+        prompt_BT: Token ids; rows padded at the left.
+        max_new_tokens: Most tokens to generate.
+        capacity: Positions to make room for.
+        eos_token_id: Tokens that end a row.
+        pad_B: Padding positions at the left of each row, or None.
+        forced_BT: Tokens to go on with in place of the decoder's own, or None.
+        probe: A clock.
+
+    Attributes:
+        cache: State of all blocks.
+        token_B: The token that each row goes on with.
+        finished_B: Rows that have met an end token.
+        steps: Steps told so far.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        exits: ExitBank | None,
+        sampler: Sampler,
+        prompt_BT: Tensor,
+        *,
+        max_new_tokens: int,
+        capacity: int,
+        eos_token_id: Sequence[int] = (),
+        pad_B: Tensor | None = None,
+        forced_BT: Tensor | None = None,
+        probe: Probe | None = None,
+    ) -> None:
+        self.backbone = backbone
+        self.sampler = sampler
+        self.prompt_BT = prompt_BT
+        self.forced_BT = forced_BT
+        self.probe = probe or Probe()
+        self.max_new_tokens = max_new_tokens
+        self.total = backbone.spec.depth
+        self.cache = backbone.new_cache(capacity, pad_B)
+        self.steps = 0
+        self.token_B = prompt_BT[:, -1]
+        self.finished_B = torch.zeros(len(prompt_BT), dtype=torch.bool, device=prompt_BT.device)
+        self._eos_S = torch.tensor(list(eos_token_id), device=prompt_BT.device, dtype=torch.long)
+        self._exits = exits
+        self._depths = () if exits is None else exits.depths
+        self._recurrent = () if exits is None else exits.recurrent_depths
+        self._sites = {depth: backbone.site(depth, self.cache) for depth in self._depths}
+        self._counted = self.cache.work()
+        self._reads: tuple[tuple[int, int], ...] = ()
+        self._snapshot: CacheSnapshot | None = None
+        self._passed: dict[int, Tensor] = {}
+
+    # -- what a step is made of -----------------------------------------------------------------------
+
+    def prefill(self) -> Step:
+        """Run the prompt at full depth; the first token."""
+        self.probe.begin(prefill=True)
+        h_BTD = embedded_BTD = self.backbone.embed(self.prompt_BT, self.cache)
+        for depth, h_BTD in self.backbone.walk(embedded_BTD, [*self._recurrent, self.total], self.cache):
+            self._read_on(depth, h_BTD)
+        logits_BV = self.backbone.unembed(h_BTD[:, -1:])[:, 0]
+        return self.step(Arrival(h_BTD, self.total), logits_BV, self.sampler(logits_BV), prefill=True)
+
+    def embed(self, token_B: Tensor | None = None) -> Arrival:
+        """Begin a step: one position a row, before block 0.
+
+        Args:
+            token_B: What the step reads; the run's own ``token_B`` if left out.
+        """
+        self.probe.begin(prefill=False)
+        tokens_B1 = (self.token_B if token_B is None else token_B)[:, None]
+        return Arrival(self.backbone.embed(tokens_B1, self.cache), 0)
+
+    def run_to_exit(self, policy: TerminationPolicy, token_B: Tensor | None = None, *, ahead: int = 0) -> Arrival:
+        """Run up to the first exit where the policy lets every unfinished row leave, or to the last exit.
+
+        The positions stand there afterwards: the caller lets them leave, owes them or runs on.
+
+        Args:
+            policy: Asked once at each exit.
+            token_B: As for ``embed``.
+            ahead: Steps taken that are not told yet.
+        """
+        assert self._exits is not None, "a decoder without exits runs to the top"
+        arrival = self.embed(token_B)
+        trail: list[Evidence] = []
+        step = self.steps + ahead
+        for depth, h_BTD in self.backbone.walk(arrival.h_BTD, self._depths, self.cache):
+            site = self._sites[depth]
+            self._note(depth, h_BTD)
+            scores, reads = self._exits.catch_up(site, h_BTD, self.cache, step=step)
+            self._reads += reads
+            trail.append(self._exits.evidence(site, h_BTD, pick=newest, step=step, trail=trail, recurrent=scores))
+            left = bool((policy(trail[-1]) | self.finished_B).all())
+            self.probe.mark(depth)
+            arrival = Arrival(h_BTD, depth, trail, left)
+            if left:
+                break
+        return arrival
+
+    def leave(self, arrival: Arrival, skipped_state: SkippedState) -> Tensor:
+        """The step's positions leave at the exit where they arrived; its logits.
+
+        Args:
+            arrival: Where they are.
+            skipped_state: Sees to the blocks above.
+        """
+        assert self._exits is not None
+        logits_BV = arrival.trail[-1].logits
+        ran = self._exits.lens(arrival.depth).runs_last_block
+        skipped_state.leave(self.backbone, self.cache, arrival.depth, arrival.h_BTD, last_block_ran=ran)
+        if skipped_state.gates_read_exit:
+            for depth in self._recurrent:
+                if depth > arrival.depth:
+                    self._exits.advance(self._sites[depth], arrival.h_BTD, self.cache)
+        return logits_BV
+
+    def run_to_top(self, arrival: Arrival) -> Tensor:
+        """Run the step's positions through the blocks that are left; the model's logits."""
+        h_BTD = self.backbone.run(arrival.h_BTD, Span(arrival.depth, self.total), self.cache)
+        return self.backbone.unembed(h_BTD)[:, 0]
+
+    def settle(self) -> Tensor:
+        """Pay all debts: every owed position goes to the top; recurrent gates on the way read them.
+
+        Returns:
+            The paid positions after the last block, oldest first.
+        """
+        h_BTD: Tensor | None = None
+        for depth, h_BTD in self.backbone.walk(None, [*self._recurrent, self.total], self.cache):
+            if depth in self._recurrent:
+                self._read_on(depth, h_BTD)
+        assert h_BTD is not None, "a decoder settles what it owes"
+        return h_BTD
+
+    def step(self, arrival: Arrival, logits_BV: Tensor, token_B: Tensor, *, prefill: bool = False) -> Step:
+        """End a step: its record, with all that was run and read since the step before.
+
+        Args:
+            arrival: Where its own positions left.
+            logits_BV: What its token was drawn from.
+            token_B: The token.
+            prefill: Whether this is the prompt's own pass.
+        """
+        depth = arrival.depth if arrival.left else self.total
+        self.probe.end(depth)
+        reads = tuple((evidence.depth, 1) for evidence in arrival.trail if evidence.logits_read)
+        reads += self._reads + (() if arrival.left else ((self.total, 1),))
+        gates = tuple((evidence.depth, gate) for evidence in arrival.trail for gate in evidence.gates_read)
+        before, self._counted, self._reads = self._counted, self.cache.work(), ()
+        depth_B = torch.full((len(token_B),), depth)
+        return Step(token_B, depth_B, logits_BV, reads, gates, self._counted - before, prefill)
+
+    # -- the stop rule ----------------------------------------------------------------------------------
+
+    @property
+    def finished(self) -> bool:
+        """Whether enough tokens are told, or every row has met an end token."""
+        return self.steps == self.max_new_tokens or bool(self.finished_B.all())
+
+    def told(self, step: Step) -> Tensor:
+        """Take note that a step is told; its tokens, where finished rows repeat the first end token."""
+        self.token_B = step.token_B
+        if len(self._eos_S) and self.forced_BT is None:
+            self.token_B = torch.where(self.finished_B, self._eos_S[0], step.token_B)
+            self.finished_B = self.finished_B | torch.isin(self.token_B, self._eos_S)
+        token_B = self.token_B
+        if self.forced_BT is not None and self.steps < self.forced_BT.shape[1]:
+            self.token_B = self.forced_BT[:, self.steps]
+        self.steps += 1
+        return token_B
+
+    # -- taking back ------------------------------------------------------------------------------------
+
+    def snapshot(self) -> None:
+        """From here on positions can be taken back."""
+        self._snapshot, self._passed = self.cache.snapshot(), {}
+
+    def rollback(self, keep: int) -> None:
+        """Keep the first ``keep`` positions since the snapshot; recurrent gates read those again."""
+        assert self._snapshot is not None
+        self.cache.rollback(self._snapshot, keep)
+        for depth, passed_BTD in self._passed.items():
+            assert self._exits is not None
+            self._exits.advance(self._sites[depth], passed_BTD[:, :keep], self.cache)
+
+    # -- recurrent gates ----------------------------------------------------------------------------------
+
+    def _read_on(self, depth: int, h_BTD: Tensor) -> None:
+        """Positions go by an exit that nobody asks: its recurrent gates read them all the same."""
+        if self._exits is not None and depth in self._recurrent:
+            self._note(depth, h_BTD)
+            self._reads += self._exits.catch_up(self._sites[depth], h_BTD, self.cache, step=self.steps)[1]
+
+    def _note(self, depth: int, h_BTD: Tensor) -> None:
+        """Keep what recurrent gates read since the snapshot: after a rollback they read a part of it again."""
+        if self._snapshot is None or depth not in self._recurrent:
+            return
+        known_BTD = self._passed.get(depth)
+        noted = self._snapshot.length + (0 if known_BTD is None else known_BTD.shape[1])
+        carried = self.cache.filled[depth - 1] - noted - h_BTD.shape[1]
+        rows = [] if known_BTD is None else [known_BTD]
+        if carried > 0:
+            owed_BTD = self.cache.group.owed(depth)
+            assert owed_BTD is not None, "positions carried past an exit stand owed there"
+            rows.append(owed_BTD[:, -carried:])
+        self._passed[depth] = torch.cat([*rows, h_BTD], 1)
+
+
+def newest(x_BT: Tensor) -> Tensor:
+    """The newest position of each row."""
+    return x_BT[:, -1]

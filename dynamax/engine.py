@@ -1,0 +1,472 @@
+"""A loaded model with its exits: generates, streams, scores and reads. Knows no trainer.
+
+>>> import dynamax
+>>> engine = dynamax.load("assets/llama", exits=[2, 4])
+>>> answer = engine.generate("What is the capital of France?", policy=dynamax.MaxProb(0.5), max_new_tokens=8)
+>>> len(answer.tokens) == len(answer.depths) <= 8
+True
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any, Literal, final, overload
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+from dynamax.backbones.base import Backbone
+from dynamax.backbones.sources import GGUF, Folder, Hub, Source, source_from
+from dynamax.decoding.base import Decoder, DecoderFactory
+from dynamax.decoding.cost import FREE, Cost, CostModel
+from dynamax.decoding.early_exit import EarlyExit
+from dynamax.decoding.full import Full
+from dynamax.decoding.probe import Probe
+from dynamax.decoding.sampling import Sampler
+from dynamax.decoding.teacher_forced import TeacherForcedPass
+from dynamax.device import chosen
+from dynamax.errors import UserError
+from dynamax.generation import Chat, GenerationOptions, TextStream, encode, generation_options
+from dynamax.heads.bank import Exit, ExitBank
+from dynamax.heads.saved import RECORD, read_record
+from dynamax.policies.base import TerminationPolicy
+from dynamax.registry import SOURCES
+from dynamax.types import Step
+
+Prompt = str | Chat
+Exits = Mapping[int, Exit] | Sequence[int]
+
+
+@dataclass(frozen=True)
+class Token:
+    """One token of a stream.
+
+    Attributes:
+        text: What can be shown now: whole characters; empty while a character or a stop string may be incomplete.
+        token: Its id; None for the text that was held back until the end.
+        depth: Blocks it ran through.
+    """
+
+    text: str
+    token: int | None
+    depth: int
+
+
+@dataclass(frozen=True)
+class AnswerCost:
+    """What an answer cost beside full decoding of the same tokens; the prompt's own pass is left out.
+
+    Attributes:
+        tokens: Decoded tokens, the first one left out.
+        blocks_per_token: Block calls a token.
+        total: Blocks of the model.
+        cost: FLOPs and bytes of all of them.
+        full: The same of full decoding.
+    """
+
+    tokens: int
+    blocks_per_token: float
+    total: int
+    cost: Cost
+    full: Cost
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a model answered.
+
+    Attributes:
+        text: The text, cut at the first stop string; no end token in it.
+        tokens: Token ids, the end token included.
+        depths: Blocks that each token ran through; the first comes from the prompt's own pass, at full depth.
+        finish_reason: ``eos``, ``stop_string`` or ``length``.
+        cost: What was saved.
+        seconds: Wall time of the whole answer.
+        first_token_seconds: Wall time until the first token.
+        steps: All that was counted, step by step.
+    """
+
+    text: str
+    tokens: list[int]
+    depths: list[int]
+    finish_reason: str
+    cost: AnswerCost
+    seconds: float
+    first_token_seconds: float
+    steps: list[Step]
+
+
+@dataclass(frozen=True)
+class Likelihood:
+    """How likely a text is after a context.
+
+    Attributes:
+        nats: Log-likelihood of all its tokens.
+        tokens: How many there are.
+        greedy: Whether each token is the most likely one where the policy leaves.
+        depths: Blocks that each token ran through.
+    """
+
+    nats: float
+    tokens: int
+    greedy: bool
+    depths: list[int]
+
+
+@final
+class Engine:
+    """A backbone, its tokenizer and its exits. ``load`` makes one from a name.
+
+    Args:
+        backbone: The model.
+        tokenizer: Its tokenizer; without one, token ids alone are read.
+        exits: Its exits; without them, it decodes at full depth.
+        generation_config: The rules of generation that came with the model.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        exits: ExitBank | None = None,
+        generation_config: GenerationConfig | None = None,
+    ) -> None:
+        self.backbone = backbone
+        self.tokenizer = tokenizer
+        self.exits = exits
+        self.generation_config = generation_config
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return next(self.backbone.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the model computes in."""
+        return next(self.backbone.parameters()).dtype
+
+    def to(self, device: torch.device | str) -> Engine:
+        """Move model and exits."""
+        self.backbone.to(device)
+        if self.exits is not None:
+            self.exits.to(device)
+        return self
+
+    # -- decoding -----------------------------------------------------------------------------------
+
+    def decoder(
+        self,
+        policy: TerminationPolicy | None = None,
+        decoder: DecoderFactory | None = None,
+        *,
+        sampler: Sampler | None = None,
+        **options: Any,  # noqa: ANN401 - of the decoder's class
+    ) -> Decoder:
+        """A decoder over this model; its ``decode`` takes token ids.
+
+        Args:
+            policy: When to leave.
+            decoder: Its class, or a partial of it; left out, EarlyExit where there is a policy, else Full.
+            sampler: How tokens are drawn; greedy by default.
+            **options: Options of the class, such as ``draft_limit``.
+
+        Raises:
+            UserError: If the policy and the exits do not fit, or there are none.
+        """
+        factory = decoder or (Full if policy is None else EarlyExit)
+        return partial(factory, **options)(self.backbone, self.exits, policy, sampler)
+
+    def options(self, *, sampler: Sampler | None = None, **given: Any) -> GenerationOptions:  # noqa: ANN401
+        """The model's own rules of generation, and over them those that are given; see ``generation_options``."""
+        return generation_options(self.tokenizer, self.generation_config, sampler=sampler, **given)
+
+    def encode(self, prompt: Prompt, *, chat: bool | None = None) -> Tensor:
+        """A prompt to ``tokens_1T``; see ``dynamax.generation.encode``."""
+        return encode(self.tokenizer, prompt, chat=chat, device=self.device)
+
+    @overload
+    def generate(self, prompt: str, policy: TerminationPolicy | None = ..., **options: Any) -> Answer: ...  # noqa: ANN401
+    @overload
+    def generate(
+        self,
+        prompt: Sequence[Any],
+        policy: TerminationPolicy | None = ...,
+        **options: Any,  # noqa: ANN401
+    ) -> Any: ...  # noqa: ANN401
+
+    def generate(
+        self,
+        prompt: Prompt | Sequence[Prompt],
+        policy: TerminationPolicy | None = None,
+        *,
+        decoder: DecoderFactory | None = None,
+        chat: bool | None = None,
+        sampler: Sampler | None = None,
+        **options: Any,
+    ) -> Answer | list[Answer]:
+        """Answer a prompt, or several, one after the other.
+
+        Args:
+            prompt: Text; the turns of a conversation, ``[{"role": "user", "content": ...}]``; or a list of either.
+            policy: When to leave; left out, every token runs at full depth.
+            decoder: As for ``decoder``.
+            chat: Whether text is wrapped as a user's turn in the chat template; left out, where there is one.
+            sampler: How tokens are drawn, in place of ``do_sample`` and the like.
+            **options: ``max_new_tokens``, ``do_sample``, ``temperature``, ``top_k``, ``top_p``, ``seed``,
+                ``stop_strings``, ``eos_token_id``; what is left out is as the model's ``generation_config`` says.
+
+        Raises:
+            UserError: If an option is unknown, or prompt and answer do not fit the context.
+        """
+        if not isinstance(prompt, str) and not (prompt and isinstance(prompt[0], Mapping)):
+            several = {"decoder": decoder, "chat": chat, "sampler": sampler, **options}
+            return [self.generate(each, policy, **several) for each in prompt]  # type: ignore[call-overload]
+        said = self.options(sampler=sampler, **options)
+        made = self.decoder(policy, decoder, sampler=said.sampler)
+        return self.answer(made, self.encode(prompt, chat=chat), said)  # type: ignore[arg-type]
+
+    def answer(
+        self, decoder: Decoder, prompt_1T: Tensor, options: GenerationOptions, *, probe: Probe | None = None
+    ) -> Answer:
+        """Answer one encoded prompt with a decoder of this engine."""
+        return Stream(self, decoder, prompt_1T, options, probe).answer()
+
+    def stream(
+        self,
+        prompt: Prompt,
+        policy: TerminationPolicy | None = None,
+        *,
+        decoder: DecoderFactory | None = None,
+        chat: bool | None = None,
+        sampler: Sampler | None = None,
+        **options: Any,  # noqa: ANN401 - as for generate
+    ) -> Stream:
+        """Answer a prompt token by token; arguments as for ``generate``.
+
+        Returns:
+            An iterator of ``Token``; once it has ended, its ``answer()`` has everything.
+        """
+        said = self.options(sampler=sampler, **options)
+        made = self.decoder(policy, decoder, sampler=said.sampler)
+        return Stream(self, made, self.encode(prompt, chat=chat), said)
+
+    @cached_property
+    def costs(self) -> CostModel:
+        """What full decoding costs."""
+        return CostModel(self.backbone)
+
+    # -- known texts --------------------------------------------------------------------------------
+
+    def read(self, text: str | Tensor, *, start: int = 0) -> TeacherForcedPass:
+        """What every exit says of every position of a known text, from one pass over it.
+
+        Args:
+            text: Text, or token ids ``tokens_1T``.
+            start: First position that is read.
+        """
+        tokens_1T = self.encode(text, chat=False) if isinstance(text, str) else text.to(self.device)
+        return TeacherForcedPass(self.backbone, self.exits, tokens_1T, start=start)
+
+    def loglikelihood(self, context: str, continuation: str, policy: TerminationPolicy | None = None) -> Likelihood:
+        """How likely a continuation is after a context, where the policy leaves, read off one exact pass.
+
+        Args:
+            context: Text before.
+            continuation: Text whose tokens are scored, at least one.
+            policy: When to leave; left out, the top is read.
+
+        Raises:
+            UserError: If the tokens of both together do not begin with those of the context.
+        """
+        whole_1T, start = self.encode_pair(context, continuation)
+        path = self.read(whole_1T[:, :-1], start=start - 1).apply_policy(policy)
+        target_T = whole_1T[0, start:]
+        nats = path.logits_TV.log_softmax(-1).gather(1, target_T[:, None]).sum()
+        greedy = bool((path.logits_TV.argmax(-1) == target_T).all())
+        return Likelihood(float(nats), len(target_T), greedy, path.depth_T.tolist())
+
+    def encode_pair(self, context: str, continuation: str) -> tuple[Tensor, int]:
+        """Context and continuation as one text, ``tokens_1T``, and where the continuation's tokens begin.
+
+        Raises:
+            UserError: If the tokens of both together do not begin with those of the context.
+        """
+        start_1T = self.encode(context, chat=False)
+        whole_1T, start = self.encode(context + continuation, chat=False), start_1T.shape[1]
+        if whole_1T.shape[1] <= start or not whole_1T[:, :start].equal(start_1T):
+            raise UserError(
+                f"the tokens of the prompt with {continuation!r:.80} are not those of the prompt and at least one "
+                f"more, so the continuation has no likelihood of its own. Begin it with a space, and end "
+                f"the prompt without one."
+            )
+        return whole_1T, start
+
+    def with_start_token(self, tokens_1T: Tensor) -> Tensor:
+        """A text behind the token that begins texts: BOS, or else the end token.
+
+        Raises:
+            UserError: If the tokenizer has neither.
+        """
+        assert self.tokenizer is not None, "tokens have been encoded"
+        first = self.tokenizer.bos_token_id
+        first = self.tokenizer.eos_token_id if first is None else first
+        if first is None:
+            raise UserError(
+                "This model's tokenizer has neither a BOS nor an EOS token, so the first token of a text has nothing "
+                "to be predicted from. Give it one (tokenizer.bos_token), or use a task that generates."
+            )
+        return tokens_1T if tokens_1T[0, 0] == first else torch.cat([tokens_1T.new_tensor([[first]]), tokens_1T], 1)
+
+
+@final
+class Stream(Iterator[Token]):
+    """An answer on its way; iterate over its tokens.
+
+    Args:
+        engine: The model.
+        decoder: What decodes.
+        prompt_1T: The prompt.
+        options: When it ends.
+        probe: A clock.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        decoder: Decoder,
+        prompt_1T: Tensor,
+        options: GenerationOptions,
+        probe: Probe | None = None,
+    ) -> None:
+        self._engine, self._decoder, self._prompt = engine, decoder, prompt_1T.shape[1]
+        assert engine.tokenizer is not None, "the prompt has been encoded"
+        self._text = TextStream(engine.tokenizer, options)
+        self._steps: list[Step] = []
+        self._began = time.perf_counter()
+        self._first = self._last = self._began
+        self._decoded = decoder.decode(
+            prompt_1T,
+            max_new_tokens=options.room(self._prompt, engine.backbone.spec.context),
+            eos_token_id=options.eos_token_id,
+            probe=probe,
+        )
+        self._tokens = self._run()
+
+    def __next__(self) -> Token:
+        return next(self._tokens)
+
+    def _run(self) -> Iterator[Token]:
+        depth = 0
+        for step in self._decoded:
+            self._last = time.perf_counter()
+            self._first = self._last if not self._steps else self._first
+            self._steps.append(step)
+            token, depth = int(step.token_B[0]), step.depth
+            yield Token(self._text.add(token), token, depth)
+            if self._text.stopped is not None:
+                return
+        if rest := self._text.rest():
+            yield Token(rest, None, depth)
+
+    def answer(self) -> Answer:
+        """All of the answer, once the stream has ended; what is left of it is decoded now."""
+        for _ in self:
+            pass
+        return Answer(
+            self._text.text,
+            [int(step.token_B[0]) for step in self._steps],
+            [step.depth for step in self._steps],
+            self._text.stopped or "length",
+            self._cost(),
+            self._last - self._began,
+            self._first - self._began,
+            self._steps,
+        )
+
+    def _cost(self) -> AnswerCost:
+        decoder, full = self._decoder, self._engine.costs
+        costs = full if decoder.exits is None else CostModel(self._engine.backbone, decoder.exits)
+        steps = [step for step in self._steps if not step.prefill]
+        places = range(self._prompt, self._prompt + len(steps))
+        return AnswerCost(
+            len(steps),
+            sum(sum(step.work.calls) for step in steps) / max(1, len(steps)),
+            full.spec.depth,
+            sum((costs.step(step, place) for step, place in zip(steps, places, strict=True)), FREE),
+            sum((full.full(place) for place in places), FREE),
+        )
+
+
+def load(
+    model: str | Path | Source,
+    *,
+    heads: str | Path | None = None,
+    exits: Exits | None = None,
+    dtype: str = "float32",
+    device: Literal["auto", "cpu", "cuda"] | str = "auto",
+) -> Engine:
+    """Load a model with its exits.
+
+    Args:
+        model: A folder of heads, as ``dynamax fit`` writes it, which knows its model; a model folder; a GGUF file; the
+            name of a source without options, such as ``SmolLM2``; a name on the Hugging Face Hub; or a source object.
+        heads: Folder of heads for the model.
+        exits: Untrained exits in place of heads, by depth; depths alone get the logit lens.
+        dtype: What the model computes in, such as float32 or bfloat16.
+        device: Where it runs; ``auto`` is a GPU where there is one.
+
+    Raises:
+        UserError: If it cannot be found or does not fit.
+
+    Example:
+        >>> load("assets/mamba2", exits=[2, 4, 6]).exits.depths
+        (2, 4, 6)
+    """
+    source, own_heads = _find(model)
+    heads = own_heads if heads is None and exits is None else heads
+    if heads is not None and exits is not None:
+        raise UserError(f"load was given heads: {heads} and exits: {exits}; give one of the two.")
+    place = chosen(device)
+    backbone = source.load(dtype=dtype, device=place)
+    bank: ExitBank | None = None
+    if heads is not None:
+        bank = ExitBank.load(heads, backbone.site)
+    elif exits is not None:
+        given = exits if isinstance(exits, Mapping) else {depth: Exit() for depth in exits}
+        bank = ExitBank(given, backbone.site)
+    engine = Engine(backbone, source.tokenizer(), bank, source.generation_config())
+    return engine.to(place)
+
+
+def _find(model: str | Path | Source) -> tuple[Source, Path | None]:
+    """The source that is meant, and the folder of heads if it was one."""
+    if isinstance(model, Source):
+        return model, None
+    path = Path(model).expanduser()
+    if (path / RECORD).is_file():
+        recipe = read_record(path).get("source")
+        if recipe is None:
+            raise UserError(
+                f"The heads in {path} do not say where their model comes from. Give it: "
+                f"dynamax.load(MODEL, heads={str(path)!r})."
+            )
+        return source_from(recipe), path
+    if path.is_dir():
+        return Folder(str(path)), None
+    if path.suffix == ".gguf":
+        return GGUF(str(path)), None
+    name = str(model)
+    if name in SOURCES.points():
+        return SOURCES.get(name)(), None
+    if path.exists() or name.startswith((".", "/", "~")) or name.count("/") != 1:
+        raise UserError(
+            f"{name} is no folder of heads, no model folder, no .gguf file, no name of a source "
+            f"({', '.join(SOURCES.names())}) and no name on the Hub, which has the form OWNER/NAME. Correct it."
+        )
+    return Hub(name), None
