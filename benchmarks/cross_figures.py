@@ -14,6 +14,7 @@ from benchmarks.cross_readings import Ledger, Readings, always, first, oracle
 from dynamax.backbones.base import Backbone
 from dynamax.heads.bank import ExitBank
 from dynamax.metrics.functional import auroc
+from dynamax.testing import toy_evidence
 from dynamax.types import Memory
 
 THRESHOLDS = (0.5, 0.7, 0.8, 0.9)
@@ -146,17 +147,17 @@ def mixed(steady: Sequence[Row], depth: float) -> Row:
 def head_ms(bank: ExitBank, width: int, *, rounds: int = 300) -> dict[str, float]:
     """Milliseconds of one step of each gate of the deepest exit, in turn: the median."""
     gates = bank.gates(bank.depths[-1])
-    past_1TD, now_11D = torch.randn(1, HELD, width), torch.randn(1, 1, width)
+    past, now = (toy_evidence(torch.randn(1, length, width), recurrent=True) for length in (HELD, 1))
     memories = {name: Memory() for name in gates}
     for name, gate in gates.items():
-        gate.score(past_1TD, memories[name])
+        gate.score(past, memories[name])
         memories[name].read = HELD
     times: dict[str, list[float]] = {name: [] for name in gates}
     for _ in range(rounds):
         for name, gate in gates.items():
             memory = memories[name].copy()
             start = time.perf_counter()
-            gate.confidence(now_11D, memory)
+            gate.score(now, memory)
             times[name].append(1000 * (time.perf_counter() - start))
     return {name: statistics.median(spent) for name, spent in times.items()}
 

@@ -88,9 +88,9 @@ def read(bank: ExitBank, sites: Mapping[int, Site], batches: Iterable[HiddenBatc
         counted_BT = counted(batch)
         asked_BT = counted_BT & (counted_BT.cumsum(1) > 1)
         right.append([reader(bank, batch, sites[depth])[asked_BT[counted_BT]] for depth in bank.depths])
+        evidence = bank.known_texts(batch.hidden, sites, asked_BT)
         for name, parts in said.items():
-            gates = {depth: bank.gates(depth)[name] for depth in bank.depths}
-            parts.append([g.confidence(bank.stream(batch.hidden[d]))[asked_BT].float() for d, g in gates.items()])
+            parts.append([evidence[depth].confidence(name).float() for depth in bank.depths])
         row_N, context_N = asked_BT.nonzero(as_tuple=True)
         places.append((batch.documents_B[row_N], batch.origins_B[row_N], context_N))
     return Readings(

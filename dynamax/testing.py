@@ -6,7 +6,7 @@ Each check raises ``UserError`` with what differed; none needs the network or a 
 from __future__ import annotations
 
 from dynamax.backbones.check import Reference, check_backbone
-from dynamax.heads.check import check_head, toy_site
+from dynamax.heads.check import check_head, toy_evidence, toy_site
 from dynamax.policies.check import check_policy
 
-__all__ = ["Reference", "check_backbone", "check_head", "check_policy", "toy_site"]
+__all__ = ["Reference", "check_backbone", "check_head", "check_policy", "toy_evidence", "toy_site"]

@@ -10,7 +10,7 @@ from dynamax.backbones.cache import Cache
 from dynamax.heads import AttentionGate, Exit, ExitBank, LinearGate, LogitLens, MambaGate, TunedLens
 from dynamax.heads.base import ExitHead, Gate
 from dynamax.heads.check import stir
-from dynamax.testing import toy_site
+from dynamax.testing import toy_evidence, toy_site
 from dynamax.types import Memory, Span
 
 WIDTH = 64
@@ -37,7 +37,6 @@ def test_exits_stand_in_order_of_depth_with_their_heads():
     bank = ExitBank({3: Exit(gates=[SMALL, LinearGate]), 1: Exit(TunedLens)}, site)
     assert bank.depths == (1, 3)
     assert bank.recurrent_depths == (3,)
-    assert bank.recurrent
     assert isinstance(bank.lens(1), TunedLens)
     assert isinstance(bank.lens(3), LogitLens)
     assert list(bank.gates(3)) == ["MambaGate", "LinearGate"]
@@ -101,9 +100,9 @@ class Counted(Gate):
         super().__init__()
         self.calls = 0
 
-    def score(self, h_BTD, memory=None):
+    def score(self, evidence, memory=None):
         self.calls += 1
-        return h_BTD[..., 0]
+        return evidence.hidden[..., 0]
 
     def flops(self):
         return 1
@@ -111,12 +110,17 @@ class Counted(Gate):
 
 def cache_at(depth, passed, pad_B=None):
     cache = Cache(Span(0, 4), pad_B=pad_B)
-    cache.filled = [passed if block < depth else 0 for block in range(4)]
+    cache.group.filled = [passed if block < depth else 0 for block in range(4)]
     return cache
 
 
 def read(bank, depth, h_BTD, cache):
-    return bank.read(depth, h_BTD, cache=cache, total=4, step=0, trail=(), site=site(depth))
+    scores, _ = bank.catch_up(site(depth), h_BTD, cache)
+    return bank.evidence(site(depth), h_BTD, pick=lambda x_BT: x_BT[:, -1], recurrent=scores)
+
+
+def sequence(h_BTD):
+    return toy_evidence(h_BTD, recurrent=True)
 
 
 def test_evidence_is_of_the_newest_position_and_lazy():
@@ -127,18 +131,20 @@ def test_evidence_is_of_the_newest_position_and_lazy():
     assert not evidence.logits_read
     assert torch.equal(evidence.hidden, h_BTD[:, -1])
     logits_BTV = site(2).project(bank.lens(2).translate(h_BTD, site(2)))
-    torch.testing.assert_close(evidence.logits, logits_BTV[:, -1].float())
+    torch.testing.assert_close(evidence.logits, logits_BTV[:, -1])
     torch.testing.assert_close(evidence.confidence("Counted"), h_BTD[:, -1, 0].sigmoid())
-    torch.testing.assert_close(evidence.confidence("MambaGate"), bank.gates(2)["MambaGate"].confidence(h_BTD)[:, -1])
+    torch.testing.assert_close(
+        evidence.confidence("MambaGate"), bank.gates(2)["MambaGate"].score(sequence(h_BTD))[:, -1].sigmoid()
+    )
     assert bank.gates(2)["Counted"].calls == 1
     assert evidence.gates_read == ("Counted", "MambaGate")
 
 
 def test_reading_the_same_rows_twice_is_a_broken_law():
     bank, cache, h_BTD = stirred({2: Exit(gates=[SMALL])}), cache_at(2, 1), torch.randn(1, 1, WIDTH).double()
-    bank.catch_up(2, h_BTD, cache)
+    bank.catch_up(site(2), h_BTD, cache)
     with pytest.raises(AssertionError, match="has read 1 of 1"):
-        bank.catch_up(2, h_BTD, cache)
+        bank.catch_up(site(2), h_BTD, cache)
 
 
 # -- reading while positions leave early --------------------------------------------------------
@@ -171,7 +177,7 @@ class Run:
             self.span(depth, stop)
             depth = stop
             if depth in self.bank.depths:
-                self.note(depth, self.bank.catch_up(depth, self.newest(depth), self.cache))
+                self.note(depth, self.bank.catch_up(site(depth), self.newest(depth), self.cache)[0])
         if leave < 4:
             self.cache.group.owe(leave, self.newest(leave))
         self.at += rows
@@ -188,7 +194,7 @@ class Run:
     def check(self):
         for (depth, name), seen in self.seen.items():
             memory = Memory(self.cache.pad_B)
-            whole_BT = self.bank.gates(depth)[name].confidence(self.h[depth], memory)
+            whole_BT = self.bank.gates(depth)[name].score(sequence(self.h[depth]), memory)
             for position, p_B in seen.items():
                 live_B = torch.ones_like(p_B, dtype=torch.bool)
                 if self.cache.pad_B is not None:
@@ -216,12 +222,12 @@ def test_a_rollback_forgets_and_kept_positions_are_read_again(keep):
     bank = stirred({2: Exit(gates=[SMALL, ATTENTION])})
     run = Run(bank, 12)
     run.go(4, 4)
-    mark = run.cache.mark()
+    before = run.cache.snapshot()
     for _ in range(3):
         run.go(1, 4)
-    run.cache.rollback(mark, keep=keep)
+    run.cache.rollback(before, keep=keep)
     run.at = 4 + keep
-    bank.advance(2, run.h[2, :, 4 : run.at], run.cache)
+    bank.advance(site(2), run.h[2, :, 4 : run.at], run.cache)
     run.h[:, :, run.at :] = torch.randn_like(run.h[:, :, run.at :])
     run.seen = {key: {t: p_B for t, p_B in seen.items() if t < run.at} for key, seen in run.seen.items()}
     run.go(2, 2)
@@ -235,13 +241,13 @@ def test_filled_positions_are_read_as_what_they_came_in_as():
     h_BTD, cache = torch.randn(1, 6, WIDTH).double(), Cache(Span(0, 4))
     for position in range(6):
         row_B1D = h_BTD[:, position : position + 1]
-        cache.filled = [position + 1] * 4
+        cache.group.filled = [position + 1] * 4
         if position % 2:
-            bank.advance(3, row_B1D, cache)
+            bank.advance(site(3), row_B1D, cache)
         else:
-            last = bank.catch_up(3, row_B1D, cache)
+            last, _ = bank.catch_up(site(3), row_B1D, cache)
     for name, gate in bank.gates(3).items():
-        torch.testing.assert_close(last[name][:, 0], gate.confidence(h_BTD[:, :5])[:, -1], rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(last[name][:, 0], gate.score(sequence(h_BTD[:, :5]))[:, -1], rtol=1e-12, atol=1e-12)
         assert cache.memories[3, name].read == 6
 
 
@@ -250,8 +256,8 @@ def test_positions_that_left_nothing_behind_are_passed_over():
     bank = stirred({3: Exit(gates=[SMALL, ATTENTION])})
     h_BTD, cache = torch.randn(1, 6, WIDTH).double(), Cache(Span(0, 4))
     for position in (0, 1, 4, 5):  # 2 and 3 were skipped without a trace
-        cache.filled = [position + 1] * 4
-        last = bank.catch_up(3, h_BTD[:, position : position + 1], cache)
-    wanted = bank.gates(3)["MambaGate"].confidence(h_BTD[:, [0, 1, 4, 5]])[:, -1:]
+        cache.group.filled = [position + 1] * 4
+        last, _ = bank.catch_up(site(3), h_BTD[:, position : position + 1], cache)
+    wanted = bank.gates(3)["MambaGate"].score(sequence(h_BTD[:, [0, 1, 4, 5]]))[:, -1:]
     torch.testing.assert_close(last["MambaGate"], wanted, rtol=1e-12, atol=1e-12)
     assert cache.memories[3, "MambaGate"].read == 6

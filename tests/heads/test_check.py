@@ -18,7 +18,7 @@ from dynamax.heads import (
     TunedLens,
 )
 from dynamax.heads.base import ExitHead
-from dynamax.testing import check_head
+from dynamax.testing import check_head, toy_evidence
 
 
 @pytest.mark.parametrize(
@@ -50,67 +50,73 @@ class Faulty(Gate):
         Gate.__init__(self)  # no super(): the constructor is lent to classes that are not below this one
         self.out = nn.Linear(site.spec.width, 1)
 
-    def score(self, h_BTD, memory=None):
+    def score(self, evidence, memory=None):
+        h_BTD = evidence.hidden
         return self.out(h_BTD.float() if self.out.weight.dtype == torch.float32 else h_BTD)[..., 0]
 
     def flops(self):
         return 2
 
 
-def right(self, h_BTD, memory=None):
-    return Faulty.score(self, h_BTD, memory)
+def right(self, evidence, memory=None):
+    return Faulty.score(self, evidence, memory)
 
 
-def backwards(self, h_BTD, memory=None):
-    return right(self, h_BTD).flip(1).cumsum(1).flip(1)
+def at(h_BTD):
+    """Evidence of other states than those that were given."""
+    return toy_evidence(h_BTD, recurrent=True)
 
 
-def past(self, h_BTD, memory=None):
-    return right(self, h_BTD).cumsum(1)
+def backwards(self, evidence, memory=None):
+    return right(self, evidence).flip(1).cumsum(1).flip(1)
 
 
-def rows(self, h_BTD, memory=None):
-    return right(self, h_BTD) - right(self, h_BTD).mean(0)
+def past(self, evidence, memory=None):
+    return right(self, evidence).cumsum(1)
 
 
-def overwrite(self, h_BTD, memory=None):
-    return right(self, h_BTD.mul_(2))
+def rows(self, evidence, memory=None):
+    return right(self, evidence) - right(self, evidence).mean(0)
 
 
-def narrow(self, h_BTD, memory=None):
-    return right(self, h_BTD).to(h_BTD.dtype)
+def overwrite(self, evidence, memory=None):
+    return right(self, at(evidence.hidden.mul_(2)))
 
 
-def wide(self, h_BTD, memory=None):
-    return right(self, h_BTD)[..., None]
+def narrow(self, evidence, memory=None):
+    return right(self, evidence).to(evidence.hidden.dtype)
 
 
-def endless(self, h_BTD, memory=None):
-    return right(self, h_BTD) / 0
+def wide(self, evidence, memory=None):
+    return right(self, evidence)[..., None]
 
 
-def detached(self, h_BTD, memory=None):
-    return right(self, h_BTD.detach()).detach() + 0 * self.out.weight.sum()
+def endless(self, evidence, memory=None):
+    return right(self, evidence) / 0
 
 
-def unmasked(self, h_BTD, memory=None):
-    s_BT = right(self, h_BTD).cumsum(1)
+def detached(self, evidence, memory=None):
+    return right(self, at(evidence.hidden.detach())).detach() + 0 * self.out.weight.sum()
+
+
+def unmasked(self, evidence, memory=None):
+    s_BT = right(self, evidence).cumsum(1)
     if memory is not None:
         s_BT = s_BT + memory.values.get("sum", 0)
         memory.values = {"sum": s_BT[:, -1:]}
     return s_BT
 
 
-def remembering(self, h_BTD, memory=None):
-    return right(self, h_BTD) if memory is None else unmasked(self, h_BTD, memory)
+def remembering(self, evidence, memory=None):
+    return right(self, evidence) if memory is None else unmasked(self, evidence, memory)
 
 
-def untold(self, h_BTD, memory=None):
-    return unmasked(self, h_BTD, memory)
+def untold(self, evidence, memory=None):
+    return unmasked(self, evidence, memory)
 
 
-def in_place(self, h_BTD, memory=None):
-    s_BT = right(self, h_BTD).cumsum(1)
+def in_place(self, evidence, memory=None):
+    s_BT = right(self, evidence).cumsum(1)
     if memory is not None:
         held = memory.values.setdefault("sum", torch.zeros_like(s_BT[:, :1]))
         s_BT = s_BT + held
@@ -118,8 +124,8 @@ def in_place(self, h_BTD, memory=None):
     return s_BT
 
 
-def hidden_state(self, h_BTD, memory=None):
-    return right(self, h_BTD) + self.offset
+def hidden_state(self, evidence, memory=None):
+    return right(self, evidence) + self.offset
 
 
 @pytest.mark.parametrize(
@@ -179,3 +185,23 @@ def test_a_head_of_neither_kind_is_refused():
     members = {"__init__": lambda self, site: ExitHead.__init__(self), "flops": lambda self: 1}
     with pytest.raises(ValueError, match="neither a Lens nor a Gate"):
         check_head(type("Stray", (ExitHead,), members))
+
+
+class Trusting(Gate):
+    """Sure where the lens is, and where it says what the exit before said: reads logits and the trail."""
+
+    def __init__(self, site):
+        super().__init__()
+        self.out = nn.Linear(2, 1)
+
+    def score(self, evidence, memory=None):
+        most = evidence.probs.amax(-1)
+        same = (evidence.token == evidence.trail[-1].token).to(most.dtype) if evidence.trail else torch.zeros_like(most)
+        return self.out(torch.stack([most, same], -1).to(self.out.weight.dtype))[..., 0]
+
+    def flops(self):
+        return 4
+
+
+def test_a_gate_may_read_the_lens_and_the_trail():
+    check_head(Trusting)

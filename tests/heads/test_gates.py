@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from dynamax.heads import AttentionGate, FFNGate, LinearGate, MambaGate, MLPGate
 from dynamax.heads.blocks import CausalAttention, rotate, swiglu_width
 from dynamax.heads.check import stir
-from dynamax.testing import toy_site
+from dynamax.testing import toy_evidence, toy_site
 from dynamax.types import Memory
 
 SITE = toy_site()
@@ -27,14 +27,18 @@ def normed(x):
 
 @pytest.mark.parametrize("gate_class", GATES)
 def test_starts_undecided(gate_class):
-    assert torch.equal(gate_class(SITE).confidence(states(2, 3, dtype=torch.float32)), torch.full((2, 3), 0.5))
+    assert torch.equal(
+        gate_class(SITE).score(toy_evidence(states(2, 3, dtype=torch.float32))).sigmoid(), torch.full((2, 3), 0.5)
+    )
 
 
 @pytest.mark.parametrize("gate_class", GATES)
 def test_does_not_depend_on_the_scale_of_the_residual_stream(gate_class):
     gate, h_BTD = gate_class(SITE).double(), states(1, 4)
     stir(gate)
-    torch.testing.assert_close(gate.score(1000 * h_BTD), gate.score(h_BTD), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        gate.score(toy_evidence(1000 * h_BTD)), gate.score(toy_evidence(h_BTD)), rtol=1e-4, atol=1e-4
+    )
 
 
 @pytest.mark.parametrize("gate_class", GATES)
@@ -44,7 +48,7 @@ def test_learns_a_rule(gate_class):
     label_BT = (h_BTD[..., 0] + h_BTD[..., 1] > 0).float()
     optimizer = torch.optim.AdamW(gate.parameters(), lr=1e-2)
     for _ in range(60):
-        loss = F.binary_cross_entropy_with_logits(gate.score(h_BTD), label_BT)
+        loss = F.binary_cross_entropy_with_logits(gate.score(toy_evidence(h_BTD)), label_BT)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -58,14 +62,14 @@ def test_linear_gate_is_a_two_class_softmax():
         gate.out.weight.copy_((two_DC[:, 1] - two_DC[:, 0])[None])
         gate.out.bias.copy_((bias_C[1] - bias_C[0])[None])
     wanted = (normed(h_BTD) @ two_DC + bias_C).softmax(-1)[..., 1]
-    torch.testing.assert_close(gate.confidence(h_BTD), wanted)
+    torch.testing.assert_close(gate.score(toy_evidence(h_BTD)).sigmoid(), wanted)
 
 
 def test_mlp_gate_is_its_formula():
     gate, h_BTD = MLPGate(SITE, hidden=7).double(), states(2, 3)
     stir(gate)
     hidden = F.silu(normed(h_BTD) @ gate.enter.weight.T + gate.enter.bias)
-    torch.testing.assert_close(gate.score(h_BTD), hidden @ gate.out.weight[0] + gate.out.bias)
+    torch.testing.assert_close(gate.score(toy_evidence(h_BTD)), hidden @ gate.out.weight[0] + gate.out.bias)
 
 
 def test_ffn_gate_is_its_formula():
@@ -73,7 +77,7 @@ def test_ffn_gate_is_its_formula():
     stir(gate)
     u = normed(h_BTD)
     hidden = F.silu(u @ gate.inner.gate.weight.T) * (u @ gate.inner.up.weight.T)
-    torch.testing.assert_close(gate.score(h_BTD), hidden @ gate.out.weight[0] + gate.out.bias)
+    torch.testing.assert_close(gate.score(toy_evidence(h_BTD)), hidden @ gate.out.weight[0] + gate.out.bias)
 
 
 @pytest.mark.parametrize(("width", "hidden"), [(576, 1536), (128, 384), (64, 192), (4096, 10944)])
@@ -120,7 +124,7 @@ def test_parameters_and_flops_are_as_told(gate, parameters):
     assert sum(parameter.numel() for parameter in gate.parameters()) == parameters
     counter = FlopCounterMode(display=False)
     with counter, sdpa_kernel(SDPBackend.MATH):
-        gate.score(states(1, 1, dtype=torch.float32), Memory())
+        gate.score(toy_evidence(states(1, 1, dtype=torch.float32)), Memory())
     assert counter.get_total_flops() + elementwise(gate) == gate.flops()
 
 

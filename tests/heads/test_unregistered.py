@@ -19,8 +19,8 @@ class EMAGate(Gate):
         super().__init__()
         self.inner = LinearGate(site)
 
-    def score(self, h_BTD, memory=None):
-        return self.inner.score(h_BTD)
+    def score(self, evidence, memory=None):
+        return self.inner.score(evidence)
 
     def flops(self):
         return self.inner.flops()

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from dynamax.heads import Gate
-from dynamax.types import Memory, Site
+from dynamax.types import Evidence, Memory, Site
 
 
 class NormGate(Gate):
@@ -22,9 +22,9 @@ class NormGate(Gate):
         self.slope = nn.Parameter(torch.zeros(()))
         self.offset = nn.Parameter(torch.tensor(offset))
 
-    def score(self, h_BTD: Tensor, memory: Memory | None = None) -> Tensor:
+    def score(self, evidence: Evidence, memory: Memory | None = None) -> Tensor:
         """The line's value, ``s_BT``."""
-        return self.offset + self.slope * h_BTD.to(self.slope.dtype).norm(dim=-1).log1p()
+        return self.offset + self.slope * evidence.hidden.to(self.slope.dtype).norm(dim=-1).log1p()
 
     def flops(self) -> int:
         """Two; the length is element-wise work."""

@@ -19,6 +19,7 @@ from dynamax.heads.gates import AttentionGate, LinearGate, MambaGate
 from dynamax.heads.lenses import LastBlockLens, TunedLens
 from dynamax.policies.learned import GateConfidence
 from dynamax.policies.schedule import AtDepth
+from dynamax.testing import toy_evidence
 from dynamax.types import Memory, Span, Step
 from tests.tiny import RECURRENT, tiny
 
@@ -80,7 +81,7 @@ def test_recurrent_state_is_what_the_cache_holds(family: str) -> None:
     cache = backbone.new_cache()
     backbone.run(backbone.embed(torch.arange(9)[None], cache), Span(0, 6), cache)
     for index, cell in enumerate(cache.states):
-        past = () if cell.recurrent is None else cell.recurrent.past or ()
+        past = () if cell.recurrent is None else cell.recurrent.tensors or ()
         assert backbone.block_cost(index).state == sum(tensor.numel() for tensor in past)
 
 
@@ -128,12 +129,12 @@ def steps_of(
     backbone = HFBackbone(tiny("llama", dtype=torch.float32))
     bank = ExitBank({2: Exit(lens, gates), 4: Exit(lens, gates)}, backbone.site)  # type: ignore[arg-type]
     decoder = EarlyExit(backbone, bank, policy, **options)  # type: ignore[arg-type]
-    return list(decoder.decode(torch.arange(7)[None], limit=4)), CostModel(backbone, bank), bank
+    return list(decoder.decode(torch.arange(7)[None], max_new_tokens=4)), CostModel(backbone, bank), bank
 
 
 def test_a_lens_is_charged_with_the_output_matrix_it_needs() -> None:
     steps, costs, bank = steps_of(AtDepth(4), [], TunedLens)
-    backbone_part = 4 * 2 * (costs.shapes[0].active + costs.shapes[0].scores * 10)
+    backbone_part = 4 * 2 * (costs.blocks[0].active + costs.blocks[0].scores * 10)
     output = 2 * costs.spec.vocab * costs.spec.width
     assert costs.step(steps[1], 9).flops == backbone_part + output + bank.lens(4).flops()
 
@@ -141,7 +142,7 @@ def test_a_lens_is_charged_with_the_output_matrix_it_needs() -> None:
 def test_a_gate_that_says_no_is_charged_and_no_logits_are() -> None:
     steps, costs, bank = steps_of(GateConfidence(1.0), [LinearGate])
     gates = sum(bank.gates(depth)["LinearGate"].flops() for depth in (2, 4))
-    assert steps[1].logits_read == (6,)
+    assert steps[1].logits_read == ((6, 1),)
     assert costs.step(steps[1], 9).flops == costs.full(9).flops + gates
 
 
@@ -150,7 +151,7 @@ def test_recurrent_gates_are_charged_for_debts_they_read() -> None:
     steps, costs, bank = steps_of(AtDepth(2), [MambaGate])
     head = bank.gates(2)["MambaGate"].flops()
     assert costs.step(steps[1], 9).flops == pytest.approx(
-        2 * 2 * (costs.shapes[0].active + costs.shapes[0].scores * 10) + 2 * costs.spec.vocab * costs.spec.width + head
+        2 * 2 * (costs.blocks[0].active + costs.blocks[0].scores * 10) + 2 * costs.spec.vocab * costs.spec.width + head
     )
 
 
@@ -159,10 +160,10 @@ def test_a_gate_is_charged_for_its_memory(gate_class: type[Gate]) -> None:
     """Behind nine positions: FLOPs by torch's counter, and bytes of its weights and of what its memory holds."""
     steps, costs, bank = steps_of(GateConfidence(1.0), [gate_class])
     gate, memory = bank.gates(2)[gate_class.__name__], Memory()
-    gate.score(torch.randn(1, 9, costs.spec.width), memory)
+    gate.score(toy_evidence(torch.randn(1, 9, costs.spec.width), recurrent=True), memory)
     before, memory.read = sum(kept.numel() for kept in memory.values.values()), 9
     with torch.inference_mode(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        gate.score(torch.randn(1, 1, costs.spec.width), memory)
+        gate.score(toy_evidence(torch.randn(1, 1, costs.spec.width), recurrent=True), memory)
     after = sum(kept.numel() for kept in memory.values.values())
     written = after if after == before else after - before  # a state is written whole, keys are added
     unseen = 2 * (gate.block.conv.weight.numel() + gate.block.d_inner * gate.block.d_state) if gate.state else 0
@@ -173,13 +174,13 @@ def test_a_gate_is_charged_for_its_memory(gate_class: type[Gate]) -> None:
 
 
 def test_the_last_block_is_charged_where_the_lens_runs_it() -> None:
-    steps, _, _ = steps_of(AtDepth(2), [], LastBlockLens, rule=Propagate())
+    steps, _, _ = steps_of(AtDepth(2), [], LastBlockLens, skipped_state=Propagate())
     assert steps[1].work.calls == (1, 1, 0, 0, 0, 1)
     assert steps[1].work.writes == (0, 0, 1, 1, 1, 1)
 
 
 def test_full_decoding_costs_what_full_says() -> None:
     backbone = HFBackbone(tiny("llama", dtype=torch.float32))
-    steps = list(Full(backbone).decode(torch.arange(7)[None], limit=3))
+    steps = list(Full(backbone).decode(torch.arange(7)[None], max_new_tokens=3))
     costs = CostModel(backbone)
     assert [costs.step(step, 7 + i) for i, step in enumerate(steps[1:])] == [costs.full(7), costs.full(8)]
