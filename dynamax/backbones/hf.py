@@ -1,7 +1,6 @@
 """Causal language models of transformers as backbones, block by block through the family table.
 
-Knows one loaded model. How it is found, dequantised or read in part is the business of ``sources``
-and ``top``.
+Knows one loaded model. How it is found, dequantised or read in part is the business of ``sources`` and ``loading``.
 """
 
 from __future__ import annotations
@@ -54,8 +53,8 @@ class HFBackbone(Backbone):
         self.model = model.requires_grad_(False).eval()
         self._blocks = tuple(getattr(model.base_model, self.row.blocks))  # a tuple is not registered a second time
         self._windows = self.row.windows(model.config)
-        self._kinds = self.row.kinds(model.config)
-        self._parts = self.row.parts(model.config)
+        self._kinds = self.row.rotary_types(model.config)
+        self._parts = self.row.state_parts(model.config)
         self._mixers = tuple(self.row.mixer(block) for block in self._blocks)
         for mixer in self._mixers:
             if mixer is not None:
@@ -85,7 +84,7 @@ class HFBackbone(Backbone):
         """Tokens to ``h_BTD``, the input of block 0, at the positions that follow the cache's."""
         h_BTD = getattr(self.model.base_model, self.row.embedding)(tokens_BT)
         chunk = self.chunk(h_BTD, 0) if cache is None else self.chunk(h_BTD, cache.length, cache.pad_B)
-        return self.row.place(self.model.base_model, h_BTD, chunk)
+        return self.row.after_embedding(self.model.base_model, h_BTD, chunk)
 
     def block(self, index: int, h_BTD: Tensor, chunk: Chunk, store: Store) -> Tensor:
         """One block over one chunk. ``store`` takes its keys and values, and advances its recurrent state."""
@@ -94,9 +93,9 @@ class HFBackbone(Backbone):
             "attention_mask": chunk.mask(self._windows[index], store.holes) if attends else None,
             "position_ids": chunk.positions_BT,
             "position_embeddings": chunk.angles(self._kinds[index]),
-            self.row.cache: store,
+            self.row.cache_argument: store,
         }
-        return self.row.call(self._blocks[index], h_BTD, index, options)
+        return self.row.call_block(self._blocks[index], h_BTD, index, options)
 
     def parts(self, index: int) -> tuple[Part, ...]:
         """What the block keeps."""
@@ -108,7 +107,7 @@ class HFBackbone(Backbone):
 
     def normalize(self, h_BTD: Tensor) -> Tensor:
         """The final norm."""
-        return getattr(self.model.base_model, self.row.norm)(self.row.residual(self.model.config, h_BTD))
+        return getattr(self.model.base_model, self.row.final_norm)(self.row.residual_stream(self.model.config, h_BTD))
 
     def project(self, u_BTD: Tensor, tokens_C: Tensor | None = None) -> Tensor:
         """Normalised states to logits, over the vocabulary or over candidate tokens.
@@ -117,19 +116,19 @@ class HFBackbone(Backbone):
         """
         matrix_VD = self.output_matrix
         logits = F.linear(u_BTD.to(matrix_VD.dtype), matrix_VD if tokens_C is None else matrix_VD[tokens_C])
-        return self.row.logits(self.model.config, at_least_float32(logits))
+        return self.row.scale_logits(self.model.config, at_least_float32(logits))
 
     def block_cost(self, index: int) -> BlockCost:
         """What the block costs."""
         config, held = self.model.config, self._blocks[index].named_parameters()
         return block_cost(
             config,
-            {name: parameter for name, parameter in held if self.row.used(config, index, name)},
+            {name: parameter for name, parameter in held if self.row.uses_parameter(config, index, name)},
             self._parts[index],
             mixer=self._mixers[index],
             window=self._windows[index],
-            share=self.row.experts(config),
-            first=self.row.first,
+            share=self.row.expert_share(config),
+            first=self.row.written_first,
         )
 
     def chunk(self, h_BTD: Tensor, start: int, pad_B: Tensor | None = None, past: int | None = None) -> Chunk:

@@ -10,11 +10,10 @@ import torch
 from huggingface_hub.errors import OfflineModeIsEnabled
 from safetensors.torch import load_file, save_file
 
-from dynamax.backbones import families, sources, traits
+from dynamax.backbones import families, family_functions, sources
 from dynamax.backbones.hf import HFBackbone
 from dynamax.backbones.sources import GGUF, Folder, Hub
-from dynamax.types import Span
-from tests.tiny import FAMILIES, tiny
+from tests.tiny import tiny
 
 TOKENS_BT = torch.randint(61, (2, 12), generator=torch.Generator().manual_seed(3))
 
@@ -35,30 +34,7 @@ def llama(tmp_path):
     return model, folder
 
 
-# -- Folder -------------------------------------------------------------------------------------------
-
-
-def loaded_as(name):
-    """Attention that a folder of this type is loaded with."""
-    return families.family(FAMILIES[name].model_type).attention
-
-
-@pytest.mark.parametrize("name", [n for n in FAMILIES if FAMILIES[n].attention == loaded_as(n) and n != "zamba2"])
-@torch.no_grad()
-def test_a_folder_and_its_top(name, tmp_path):
-    model = tiny(name, dtype=torch.float32)
-    model.save_pretrained(tmp_path, max_shard_size="20KB")
-    source = Folder(str(tmp_path))
-    backbone, top = source.load(), source.output_stage()
-    torch.testing.assert_close(backbone.reference(TOKENS_BT), HFBackbone(model).reference(TOKENS_BT))
-    assert top.spec == backbone.spec
-    h_BTD = backbone.run(backbone.embed(TOKENS_BT), Span(0, 3))
-    here, there = top.site(3), backbone.site(3)
-    torch.testing.assert_close(here.last_block(h_BTD), there.last_block(h_BTD), rtol=0, atol=0)
-    u_BTD = here.normalize(h_BTD)
-    torch.testing.assert_close(here.project(u_BTD), there.project(there.normalize(h_BTD)), rtol=0, atol=0)
-    few_C = torch.tensor([0, 5, 60])
-    torch.testing.assert_close(here.project(u_BTD, few_C), here.project(u_BTD)[..., few_C])
+# -- Folder; what is read of it, and how, is in test_loading -----------------------------------------------
 
 
 def test_the_top_is_the_top_only(llama):
@@ -67,13 +43,6 @@ def test_the_top_is_the_top_only(llama):
     one_block = sum(parameter.numel() for parameter in backbone.model.model.layers[-1].parameters())
     assert sum(parameter.numel() for parameter in top.parameters()) == one_block + 32 + 61 * 32
     assert not any(module.training for child in top.train().children() for module in child.modules())
-
-
-@pytest.mark.parametrize("model", [("gpt2", {"scale_attn_by_inverse_layer_idx": True}), ("zamba2", {})])
-def test_a_top_that_depends_on_its_place_is_refused(model, tmp_path):
-    tiny(model[0], **model[1]).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="Load the whole backbone"):
-        Folder(str(tmp_path)).output_stage()
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "float64"])
@@ -142,7 +111,7 @@ def test_a_missing_weight_is_not_left_random(lost, llama):
 
 def test_a_row_that_is_wrong_is_found_at_load_time(monkeypatch, tmp_path):
     tiny("gemma2", dtype=torch.float32).save_pretrained(tmp_path)
-    wrong = dataclasses.replace(families.FAMILIES["gemma2"], logits=traits.plain_logits)
+    wrong = dataclasses.replace(families.FAMILIES["gemma2"], scale_logits=family_functions.logits_as_is)
     monkeypatch.setitem(families.FAMILIES, "gemma2", wrong)
     with pytest.raises(ValueError, match="logits differ from the model's own"):
         Folder(str(tmp_path)).load()
