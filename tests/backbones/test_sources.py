@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
+import pickle
 
 import pytest
 import torch
 from huggingface_hub.errors import OfflineModeIsEnabled
 from safetensors.torch import load_file, save_file
+from transformers import GenerationConfig
 
 from dynamax.backbones import families, family_functions, sources
 from dynamax.backbones.hf import HFBackbone
-from dynamax.backbones.sources import GGUF, Folder, Hub
+from dynamax.backbones.sources import GGUF, Folder, Hub, SmolLM2, Source, source_from
 from tests.tiny import tiny
 
 TOKENS_BT = torch.randint(61, (2, 12), generator=torch.Generator().manual_seed(3))
@@ -153,3 +156,97 @@ def test_gguf_errors(tmp_path):
         GGUF(str(path), sha256="0" * 64).load()
     with pytest.raises(ValueError, match="is not a readable GGUF file"):
         GGUF(str(path)).load()
+
+
+# -- recipes: which source it was -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("source", "name", "options"),
+    [
+        (SmolLM2(), "SmolLM2", {"wheel": None}),
+        (Hub("some/model", revision="v1"), "Hub", {"name": "some/model", "revision": "v1"}),
+        (Hub(name="some/model"), "Hub", {"name": "some/model", "revision": None}),
+    ],
+)
+def test_a_recipe_makes_the_source_again(source, name, options):
+    assert source.recipe == {"class": name, "options": options}
+    again = source_from(json.loads(json.dumps(source.recipe)))
+    assert type(again) is type(source)
+    assert vars(again) == vars(source)
+
+
+def test_paths_of_a_recipe_hold_in_every_folder(llama, monkeypatch, tmp_path):
+    _, folder = llama
+    monkeypatch.chdir(folder.parent)
+    source = Folder(folder.name)
+    hub, file = Hub(folder.name), GGUF("x.gguf", sha256="0" * 64)
+    monkeypatch.chdir("/")
+    assert source.recipe["options"] == {"path": str(folder)}
+    assert source_from(source.recipe).load().spec.family == "llama"
+    assert hub.recipe["options"]["name"] == folder.name  # a repository, though a folder has its name
+    assert file.recipe["options"] == {"path": str(folder.parent / "x.gguf"), "sha256": "0" * 64}
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert Folder("~/llama").recipe["options"] == {"path": str(folder)}
+    assert copy.deepcopy(source).recipe == pickle.loads(pickle.dumps(source)).recipe == source.recipe
+
+
+class Odd(Source):
+    def __init__(self, given, *, scale=1.0, **more):
+        self.given = given
+
+    def load(self, *, dtype="float32", device="cpu"):
+        raise NotImplementedError
+
+    def tokenizer(self):
+        raise NotImplementedError
+
+
+def test_a_recipe_is_json(tmp_path):
+    assert Odd(tmp_path, far=2).recipe["options"] == {"given": str(tmp_path), "scale": 1.0, "far": 2}
+    assert Odd(1).recipe["class"] == f"{__name__}.Odd"
+    with pytest.raises(ValueError, match=r"Odd was given given=tensor.* recorded as JSON"):
+        _ = Odd(torch.zeros(1)).recipe
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "told"),
+    [
+        ("Foldr", {}, "Did you mean Folder"),
+        ("nobodys.module.Class", {}, "cannot be imported"),
+        ("json.JSONDecoder", {}, "is no backbone source"),
+        ("Folder", {"name": "x"}, "Folder does not take the options"),
+        ("Folder", {}, "Folder does not take the options"),
+    ],
+)
+def test_a_recipe_that_cannot_be_followed(name, options, told):
+    with pytest.raises(ValueError, match=told):
+        source_from({"class": name, "options": options})
+
+
+# -- generation: what the model's makers wrote ----------------------------------------------------------
+
+
+def test_the_folders_generation_config_is_read(llama):
+    model, folder = llama
+    GenerationConfig(eos_token_id=[0, 53], temperature=0.6, do_sample=True).save_pretrained(folder)
+    found = Folder(str(folder)).generation_config()
+    assert (found.eos_token_id, found.temperature, found.do_sample) == ([0, 53], 0.6, True)
+    assert Folder(str(folder)).load().model.generation_config.eos_token_id == [0, 53]
+
+
+def test_without_one_the_configuration_tells(llama):
+    _, folder = llama
+    (folder / "generation_config.json").unlink()
+    known = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**known, "eos_token_id": [2, 7], "bos_token_id": 1}))
+    found = Folder(str(folder)).generation_config()
+    assert (found.eos_token_id, found.bos_token_id) == ([2, 7], 1)
+
+
+@pytest.mark.parametrize("content", ["{", "", "[]"])
+def test_a_broken_one_is_named(content, llama):
+    _, folder = llama
+    (folder / "generation_config.json").write_text(content)
+    with pytest.raises(ValueError, match="generation_config.json"):
+        Folder(str(folder)).generation_config()
