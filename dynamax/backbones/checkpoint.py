@@ -1,14 +1,17 @@
-"""The files of a model folder: its tensors, read one at a time, and what is wrong with a file. Knows no models."""
+"""The files of a model folder: its tensors, read one at a time, and messages about damaged files. Knows no models."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, final
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from transformers.utils import logging
 
 from dynamax.errors import UserError
 
@@ -64,6 +67,36 @@ class Checkpoint(Mapping[str, Tensor]):
     def slices(self) -> dict[str, Any]:
         """All tensors, unread, as transformers takes them: ``slices()[name][...]`` reads one."""
         return {name: file.get_slice(name) for name, file in self._files.items()}
+
+
+@contextmanager
+def reading(folder: Path, *patterns: str) -> Iterator[None]:
+    """Around libraries that read files of a folder: whatever they raise becomes a message about the file at fault.
+
+    transformers' own reports are kept quiet: what matters of them is in the message.
+
+    Args:
+        folder: The folder.
+        patterns: Names of the files that are read, as ``Path.glob`` takes them.
+
+    Raises:
+        UserError: Naming the file, what is wrong with it, and the remedy.
+    """
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    except (UserError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        fault = fault_in(folder, patterns)
+        if fault is None:
+            files = [path.name for pattern in patterns for path in sorted(folder.glob(pattern))]
+            words = (str(error).strip() or type(error).__name__).splitlines()[0]
+            fault = f"{folder} cannot be read ({', '.join(files[:4]) or patterns[0]}): {words:.300}"
+        raise UserError(f"{fault.rstrip('.')}. Fetch the file again, or write the folder anew.") from error
+    finally:
+        logging.set_verbosity(level)
 
 
 def fault_in(folder: Path, patterns: Collection[str]) -> str | None:

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +23,9 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import logging
 
 from dynamax.backbones.check import QUICK, check_modes
-from dynamax.backbones.checkpoint import Checkpoint, fault_in
+from dynamax.backbones.checkpoint import Checkpoint, reading
 from dynamax.backbones.families import FamilySpec, family
 from dynamax.backbones.fingerprint import fingerprint_of
 from dynamax.backbones.hf import HFBackbone
@@ -79,7 +76,9 @@ def load_backbone(
     span = span or all_blocks
     if not 0 <= span.start < span.stop <= all_blocks.stop:
         raise UserError(f"Blocks {span} of {folder} were asked for; its model has the blocks {all_blocks}.")
-    model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    if model_class is None:
+        raise UserError(f"transformers has no causal language model of type {config.model_type}. Give another model.")
     with reading(folder, "*.safetensors", "*.safetensors.index.json"):
         tensors = Checkpoint(folder)
         loaded: Any = part_class(model_class, row, span).from_pretrained(
@@ -99,9 +98,9 @@ def load_backbone(
         blocks = [held[str(i)] if i in range(*span) else NotLoaded(f"Block {i}") for i in range(*all_blocks)]
         setattr(model.base_model, row.blocks, nn.ModuleList(blocks))
     if not embedding:
-        model.set_input_embeddings(NotLoaded("The embedding matrix", model.get_input_embeddings().weight))
+        model.set_input_embeddings(NotLoaded("The embedding matrix", model.get_input_embeddings().weight.shape))
     if not output:
-        model.set_output_embeddings(NotLoaded("The output matrix", model.get_output_embeddings().weight))
+        model.set_output_embeddings(NotLoaded("The output matrix", model.get_output_embeddings().weight.shape))
     if kind == torch.float64 and row.expert_share(config) < 1.0:
         model.set_experts_implementation("eager")  # the grouped product knows no float64
     model.config.name_or_path = str(folder)
@@ -160,53 +159,33 @@ def read_generation_config(folder: Path) -> GenerationConfig:
         return GenerationConfig.from_pretrained(folder, local_files_only=True)
 
 
-@contextmanager
-def reading(folder: Path, *patterns: str) -> Iterator[None]:
-    """Around libraries that read files of a folder: whatever they raise becomes a message about the file at fault.
-
-    transformers' own reports are kept quiet: what matters of them is in the message.
-
-    Args:
-        folder: The folder.
-        patterns: Names of the files that are read, as ``Path.glob`` takes them.
-
-    Raises:
-        UserError: Naming the file, what is wrong with it, and the remedy.
-    """
-    level = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    except (UserError, MemoryError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:
-        fault = fault_in(folder, patterns)
-        if fault is None:
-            files = [path.name for pattern in patterns for path in sorted(folder.glob(pattern))]
-            words = (str(error).strip() or type(error).__name__).splitlines()[0]
-            fault = f"{folder} cannot be read ({', '.join(files[:4]) or patterns[0]}): {words:.300}"
-        raise UserError(f"{fault.rstrip('.')}. Fetch the file again, or write the folder anew.") from error
-    finally:
-        logging.set_verbosity(level)
-
-
 # -- a part of a model -------------------------------------------------------------------------------------
 
 
 class NotLoaded(nn.Module):
-    """Stands where a part of a model was not read.
+    """Stands where a part of a model was not read. Whoever runs it, or multiplies with it, is told so.
 
     Attributes:
-        weight: For a matrix, its shape and nothing more.
+        shape: Shape of the matrix in whose place it stands; the size of the vocabulary is read from it.
     """
 
-    def __init__(self, name: str, weight: Tensor | None = None) -> None:
+    def __init__(self, name: str, shape: tuple[int, ...] = ()) -> None:
         super().__init__()
         self.name = name
-        self.weight = None if weight is None else torch.empty_like(weight, device="meta", requires_grad=False)
+        self.shape = shape
 
     def forward(self, *_: object, **__: object) -> Tensor:
         """Refuse to run."""
+        raise UserError(f"{self.name} was not loaded with this part of the model. Load a part that has it.")
+
+    @property
+    def weight(self) -> NotLoaded:
+        """Itself: a shape without values. A tensor on the meta device would be multiplied with, without an error."""
+        return self
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Refuse to be multiplied with."""
         raise UserError(f"{self.name} was not loaded with this part of the model. Load a part that has it.")
 
 

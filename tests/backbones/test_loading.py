@@ -138,6 +138,9 @@ def test_what_a_part_lacks_is_told(tmp_path):
         part.embed(TOKENS_BT)
     with pytest.raises(UserError, match="Block 3 was not loaded"):
         part.run(torch.zeros(1, 2, 32), Span(1, 4))
+    edge = load_backbone(tmp_path, dtype="float32", device="cpu", span=Span(0, 3), output=False)
+    with pytest.raises(UserError, match="The output matrix was not loaded"):
+        edge.project(torch.zeros(1, 2, 32))
     with pytest.raises(UserError, match="its model has the blocks"):
         load_backbone(tmp_path, dtype="float32", device="cpu", span=Span(2, 5))
 
@@ -228,6 +231,17 @@ def test_a_copy_of_the_embedding_changes_no_fingerprint(tmp_path):
     copied = lambda tensors: tensors.update({"lm_head.weight": tensors["model.embed_tokens.weight"].clone()})  # noqa: E731
     rewrite(tmp_path / "b", copied, tie_word_embeddings=False)
     prints = [Folder(str(tmp_path / name)).load().spec.fingerprint for name in "ab"]
+    assert prints[0] == prints[1]
+
+
+@pytest.mark.parametrize("name", SAVED)
+def test_a_checkpoint_saved_again_keeps_its_fingerprint(name, tmp_path):
+    """By transformers, from the model it loaded, in half the bits."""
+    tiny(name, dtype=torch.float32, depth=DEPTH).save_pretrained(tmp_path / "a", max_shard_size="20KB")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "a", dtype=torch.bfloat16)
+    model.config.use_cache = False
+    model.save_pretrained(tmp_path / "b")
+    prints = [Folder(str(tmp_path / place)).output_stage().spec.fingerprint for place in "ab"]
     assert prints[0] == prints[1]
 
 
