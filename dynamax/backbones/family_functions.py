@@ -17,76 +17,76 @@ from dynamax.backbones.plan import Rotary, StepPlan
 from dynamax.backbones.repairs import free_steps
 from dynamax.backbones.state import StateKind
 
-Kinds = list[str | None]
+RotaryTypes = list[str | None]
 Windows = list[int | None]
-Parts = list[tuple[StateKind, ...]]
+StateKinds = list[tuple[StateKind, ...]]
 
 # -- windows: positions each block sees ------------------------------------------------------------
 
 
-def unbounded(config: PretrainedConfig) -> Windows:
-    """Every block sees everything."""
+def no_windows(config: PretrainedConfig) -> Windows:
+    """Every block sees all positions."""
     return [None] * config.num_hidden_layers
 
 
-def same_window(config: PretrainedConfig) -> Windows:
-    """Every block slides if the configuration names a window; there are no layer types."""
+def one_window(config: PretrainedConfig) -> Windows:
+    """Every block has the window that the configuration names, if it names one; there are no layer types."""
     return [config.sliding_window] * config.num_hidden_layers
 
 
-def windows_by_type(config: PretrainedConfig) -> Windows:
-    """Blocks of type ``sliding_attention`` slide."""
+def windows_by_layer_type(config: PretrainedConfig) -> Windows:
+    """Blocks of type ``sliding_attention`` have a window, the others none."""
     return [config.sliding_window if kind == "sliding_attention" else None for kind in config.layer_types]
 
 
 # -- rotary positions: one set of angles for all blocks, or one for each layer type ---------------------
 
 
-def one_kind(config: PretrainedConfig) -> Kinds:
-    """All blocks share their angles."""
+def one_rotary_type(config: PretrainedConfig) -> RotaryTypes:
+    """All blocks take the same angles."""
     return [None] * config.num_hidden_layers
 
 
-def kinds_by_type(config: PretrainedConfig) -> Kinds:
-    """Each layer type has its own angles."""
+def rotary_type_by_layer_type(config: PretrainedConfig) -> RotaryTypes:
+    """Each layer type has angles of its own."""
     return list(config.layer_types)
 
 
-def shared_rotary(base: nn.Module) -> Rotary:
+def model_rotary(base: nn.Module) -> Rotary:
     """Angles from the model's ``rotary_emb``."""
     rotary = base.get_submodule("rotary_emb")
     return lambda h_BTD, positions_BT, _: rotary(h_BTD, positions_BT)
 
 
-def rotary_by_type(base: nn.Module) -> Rotary:
+def rotary_by_layer_type(base: nn.Module) -> Rotary:
     """Angles from the model's ``rotary_emb``, which wants the layer type."""
     rotary = base.get_submodule("rotary_emb")
     return lambda h_BTD, positions_BT, kind: rotary(h_BTD, positions_BT, kind)
 
 
-def rotary_if_wanted(base: nn.Module) -> Rotary | None:
-    """Angles from the model's ``rotary_emb``, where its configuration wants any."""
-    return shared_rotary(base) if dict(base.named_children()).get("rotary_emb") is not None else None
+def optional_rotary(base: nn.Module) -> Rotary | None:
+    """Angles from the model's ``rotary_emb``; None where its configuration asks for no rotary positions."""
+    return model_rotary(base) if dict(base.named_children()).get("rotary_emb") is not None else None
 
 
 def no_rotary(base: nn.Module) -> None:
-    """Positions come in at the embedding; blocks know none."""
+    """No rotary positions: positions are added to the embedding, or the model needs none."""
 
 
 # -- what stands between the embedding matrix and block 0, and behind the output matrix ---------------
 
 
-def tokens_only(base: nn.Module, h_BTD: Tensor, plan: StepPlan) -> Tensor:
+def embedding_as_is(base: nn.Module, h_BTD: Tensor, plan: StepPlan) -> Tensor:
     """The word embeddings as they are."""
     return h_BTD
 
 
-def learned_positions(base: nn.Module, h_BTD: Tensor, plan: StepPlan) -> Tensor:
+def add_learned_positions(base: nn.Module, h_BTD: Tensor, plan: StepPlan) -> Tensor:
     """Word embeddings plus GPT-2's learned positions."""
     return h_BTD + base.get_submodule("wpe")(plan.positions_BT)
 
 
-def plain_logits(config: PretrainedConfig, logits: Tensor) -> Tensor:
+def logits_as_is(config: PretrainedConfig, logits: Tensor) -> Tensor:
     """Logits as the output matrix gives them."""
     return logits
 
@@ -97,13 +97,13 @@ def capped_logits(config: PretrainedConfig, logits: Tensor) -> Tensor:
     return logits if cap is None else cap * torch.tanh(logits / cap)
 
 
-def multiplied(base: nn.Module, h_BTD: Tensor, plan: StepPlan) -> Tensor:
+def scaled_embedding(base: nn.Module, h_BTD: Tensor, plan: StepPlan) -> Tensor:
     """Word embeddings times a constant of the model's (Granite, Falcon-H1)."""
     return h_BTD * cast(Any, base).embedding_multiplier
 
 
-def twice(base: nn.Module, h_BTD: Tensor, plan: StepPlan) -> Tensor:
-    """Word embeddings beside themselves: Zamba2's shared blocks read them again at any depth."""
+def repeated_embedding(base: nn.Module, h_BTD: Tensor, plan: StepPlan) -> Tensor:
+    """Word embeddings twice, side by side: Zamba2's shared blocks read them again at any depth."""
     return torch.cat([h_BTD, h_BTD], -1)
 
 
@@ -117,27 +117,27 @@ def multiplied_logits(config: PretrainedConfig, logits: Tensor) -> Tensor:
     return logits * config.lm_head_multiplier
 
 
-def whole(config: PretrainedConfig, h_BTD: Tensor) -> Tensor:
-    """Rows are the residual stream and nothing else."""
+def all_channels(config: PretrainedConfig, h_BTD: Tensor) -> Tensor:
+    """All channels are the residual stream."""
     return h_BTD
 
 
-def first_half(config: PretrainedConfig, h_BTD: Tensor) -> Tensor:
-    """Rows carry the word embedding behind the residual stream."""
+def first_half_of_channels(config: PretrainedConfig, h_BTD: Tensor) -> Tensor:
+    """The first half of the channels is the residual stream, the second the word embedding (Zamba2)."""
     return h_BTD[..., : config.hidden_size]
 
 
 # -- how a block is called -----------------------------------------------------------------------------
 
 
-def plainly(block: nn.Module, h_BTD: Tensor, index: int, options: dict[str, Any]) -> Tensor:
-    """Rows and keywords in, rows out; some types answer with a tuple that rows are the first of."""
+def call_with_keywords(block: nn.Module, h_BTD: Tensor, index: int, options: dict[str, Any]) -> Tensor:
+    """``h_BTD`` and keywords in, ``h_BTD`` out; some types return a tuple whose first entry it is."""
     out = block(h_BTD, **options)
     return out[0] if isinstance(out, tuple) else out
 
 
-def beside_embedding(block: nn.Module, h_BTD: Tensor, index: int, options: dict[str, Any]) -> Tensor:
-    """Zamba2: residual stream and word embedding apart, two masks, and the index that picks the adapters."""
+def call_with_embedding(block: nn.Module, h_BTD: Tensor, index: int, options: dict[str, Any]) -> Tensor:
+    """Zamba2: residual stream and word embedding as two arguments, and the index that picks the adapters."""
     x_BTD, word_BTD = h_BTD.chunk(2, -1)
     mask = options.pop("attention_mask")
     out = block(x_BTD, original_hidden_states=word_BTD, layer_idx=index, causal_mask=mask, **options)
@@ -146,7 +146,7 @@ def beside_embedding(block: nn.Module, h_BTD: Tensor, index: int, options: dict[
 
 # -- what a block keeps, and what continues it ------------------------------------------------------------
 
-KEPT: dict[str, tuple[StateKind, ...]] = {
+STATE_BY_LAYER_TYPE: dict[str, tuple[StateKind, ...]] = {
     "full_attention": ("keys",),
     "linear_attention": ("recurrent",),
     "conv": ("recurrent",),
@@ -156,37 +156,39 @@ KEPT: dict[str, tuple[StateKind, ...]] = {
 }
 
 
-def only_keys(config: PretrainedConfig) -> Parts:
-    """Every block attends."""
+def keys_only(config: PretrainedConfig) -> StateKinds:
+    """Every block keeps keys and values, and nothing else."""
     return [("keys",)] * config.num_hidden_layers
 
 
-def parts_by_type(config: PretrainedConfig) -> Parts:
+def state_by_layer_type(config: PretrainedConfig) -> StateKinds:
     """What blocks of each layer type keep."""
-    return [KEPT[kind] for kind in config.layer_types]
+    return [STATE_BY_LAYER_TYPE[kind] for kind in config.layer_types]
 
 
 def no_mixer(block: nn.Module) -> None:
-    """No block is recurrent."""
+    """No block keeps a recurrent state."""
 
 
-def ssd(block: nn.Module) -> Mixer | None:
+def mamba2_mixer(block: nn.Module) -> Mixer | None:
     """Mamba-2, wherever the block has it."""
     module = module_with(block, "dt_bias")
     return None if module is None else SSDMixer(module)
 
 
-def free_ssd(block: nn.Module) -> Mixer | None:
+def mamba2_mixer_unclamped(block: nn.Module) -> Mixer | None:
     """Mamba-2 whose step sizes transformers clamps in chunks alone (Zamba2, Nemotron-H); see ``repairs``."""
     module = module_with(block, "dt_bias")
     if module is not None:
         free_steps(module)
-    return ssd(block)
+    return mamba2_mixer(block)
 
 
-def scaled_ssd(block: nn.Module) -> Mixer | None:
+def mamba2_mixer_scaled(block: nn.Module) -> Mixer | None:
     """Falcon-H1's Mamba-2: input and channels are scaled, and the gated norm may be missing."""
     module: Any = module_with(block, "dt_bias")
+    if module is None:
+        return None
     finish = None if module.mamba_rms_norm else gated
     return SSDMixer(module, gain=module.ssm_in_multiplier, scale="mup_vector", finish=finish)
 
@@ -196,19 +198,19 @@ def gated(y_BTE: Tensor, z_BTE: Tensor) -> Tensor:
     return y_BTE * F.silu(z_BTE)
 
 
-def selective(block: nn.Module) -> Mixer | None:
+def mamba1_mixer(block: nn.Module) -> Mixer | None:
     """Mamba-1, wherever the block has it."""
     module = module_with(block, "x_proj")
     return None if module is None else SelectiveMixer(module)
 
 
-def normed_selective(block: nn.Module) -> Mixer | None:
+def mamba1_mixer_normed(block: nn.Module) -> Mixer | None:
     """Mamba-1 with norms on step, B and C (Falcon-Mamba, Jamba)."""
     module = module_with(block, "x_proj")
     return None if module is None else SelectiveMixer(module, norms=("dt_layernorm", "b_layernorm", "c_layernorm"))
 
 
-def short_convolution(block: nn.Module) -> Mixer | None:
+def short_conv_mixer(block: nn.Module) -> Mixer | None:
     """LFM2's gated convolution, wherever the block has it."""
     conv = dict(block.named_children()).get("conv")
     return None if conv is None else ShortConvMixer(conv)

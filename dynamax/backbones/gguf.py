@@ -47,6 +47,9 @@ PRE_TOKENIZERS = {
 }
 """How text is cut before BPE, by ``tokenizer.ggml.pre``."""
 
+LAYOUT = 2
+"""Version of what ``dequantise`` writes; raised when it changes, so that no older copy is taken for a newer one."""
+
 CONTROL, USER_DEFINED = 3, 4  # of tokenizer.ggml.token_type
 
 
@@ -90,7 +93,9 @@ def dequantise(path: Path, folder: Path) -> None:
     check_complete(tensors, config, path)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     config.save_pretrained(folder)
-    GenerationConfig(**ids_of(metadata)).save_pretrained(folder)
+    ends = [metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]  # of text, turn, message
+    ends = list(dict.fromkeys(end for end in ends if end is not None))
+    GenerationConfig(**{**ids_of(metadata), "eos_token_id": ends or None}).save_pretrained(folder)
     tokenizer_of(metadata, path).save_pretrained(folder)
 
 

@@ -54,8 +54,8 @@ class HFBackbone(Backbone):
         self.model = model.requires_grad_(False).eval()
         self._blocks = tuple(getattr(model.base_model, self.row.blocks))  # a tuple is not registered a second time
         self._windows = self.row.windows(model.config)
-        self._kinds = self.row.kinds(model.config)
-        self._state_kinds = self.row.parts(model.config)
+        self._kinds = self.row.rotary_types(model.config)
+        self._state_kinds = self.row.state_kinds(model.config)
         self._mixers = tuple(self.row.mixer(block) for block in self._blocks)
         for mixer in self._mixers:
             if mixer is not None:
@@ -91,18 +91,18 @@ class HFBackbone(Backbone):
         """Tokens to ``h_BTD``, the input of block 0, at the positions that follow the cache's."""
         h_BTD = getattr(self.model.base_model, self.row.embedding)(tokens_BT)
         plan = self.plan(h_BTD, cache, start=0 if cache is None else cache.length)
-        return self.row.place(self.model.base_model, h_BTD, plan)
+        return self.row.after_embedding(self.model.base_model, h_BTD, plan)
 
     def block(self, index: int, h_BTD: Tensor, plan: StepPlan, view: LayerView) -> Tensor:
         """One block over one chunk. ``view`` takes its keys and values, and advances its recurrent state."""
-        return self.row.call(self._blocks[index], h_BTD, index, self._options(index, plan, view))
+        return self.row.call_block(self._blocks[index], h_BTD, index, self._options(index, plan, view))
 
     def _options(self, index: int, plan: StepPlan, view: LayerView) -> dict[str, Any]:
         return {
             "attention_mask": view.mask,
             "position_ids": plan.positions_BT,
             "position_embeddings": plan.angles(self._kinds[index]),
-            self.row.cache: view,
+            self.row.cache_argument: view,
         }
 
     def write_state(self, index: int, h_BTD: Tensor, plan: StepPlan, view: LayerView) -> None:
@@ -112,7 +112,7 @@ class HFBackbone(Backbone):
             assert mixer is not None, "a block that keeps both has a mixer"
             self.row.write(block, h_BTD, index, self._options(index, plan, view), view, mixer)
             return
-        u_BTD = self.row.residual(self.model.config, h_BTD)
+        u_BTD = self.row.residual_stream(self.model.config, h_BTD)
         if self.row.input_norm is not None:
             norm: Any = block.get_submodule(self.row.input_norm)
             u_BTD = norm(u_BTD.to(norm.weight.dtype))
@@ -133,7 +133,7 @@ class HFBackbone(Backbone):
 
     def normalize(self, h_BTD: Tensor) -> Tensor:
         """The final norm."""
-        return getattr(self.model.base_model, self.row.norm)(self.row.residual(self.model.config, h_BTD))
+        return getattr(self.model.base_model, self.row.final_norm)(self.row.residual_stream(self.model.config, h_BTD))
 
     def project(self, u_BTD: Tensor, tokens_C: Tensor | None = None) -> Tensor:
         """Normalised states to logits, over the vocabulary or over candidate tokens.
@@ -142,18 +142,18 @@ class HFBackbone(Backbone):
         """
         matrix_VD = self.output_matrix
         logits = F.linear(u_BTD.to(matrix_VD.dtype), matrix_VD if tokens_C is None else matrix_VD[tokens_C])
-        return self.row.logits(self.model.config, at_least_float32(logits))
+        return self.row.scale_logits(self.model.config, at_least_float32(logits))
 
     def block_cost(self, index: int) -> BlockCost:
         """What the block costs."""
         config, held = self.model.config, self._blocks[index].named_parameters()
         return block_cost(
             config,
-            {name: parameter for name, parameter in held if self.row.used(config, index, name)},
+            {name: parameter for name, parameter in held if self.row.uses_parameter(config, index, name)},
             self._state_kinds[index],
             mixer=self._mixers[index],
             window=self._windows[index],
-            share=self.row.experts(config),
+            share=self.row.expert_share(config),
             runs_to_write=self.row.write is not None,
         )
 

@@ -1,19 +1,36 @@
-"""A model folder to a backbone that has proved itself. Knows folders, not where they come from."""
+"""The one reader of model folders: a whole model, or some of its blocks with or without what stands around them.
+
+transformers reads the tensors, of a part as of the whole: a part is the whole model whose other blocks are taken out
+before anything is read. So renamed keys, prefixes, tied matrices and fused experts follow the same rules in both, a
+block keeps its index, and what is not wanted is never allocated. Knows folders, not where they come from.
+"""
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from torch import Tensor, nn
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoTokenizer,
+    GenerationConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from dynamax.backbones.check import QUICK, check_modes
-from dynamax.backbones.checkpoint import Checkpoint
-from dynamax.backbones.families import family
+from dynamax.backbones.checkpoint import Checkpoint, reading
+from dynamax.backbones.families import FamilySpec, family
 from dynamax.backbones.fingerprint import fingerprint_of
 from dynamax.backbones.hf import HFBackbone
 from dynamax.errors import UserError
+from dynamax.types import Span
 
 DTYPES = {
     "float32": torch.float32,
@@ -22,64 +39,215 @@ DTYPES = {
     "float64": torch.float64,
 }
 
+CONFIG, GENERATION = "config.json", "generation_config.json"
+TOKENIZER = ("tokenizer*", "vocab*", "merges*", "spiece.model", "tekken.json", "*.tiktoken")
+TOKENIZER_SETTINGS = ("special_tokens_map.json", "added_tokens.json", "chat_template*")
 
-def load_backbone(folder: Path, *, dtype: str, device: str) -> HFBackbone:
-    """Load a folder in transformers' layout, and compare a short prompt's logits with transformers' own.
+
+def load_backbone(
+    folder: Path,
+    *,
+    dtype: str,
+    device: str,
+    span: Span | None = None,
+    embedding: bool = True,
+    output: bool = True,
+) -> HFBackbone:
+    """Load a folder in transformers' layout, whole or in part.
+
+    A whole model is run over a short prompt, and its logits are compared with transformers' own.
 
     Args:
         folder: Configuration and safetensors.
         dtype: Name of the type to run in.
         device: Name of the device to run on.
+        span: Blocks to read; all if left out. A part counts its blocks as the whole does, and has the whole's
+            ``spec``: ``run`` takes spans within it.
+        embedding: Whether to keep the embedding matrix. A part that begins at an inner block needs none.
+        output: Whether to keep the output matrix. A part that ends at an inner block needs none.
 
     Raises:
-        UserError: If the family is unknown, a weight is missing, or the logits differ.
+        UserError: If the family is unknown, a file is damaged, weights and configuration do not fit each other, or
+            the logits differ.
     """
     kind, place = dtype_of(dtype), device_of(device)
-    config = config_of(folder)
-    row = family(config.model_type)
-    tensors = Checkpoint(folder)
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=kind, attn_implementation=row.attention, local_files_only=True, output_loading_info=True
-    )
+    config = read_config(folder)
+    row, all_blocks = family(config.model_type), Span(0, config.num_hidden_layers)
+    span = span or all_blocks
+    if not 0 <= span.start < span.stop <= all_blocks.stop:
+        raise UserError(f"Blocks {span} of {folder} were asked for; its model has the blocks {all_blocks}.")
+    model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    if model_class is None:
+        raise UserError(f"transformers has no causal language model of type {config.model_type}. Give another model.")
+    with reading(folder, "*.safetensors", "*.safetensors.index.json"):
+        tensors = Checkpoint(folder)
+        loaded: Any = part_class(model_class, row, span).from_pretrained(
+            None,
+            config=config,
+            state_dict=tensors.slices(),
+            dtype=kind,
+            attn_implementation=row.attention,
+            ignore_mismatched_sizes=True,  # the report names them
+            output_loading_info=True,
+        )
     model, report = loaded
-    check_report(report, folder)
-    backbone = HFBackbone(exact_experts(model), fingerprint=fingerprint_of(config, tensors)).to(place)
-    check_modes(backbone, backbone.reference, QUICK)
+    check_report(report, model, row, folder)
+    model.__class__ = model_class  # the part is made: it is an ordinary model again
+    if span != all_blocks:
+        held = dict(model.base_model.get_submodule(row.blocks).named_children())
+        blocks = [held[str(i)] if i in range(*span) else NotLoaded(f"Block {i}") for i in range(*all_blocks)]
+        setattr(model.base_model, row.blocks, nn.ModuleList(blocks))
+    if not embedding:
+        model.set_input_embeddings(NotLoaded("The embedding matrix", model.get_input_embeddings().weight.shape))
+    if not output:
+        model.set_output_embeddings(NotLoaded("The output matrix", model.get_output_embeddings().weight.shape))
+    if kind == torch.float64 and row.expert_share(config) < 1.0:
+        model.set_experts_implementation("eager")  # the grouped product knows no float64
+    model.config.name_or_path = str(folder)
+    model.generation_config = read_generation_config(folder)
+    backbone = HFBackbone(model, fingerprint=fingerprint_of(config, tensors)).to(place)
+    if span == all_blocks and embedding and output:
+        check_modes(backbone, backbone.reference, QUICK)
     return backbone
 
 
-def config_of(folder: Path) -> PretrainedConfig:
+# -- the other files of a folder ---------------------------------------------------------------------------
+
+
+def read_config(folder: Path) -> PretrainedConfig:
     """The configuration of a folder.
 
     Raises:
-        UserError: If there is none.
+        UserError: If there is none, it is damaged, or of an unknown model type.
     """
-    if not (folder / "config.json").is_file():
+    if not (folder / CONFIG).is_file():
         raise UserError(
-            f"{folder} has no config.json. Give a folder in transformers' layout, as save_pretrained writes it."
+            f"{folder} has no {CONFIG}. Give a folder in transformers' layout, as save_pretrained writes it."
         )
-    return AutoConfig.from_pretrained(folder, local_files_only=True)
+    with reading(folder, CONFIG):
+        model_type = json.loads((folder / CONFIG).read_text())["model_type"]
+        family(model_type)  # first, since the package that offers the family may teach transformers its type
+        return AutoConfig.from_pretrained(folder, local_files_only=True)
 
 
-def check_report(report: dict[str, Any], folder: Path) -> None:
-    """Refuse a model of which some weights were not read; transformers would leave them random.
+def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder.
 
     Raises:
-        UserError: Naming the first.
+        UserError: If there is none, or it is damaged.
     """
-    faults = [f"{key.replace('_', ' ')}: {sorted(map(str, report[key]))[:3]}" for key in FAULTS if report.get(key)]
-    if faults:
-        raise UserError(f"{folder} does not fit its own config.json; {'; '.join(faults)}. Fetch the folder again.")
+    if not any(path.stem != "tokenizer_config" for pattern in TOKENIZER for path in folder.glob(pattern)):
+        raise UserError(  # transformers makes an empty one for some model types
+            f"{folder} has no tokenizer (such as tokenizer.json). Copy the tokenizer's files from where the model "
+            f"came from, or write them with the tokenizer's save_pretrained."
+        )
+    with reading(folder, *TOKENIZER, *TOKENIZER_SETTINGS):
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
 
 
-FAULTS = ("missing_keys", "mismatched_keys", "error_msgs")
+def read_generation_config(folder: Path) -> GenerationConfig:
+    """How the makers of a model want it to generate: end tokens, sampling, penalties.
+
+    Read from ``generation_config.json`` if the folder has one, else from the configuration, as transformers does.
+
+    Raises:
+        UserError: If the file is damaged.
+    """
+    if not (folder / GENERATION).is_file():
+        return GenerationConfig.from_model_config(read_config(folder))
+    with reading(folder, GENERATION):
+        return GenerationConfig.from_pretrained(folder, local_files_only=True)
 
 
-def exact_experts(model: PreTrainedModel) -> PreTrainedModel:
-    """The same model; in float64 its experts run one by one, as the grouped product knows no float64."""
-    if model.dtype == torch.float64 and family(model.config.model_type).experts(model.config) < 1.0:
-        model.set_experts_implementation("eager")
-    return model
+# -- a part of a model -------------------------------------------------------------------------------------
+
+
+class NotLoaded(nn.Module):
+    """Stands where a part of a model was not read. Whoever runs it, or multiplies with it, is told so.
+
+    Attributes:
+        shape: Shape of the matrix in whose place it stands; the size of the vocabulary is read from it.
+    """
+
+    def __init__(self, name: str, shape: tuple[int, ...] = ()) -> None:
+        super().__init__()
+        self.name = name
+        self.shape = shape
+
+    def forward(self, *_: object, **__: object) -> Tensor:
+        """Refuse to run."""
+        raise UserError(f"{self.name} was not loaded with this part of the model. Load a part that has it.")
+
+    @property
+    def weight(self) -> NotLoaded:
+        """Itself: a shape without values. A tensor on the meta device would be multiplied with, without an error."""
+        return self
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Refuse to be multiplied with."""
+        raise UserError(f"{self.name} was not loaded with this part of the model. Load a part that has it.")
+
+
+def part_class(kind: type[PreTrainedModel], row: FamilySpec, span: Span) -> type[PreTrainedModel]:
+    """The model class whose instances are made without the blocks outside of ``span``.
+
+    ``from_pretrained`` makes the model, then reads; only a class can come between the two. Blocks whose weights a
+    block of the span shares (Zamba2) are read with it.
+    """
+
+    def __init__(model: PreTrainedModel, config: PretrainedConfig) -> None:  # noqa: N807
+        kind.__init__(model, config)
+        tied: dict[str, str] = model.all_tied_weights_keys
+        wanted = set(range(*span))
+        wanted |= {block_of(source, row) for target, source in tied.items() if block_of(target, row) in wanted}
+        absent = set(range(config.num_hidden_layers)) - wanted
+        if not absent:
+            return
+        apart = {name for pair in tied.items() for name in pair if block_of(name, row) in absent}
+        model.all_tied_weights_keys = {
+            target: source for target, source in tied.items() if not apart & {target, source}
+        }
+        blocks = model.base_model.get_submodule(row.blocks)
+        for index in absent:
+            delattr(blocks, str(index))  # the others keep their names
+        pattern = rf"(^|\.){row.blocks}\.({'|'.join(map(str, sorted(absent)))})\."
+        model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()), pattern}
+
+    return type(kind.__name__, (kind,), {"__init__": __init__, "__module__": kind.__module__})
+
+
+def block_of(name: str, row: FamilySpec) -> int | None:
+    """Index of the block that a tensor belongs to; None if to no block."""
+    found = re.search(rf"(^|\.){row.blocks}\.(\d+)\.", name)
+    return None if found is None else int(found[2])
+
+
+def check_report(report: dict[str, Any], model: PreTrainedModel, row: FamilySpec, folder: Path) -> None:
+    """Refuse a model that is not what its files say.
+
+    transformers would leave missing weights random, and pass over what it has no place for. The latter is harmless
+    only where it belongs to another part of a larger model, which is not read at all.
+
+    Raises:
+        UserError: Naming the first weights.
+    """
+    modules = {name for name, _ in model.named_modules()}
+    faults = {key: report.get(key) for key in ("missing_keys", "mismatched_keys", "error_msgs")}
+    faults["unexpected_keys"] = [
+        key
+        for key in report["unexpected_keys"]
+        if block_of(key, row) is not None or key.rpartition(".")[0] in modules - {""}
+    ]
+    told = [f"{key.replace('_', ' ')}: {sorted(map(str, found))[:3]}" for key, found in faults.items() if found]
+    if told:
+        raise UserError(
+            f"{folder} does not fit its own {CONFIG}; {'; '.join(told)}. Fetch the folder again, or mend {CONFIG} "
+            f"(tie_word_embeddings, num_hidden_layers, sizes, biases)."
+        )
+
+
+# -- dtypes and devices by name ----------------------------------------------------------------------------
 
 
 def dtype_of(name: str) -> torch.dtype:

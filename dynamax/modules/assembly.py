@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 
-from dynamax.backbones.output_stage import OutputStage
+from dynamax.backbones.base import Backbone
 from dynamax.errors import UserError
 from dynamax.heads.bank import Exit, ExitBank
 from dynamax.heads.base import ExitHead
@@ -22,7 +22,7 @@ def trained(bank: ExitBank, phase: Phase) -> Iterator[ExitHead]:
         yield from [bank.lens(depth)] if phase == "lenses" else bank.gates(depth).values()
 
 
-def assembled(exits: Mapping[int, Exit], folder: str | None, top: OutputStage) -> ExitBank:
+def assembled(exits: Mapping[int, Exit], folder: str | None, top: Backbone) -> ExitBank:
     """Fresh heads, or those saved in a folder.
 
     Raises:

@@ -12,7 +12,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from dynamax.backbones.output_stage import OutputStage
+from dynamax.backbones.base import Backbone
 from dynamax.backbones.sources import Source
 from dynamax.data.batch import HiddenBatch
 from dynamax.errors import UserError
@@ -99,7 +99,7 @@ class HeadsModule(LightningModule):
         self.rates = rates
         self.weight_decay = weight_decay
         self.warmup = warmup
-        self._top: tuple[OutputStage, ...] = ()  # in a tuple, so that it is no submodule and in no checkpoint
+        self._top: tuple[Backbone, ...] = ()  # in a tuple, so that it is no submodule and in no checkpoint
         self._reader = ExitReader("lens", in_top_k(1))
         self._entered: Phase | None = None
 

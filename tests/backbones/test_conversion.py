@@ -106,7 +106,7 @@ def test_without_what_is_mambas_own_the_mixer_is_attention_without_a_softmax() -
 def test_a_hybrid_runs_block_by_block_as_transformers_runs_it() -> None:
     hybrid = student(tiny("llama"), [1, 4])
     backbone = HFBackbone(hybrid)
-    assert [backbone.parts(block) for block in range(DEPTH)] == [
+    assert [backbone.state_kinds(block) for block in range(DEPTH)] == [
         ("keys",) if block in (1, 4) else ("recurrent",) for block in range(DEPTH)
     ]
     h = backbone.run(backbone.embed(tokens()), Span(0, DEPTH))

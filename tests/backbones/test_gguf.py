@@ -156,6 +156,21 @@ def test_tokenizer_that_begins_with_a_token(plain, tmp_path):
     assert GGUF(str(path)).tokenizer()("A").input_ids == ids(["<|im|>", "A"])
 
 
+@pytest.mark.parametrize(
+    ("entries", "ends"),
+    [
+        ({}, [0]),
+        ({"tokenizer.ggml.eot_token_id": 1}, [0, 1]),
+        ({"tokenizer.ggml.eot_token_id": 0}, [0]),
+        ({"tokenizer.ggml.eot_token_id": 5, "tokenizer.ggml.eom_token_id": 6}, [0, 5, 6]),
+    ],
+)
+def test_every_token_that_ends_an_answer_is_kept(entries, ends, plain, tmp_path):
+    source = GGUF(str(write(tmp_path / "x.gguf", plain, entries=entries)))
+    assert source.generation_config().eos_token_id == ends
+    assert source.tokenizer().eos_token_id == 0
+
+
 REFUSED = {
     "experts": {"entries": {"llama.expert_count": 4}},
     "rotary scaling 'yarn'": {"entries": {"llama.rope.scaling.type": "yarn"}},

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
+import pickle
 
 import pytest
 import torch
 from huggingface_hub.errors import OfflineModeIsEnabled
 from safetensors.torch import load_file, save_file
+from transformers import GenerationConfig
 
-from dynamax.backbones import families, sources, traits
+from dynamax.backbones import families, family_functions, sources
 from dynamax.backbones.hf import HFBackbone
-from dynamax.backbones.sources import GGUF, Folder, Hub
-from dynamax.types import Span
-from tests.tiny import FAMILIES, tiny
+from dynamax.backbones.sources import GGUF, Folder, Hub, SmolLM2, Source, source_from
+from tests.tiny import tiny
 
 TOKENS_BT = torch.randint(61, (2, 12), generator=torch.Generator().manual_seed(3))
 
@@ -35,30 +37,7 @@ def llama(tmp_path):
     return model, folder
 
 
-# -- Folder -------------------------------------------------------------------------------------------
-
-
-def loaded_as(name):
-    """Attention that a folder of this type is loaded with."""
-    return families.family(FAMILIES[name].model_type).attention
-
-
-@pytest.mark.parametrize("name", [n for n in FAMILIES if FAMILIES[n].attention == loaded_as(n) and n != "zamba2"])
-@torch.no_grad()
-def test_a_folder_and_its_top(name, tmp_path):
-    model = tiny(name, dtype=torch.float32)
-    model.save_pretrained(tmp_path, max_shard_size="20KB")
-    source = Folder(str(tmp_path))
-    backbone, top = source.load(), source.output_stage()
-    torch.testing.assert_close(backbone.reference(TOKENS_BT), HFBackbone(model).reference(TOKENS_BT))
-    assert top.spec == backbone.spec
-    h_BTD = backbone.run(backbone.embed(TOKENS_BT), Span(0, 3))
-    here, there = top.site(3), backbone.site(3)
-    torch.testing.assert_close(here.last_block(h_BTD), there.last_block(h_BTD), rtol=0, atol=0)
-    u_BTD = here.normalize(h_BTD)
-    torch.testing.assert_close(here.project(u_BTD), there.project(there.normalize(h_BTD)), rtol=0, atol=0)
-    few_C = torch.tensor([0, 5, 60])
-    torch.testing.assert_close(here.project(u_BTD, few_C), here.project(u_BTD)[..., few_C])
+# -- Folder; what is read of it, and how, is in test_loading -----------------------------------------------
 
 
 def test_the_top_is_the_top_only(llama):
@@ -67,13 +46,6 @@ def test_the_top_is_the_top_only(llama):
     one_block = sum(parameter.numel() for parameter in backbone.model.model.layers[-1].parameters())
     assert sum(parameter.numel() for parameter in top.parameters()) == one_block + 32 + 61 * 32
     assert not any(module.training for child in top.train().children() for module in child.modules())
-
-
-@pytest.mark.parametrize("model", [("gpt2", {"scale_attn_by_inverse_layer_idx": True}), ("zamba2", {})])
-def test_a_top_that_depends_on_its_place_is_refused(model, tmp_path):
-    tiny(model[0], **model[1]).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="Load the whole backbone"):
-        Folder(str(tmp_path)).output_stage()
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "float64"])
@@ -142,7 +114,7 @@ def test_a_missing_weight_is_not_left_random(lost, llama):
 
 def test_a_row_that_is_wrong_is_found_at_load_time(monkeypatch, tmp_path):
     tiny("gemma2", dtype=torch.float32).save_pretrained(tmp_path)
-    wrong = dataclasses.replace(families.FAMILIES["gemma2"], logits=traits.plain_logits)
+    wrong = dataclasses.replace(families.FAMILIES["gemma2"], scale_logits=family_functions.logits_as_is)
     monkeypatch.setitem(families.FAMILIES, "gemma2", wrong)
     with pytest.raises(ValueError, match="logits differ from the model's own"):
         Folder(str(tmp_path)).load()
@@ -184,3 +156,97 @@ def test_gguf_errors(tmp_path):
         GGUF(str(path), sha256="0" * 64).load()
     with pytest.raises(ValueError, match="is not a readable GGUF file"):
         GGUF(str(path)).load()
+
+
+# -- recipes: which source it was -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("source", "name", "options"),
+    [
+        (SmolLM2(), "SmolLM2", {"wheel": None}),
+        (Hub("some/model", revision="v1"), "Hub", {"name": "some/model", "revision": "v1"}),
+        (Hub(name="some/model"), "Hub", {"name": "some/model", "revision": None}),
+    ],
+)
+def test_a_recipe_makes_the_source_again(source, name, options):
+    assert source.recipe == {"class": name, "options": options}
+    again = source_from(json.loads(json.dumps(source.recipe)))
+    assert type(again) is type(source)
+    assert vars(again) == vars(source)
+
+
+def test_paths_of_a_recipe_hold_in_every_folder(llama, monkeypatch, tmp_path):
+    _, folder = llama
+    monkeypatch.chdir(folder.parent)
+    source = Folder(folder.name)
+    hub, file = Hub(folder.name), GGUF("x.gguf", sha256="0" * 64)
+    monkeypatch.chdir("/")
+    assert source.recipe["options"] == {"path": str(folder)}
+    assert source_from(source.recipe).load().spec.family == "llama"
+    assert hub.recipe["options"]["name"] == folder.name  # a repository, though a folder has its name
+    assert file.recipe["options"] == {"path": str(folder.parent / "x.gguf"), "sha256": "0" * 64}
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert Folder("~/llama").recipe["options"] == {"path": str(folder)}
+    assert copy.deepcopy(source).recipe == pickle.loads(pickle.dumps(source)).recipe == source.recipe
+
+
+class Odd(Source):
+    def __init__(self, given, *, scale=1.0, **more):
+        self.given = given
+
+    def load(self, *, dtype="float32", device="cpu"):
+        raise NotImplementedError
+
+    def tokenizer(self):
+        raise NotImplementedError
+
+
+def test_a_recipe_is_json(tmp_path):
+    assert Odd(tmp_path, far=2).recipe["options"] == {"given": str(tmp_path), "scale": 1.0, "far": 2}
+    assert Odd(1).recipe["class"] == f"{__name__}.Odd"
+    with pytest.raises(ValueError, match=r"Odd was given given=tensor.* recorded as JSON"):
+        _ = Odd(torch.zeros(1)).recipe
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "told"),
+    [
+        ("Foldr", {}, "Did you mean Folder"),
+        ("nobodys.module.Class", {}, "cannot be imported"),
+        ("json.JSONDecoder", {}, "is no backbone source"),
+        ("Folder", {"name": "x"}, "Folder does not take the options"),
+        ("Folder", {}, "Folder does not take the options"),
+    ],
+)
+def test_a_recipe_that_cannot_be_followed(name, options, told):
+    with pytest.raises(ValueError, match=told):
+        source_from({"class": name, "options": options})
+
+
+# -- generation: what the model's makers wrote ----------------------------------------------------------
+
+
+def test_the_folders_generation_config_is_read(llama):
+    model, folder = llama
+    GenerationConfig(eos_token_id=[0, 53], temperature=0.6, do_sample=True).save_pretrained(folder)
+    found = Folder(str(folder)).generation_config()
+    assert (found.eos_token_id, found.temperature, found.do_sample) == ([0, 53], 0.6, True)
+    assert Folder(str(folder)).load().model.generation_config.eos_token_id == [0, 53]
+
+
+def test_without_one_the_configuration_tells(llama):
+    _, folder = llama
+    (folder / "generation_config.json").unlink()
+    known = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**known, "eos_token_id": [2, 7], "bos_token_id": 1}))
+    found = Folder(str(folder)).generation_config()
+    assert (found.eos_token_id, found.bos_token_id) == ([2, 7], 1)
+
+
+@pytest.mark.parametrize("content", ["{", "", "[]"])
+def test_a_broken_one_is_named(content, llama):
+    _, folder = llama
+    (folder / "generation_config.json").write_text(content)
+    with pytest.raises(ValueError, match="generation_config.json"):
+        Folder(str(folder)).generation_config()

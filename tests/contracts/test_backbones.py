@@ -7,8 +7,7 @@ import dataclasses
 import pytest
 import torch
 
-from dynamax.backbones import families
-from dynamax.backbones import family_functions as functions
+from dynamax.backbones import families, family_functions
 from dynamax.backbones.hf import HFBackbone
 from dynamax.backbones.plan import StepPlan
 from dynamax.testing import check_backbone
@@ -45,17 +44,17 @@ def test_edges(depth, length):
 
 
 FAULTS = {
-    "a window too wide": ("mistral", {"windows": functions.unbounded}),
-    "layer types ignored": ("qwen2-window", {"windows": functions.unbounded}),
-    "one window for all": ("gemma3_text", {"windows": functions.same_window}),
-    "the cap lost": ("gemma2", {"logits": functions.plain_logits}),
-    "positions lost": ("gpt2", {"place": functions.tokens_only}),
-    "another norm": ("llama", {"norm": "embed_tokens"}),
-    "norms on step, B and C lost": ("falcon_mamba", {"mixer": functions.selective}),
-    "the embedding's scale lost": ("granitemoehybrid-dense", {"place": functions.tokens_only}),
-    "the logits' scale lost": ("granitemoehybrid-dense", {"logits": functions.plain_logits}),
-    "the channels' scales lost": ("falcon_h1", {"mixer": functions.ssd}),
-    "no rotary angles": ("lfm2", {"rotary": functions.no_rotary}),
+    "a window too wide": ("mistral", {"windows": family_functions.no_windows}),
+    "layer types ignored": ("qwen2-window", {"windows": family_functions.no_windows}),
+    "one window for all": ("gemma3_text", {"windows": family_functions.one_window}),
+    "the cap lost": ("gemma2", {"scale_logits": family_functions.logits_as_is}),
+    "positions lost": ("gpt2", {"after_embedding": family_functions.embedding_as_is}),
+    "another norm": ("llama", {"final_norm": "embed_tokens"}),
+    "norms on step, B and C lost": ("falcon_mamba", {"mixer": family_functions.mamba1_mixer}),
+    "the embedding's scale lost": ("granitemoehybrid-dense", {"after_embedding": family_functions.embedding_as_is}),
+    "the logits' scale lost": ("granitemoehybrid-dense", {"scale_logits": family_functions.logits_as_is}),
+    "the channels' scales lost": ("falcon_h1", {"mixer": family_functions.mamba2_mixer}),
+    "no rotary angles": ("lfm2", {"rotary": family_functions.no_rotary}),
 }
 
 

@@ -156,7 +156,7 @@ def test_a_student_without_attention_is_written_and_decoded(teacher: Folder, fol
     built = module(teacher, keep=[], export=str(tmp_path / "model"), prompts=["Question:"])
     trainer(tmp_path, steps=2, limit_val_batches=1).fit(built, datamodule=text(folder, teacher))
     loaded = Folder(str(tmp_path / "model")).load()
-    assert {loaded.parts(block) for block in range(DEPTH)} == {("recurrent",)}
+    assert {loaded.state_kinds(block) for block in range(DEPTH)} == {("recurrent",)}
     report = json.loads((tmp_path / "model" / "training.json").read_text())
     assert all(sample["text"] for sample in report["samples"])
 
