@@ -23,6 +23,7 @@ from dynamax.backbones.output_stage import OutputStage, load_output_stage
 from dynamax.backbones.smollm2_package import unpack_gguf
 from dynamax.backbones.user_cache import made_once
 from dynamax.errors import UserError
+from dynamax.paths import InputPath
 
 GGUF_GROWTH = 10
 """A dense float32 copy is at most this much larger than the file: 32 bits for at least 4, and some room."""
@@ -83,8 +84,8 @@ class Folder(FolderSource):
         path: The folder.
     """
 
-    def __init__(self, path: str) -> None:
-        self.path = path
+    def __init__(self, path: InputPath) -> None:
+        self.path = str(path)
 
     def folder(self) -> Path:
         """The folder itself."""
@@ -137,8 +138,8 @@ class GGUF(FolderSource):
         sha256: Its hash, 64 hexadecimal digits; checked if given.
     """
 
-    def __init__(self, path: str, sha256: str | None = None) -> None:
-        self.path = path
+    def __init__(self, path: InputPath, sha256: str | None = None) -> None:
+        self.path = str(path)
         self.sha256 = sha256
 
     def folder(self) -> Path:
@@ -165,8 +166,8 @@ class SmolLM2(FolderSource):
     SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
     ROOM = 1_000_000_000
 
-    def __init__(self, wheel: str | None = None) -> None:
-        self.wheel = wheel
+    def __init__(self, wheel: InputPath | None = None) -> None:
+        self.wheel = None if wheel is None else str(wheel)
 
     def folder(self) -> Path:
         """The dense copy."""

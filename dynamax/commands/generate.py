@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from dynamax.backbones.skipped_state import SkippedState
 from dynamax.backbones.sources import Source
 from dynamax.commands.colors import DepthColors, coloured
-from dynamax.commands.parsing import Parser, one_screen, prepare
+from dynamax.commands.parsing import Parser, prepare
 from dynamax.decoding.sampling import Greedy, Sampled, Sampler
 from dynamax.device import chosen
 from dynamax.errors import UserError
@@ -25,6 +25,7 @@ from dynamax.heads.saved import RECORD
 from dynamax.metrics.cost import CostModel
 from dynamax.modules.answers import encode
 from dynamax.modules.decoding import DecodingModule, Sweep
+from dynamax.paths import InputPath
 from dynamax.policies.base import TerminationPolicy
 from dynamax.types import Step
 
@@ -45,16 +46,16 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("prompt", type=str, help="What to answer.")
     parser.add_function_arguments(generate, skip={"prompt"}, sub_configs=True)
     parser.set_defaults(DEFAULTS)
-    with one_screen(parser):
-        chosen = parser.parse_args([_long(argument) for argument in arguments[1:]])
-    options = parser.instantiate(chosen).as_dict()
-    options.pop("config")
-    generate(**options)
-
-
-def _long(argument: str) -> str:
-    name, equals, value = argument.partition("=")
-    return SHORT.get(name, name) + equals + value
+    options = list(arguments[1:])
+    for place in range(options.index("--") if "--" in options else len(options)):
+        name, equals, value = options[place].partition("=")
+        options[place] = SHORT.get(name, name) + equals + value
+    given = parser.read_arguments(options)
+    if not given.prompt:
+        raise UserError('The prompt is empty. Write what to answer: dynamax generate "What is the capital of France?"')
+    built = parser.instantiate(given).as_dict()
+    built.pop("config")
+    generate(**built)
 
 
 def generate(
@@ -62,7 +63,7 @@ def generate(
     backbone: Source,
     policy: TerminationPolicy,
     *,
-    heads: str | None = None,
+    heads: InputPath | None = None,
     exits: dict[int, Exit] | None = None,
     rule: SkippedState | None = None,
     mode: Literal["early-exit", "lossless"] = "early-exit",
@@ -113,8 +114,8 @@ def generate(
     speak(module, prompt, limit=limit)
 
 
-def _folder(heads: str | None) -> str:
-    folder = DEMO if heads is None else heads
+def _folder(heads: InputPath | None) -> str:
+    folder = DEMO if heads is None else str(heads)
     if not (Path(folder) / RECORD).is_file():
         raise UserError(
             f"There are no saved heads in {folder}. Wanted: a folder that fit wrote, --heads FOLDER. A model that was "

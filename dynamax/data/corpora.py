@@ -14,6 +14,7 @@ from dynamax.backbones.base import Backbone
 from dynamax.data.files import SampleBy, checked_file, read_file, text_of
 from dynamax.data.text import Corpus, Document, Text, TextSource, check_length, check_positive, windows
 from dynamax.errors import UserError
+from dynamax.paths import InputPath
 
 GROUP = 64
 Rows = datasets.Dataset | datasets.IterableDataset
@@ -85,7 +86,7 @@ class LocalText(RowText):
 
     def __init__(
         self,
-        path: str,
+        path: InputPath,
         *,
         field: str = "text",
         length: int = 256,
@@ -93,7 +94,7 @@ class LocalText(RowText):
         sample_by: SampleBy = "paragraph",
     ) -> None:
         check_positive(self, length=length, rows=rows)
-        self.path, self.field, self.length, self.rows = path, field, length, rows
+        self.path, self.field, self.length, self.rows = str(path), field, length, rows
         self.sample_by: SampleBy = sample_by
 
     @property

@@ -26,6 +26,7 @@ from dynamax.modules.answers import answer, encode, forced, unforced
 from dynamax.modules.checks import one_device
 from dynamax.modules.evaluation import EvalContext, Evaluation, Generation, OperatingPoint, evaluation
 from dynamax.modules.results import DecodingResults, PolicyStats, named
+from dynamax.paths import InputPath
 from dynamax.policies.base import TerminationPolicy
 from dynamax.policies.schedule import Never
 from dynamax.tasks.base import Example, GenerationTask
@@ -72,7 +73,7 @@ class DecodingModule(LightningModule):
         backbone: Source,
         policies: list[Sweep],
         *,
-        heads: str | None = None,
+        heads: InputPath | None = None,
         exits: dict[int, Exit] | None = None,
         rule: SkippedState | None = None,
         sampler: Sampler | None = None,
@@ -94,7 +95,7 @@ class DecodingModule(LightningModule):
         self.policies = [policy for sweep in policies for policy in sweep.points()]
         check_names(self.policies)
         self.source = backbone
-        self.heads = heads
+        self.heads = None if heads is None else str(heads)
         self.exits = exits
         self.rule = rule or Exact()
         self.sampler = sampler or Greedy()
