@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import sys
+import threading
 from collections.abc import Sequence
 from difflib import get_close_matches
 from importlib import import_module
@@ -34,18 +36,33 @@ COMMANDS = {
     "train": Command(RUNS, "train a small language model from the start, with exits built in"),
     "distill": Command(RUNS, "train a Mamba-2 student of a Transformer, or a hybrid"),
     "generate": Command("dynamax.commands.generate", "answer a prompt, each token coloured by the depth it left at"),
-    "info": Command("dynamax.commands.info", "versions, device, kernels, installed classes"),
+    "list": Command("dynamax.commands.list", "names that a configuration can use, such as exit heads and policies"),
+    "info": Command("dynamax.commands.info", "versions, device, kernels"),
 }
 
 
+TERMINATED = 128 + signal.SIGTERM
+
+
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
-    """Run one command and exit: 0, or 2 for a mistake in what was asked, 1 for a failure, 130 if stopped."""
+    """Run one command and exit.
+
+    The code is 0, or 2 for a mistake in what was asked, 1 for a failure, 130 if stopped by Ctrl-C, 143 by SIGTERM.
+    """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    debug = "--debug" in arguments or bool(os.environ.get("DYNAMAX_DEBUG"))
+    ended = arguments.index("--") if "--" in arguments else len(arguments)  # what follows is text, never an option
+    options = arguments[:ended]
+    debug = "--debug" in options or bool(os.environ.get("DYNAMAX_DEBUG"))
+    before = signal.getsignal(signal.SIGTERM)
+    if threading.current_thread() is threading.main_thread():  # others cannot set handlers
+        signal.signal(signal.SIGTERM, _terminated)  # Lightning keeps it beside its own, which would let fit exit with 0
     try:
-        _dispatch([argument for argument in arguments if argument != "--debug"])
+        _dispatch([option for option in options if option != "--debug"], arguments[ended:])
     except (KeyboardInterrupt, SystemExit) as ended:
-        if isinstance(ended, KeyboardInterrupt) or isinstance(ended.__context__, KeyboardInterrupt):
+        by_hand = isinstance(ended, KeyboardInterrupt) or isinstance(ended.__context__, KeyboardInterrupt)
+        if by_hand or (isinstance(ended, SystemExit) and ended.code == TERMINATED):
+            print(f"dynamax: stopped by {'Ctrl-C' if by_hand else 'SIGTERM'}", file=sys.stderr)
+        if by_hand:
             sys.exit(130)  # Lightning turns Ctrl-C into an exit of 1
         raise
     except Exception as error:
@@ -54,17 +71,31 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
             raise
         print(f"dynamax: {message}", file=sys.stderr)
         sys.exit(code)
+    finally:
+        if signal.getsignal(signal.SIGTERM) is _terminated:
+            signal.signal(signal.SIGTERM, before)
     sys.exit(0)
 
 
-def _dispatch(arguments: list[str]) -> None:
-    first = arguments[0] if arguments else "--help"
+def _terminated(number: int, frame: object) -> NoReturn:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once is enough: what is being tidied up should be finished
+    sys.exit(TERMINATED)
+
+
+def _dispatch(options: list[str], texts: list[str]) -> None:
+    first = options[0] if options else "--help"
     if first in ("-h", "--help", "help"):
         print(overview())
     elif first == "--version":
         print(f"dynamax {__version__}")
     elif first in COMMANDS:
-        import_module(COMMANDS[first].module).main(arguments)
+        asked = next((place for place, option in enumerate(options) if option in ("-h", "--help")), None)
+        if asked is None:
+            import_module(COMMANDS[first].module).main([*options, *texts])
+        elif options[asked + 1 :] == ["all"] and first not in ("list", "info"):
+            import_module(COMMANDS[first].module).main([first, "--help"])
+        else:
+            print(import_module("dynamax.commands.help").page(first, COMMANDS[first].purpose))
     elif first.startswith("-"):
         raise UserError(f"{first} stands before a command. Write the command first: dynamax fit {first} ...")
     else:
@@ -87,7 +118,7 @@ def overview() -> str:
             "A later -c lies over an earlier one, and options lie over both:",
             "  dynamax fit -c configs/demo/fit.yaml -c mine.yaml --trainer.max_epochs 12",
             "",
-            "dynamax COMMAND --help lists a command's options; --print_config prints all that a run would use.",
+            "dynamax COMMAND --help tells of a command's options; --print_config prints all that a run would use.",
             "--debug shows where an error was raised; --version, the version.",
         ]
     )

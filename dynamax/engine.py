@@ -462,7 +462,7 @@ def _find(model: str | Path | Source) -> tuple[Source, Path | None]:
     if path.suffix == ".gguf":
         return GGUF(str(path)), None
     name = str(model)
-    if name in SOURCES.points():
+    if name in SOURCES.names():
         return SOURCES.get(name)(), None
     if path.exists() or name.startswith((".", "/", "~")) or name.count("/") != 1:
         raise UserError(

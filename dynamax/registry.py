@@ -1,9 +1,14 @@
-"""Names to classes, by entry points: the same door for our own classes and for a third party's."""
+"""Names to parts, by entry points: one way in for our own parts and for those of other packages.
+
+Nothing is imported before a name is asked for. A part that cannot be imported stops only those who ask for it.
+"""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 from difflib import get_close_matches
+from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from typing import Generic, TypeVar
 
@@ -12,87 +17,115 @@ from dynamax.errors import UserError
 T = TypeVar("T")
 
 
+@cache
+def _installed(group: str) -> tuple[EntryPoint, ...]:
+    return tuple(entry_points(group=group))  # reads the metadata of every installed distribution, so once is enough
+
+
 class Registry(Generic[T]):
-    """The classes of one kind, by class name.
+    """The parts of one kind by name: the class name, or the model type of a family.
 
     Args:
         group: Entry-point group, such as ``dynamax.heads``.
         kind: What one of them is called in messages, such as ``exit head``.
+        bases: Classes that parts of this kind are made from, as ``module:Class``. An option that is annotated with
+            one of them takes names of this registry.
     """
 
-    def __init__(self, group: str, kind: str) -> None:
+    def __init__(self, group: str, kind: str, *bases: str) -> None:
         self.group = group
         self.kind = kind
-        self._points: dict[str, EntryPoint] | None = None
+        self.bases = bases
 
-    def points(self) -> dict[str, EntryPoint]:
-        """Entry points by name.
+    @property
+    def word(self) -> str:
+        """The kind as ``dynamax list`` calls it, such as ``heads``."""
+        return self.group.removeprefix("dynamax.")
 
-        Raises:
-            UserError: If two installed distributions offer the same name.
-        """
-        if self._points is None:
-            found: dict[str, EntryPoint] = {}
-            for point in entry_points(group=self.group):
-                known = found.get(point.name)
-                if known is not None and known.value != point.value:
-                    raise UserError(
-                        f"Two installed packages offer the {self.kind} {point.name}: {known.value} and {point.value}. "
-                        f"Uninstall one, or rename its class and entry point."
-                    )
-                found[point.name] = point
-            self._points = found
-        return self._points
+    def points(self) -> list[EntryPoint]:
+        """All entry points, sorted by name; two with one name are possible, and ``find`` refuses them."""
+        different = {(point.name, point.value): point for point in _installed(self.group)}
+        return [different[key] for key in sorted(different)]
 
     def names(self) -> list[str]:
-        """All known class names, sorted."""
-        return sorted(self.points())
+        """All known names, sorted."""
+        return sorted({point.name for point in self.points()})
 
-    def get(self, name: str) -> type[T]:
-        """The class of that name, imported now if it was not yet.
+    def find(self, name: str) -> EntryPoint:
+        """The entry point of a name; nothing is imported.
 
         Raises:
-            UserError: If the name is unknown, near names are listed; if its class cannot be imported.
+            UserError: If the name is unknown, with near names; if two packages offer it.
         """
-        points = self.points()
-        if name not in points:
-            raise UserError(self.unknown(name))
+        found = [point for point in self.points() if point.name == name]
+        if not found:
+            known = ", ".join(self.names()) or "none"
+            raise UserError(f"There is no {self.kind} named {name!r}.{near(name, self.names())} Known: {known}.")
+        if len(found) > 1:
+            raise UserError(
+                f"Two installed packages offer the {self.kind} {name}: {' and '.join(each.value for each in found)}. "
+                f"Uninstall one, or rename its class and entry point."
+            )
+        return found[0]
+
+    def get(self, name: str) -> type[T]:
+        """The part of that name, imported now if it was not yet.
+
+        Raises:
+            UserError: If the name is unknown, or offered twice; if the part cannot be imported, whatever the reason.
+        """
+        point = self.find(name)
         try:
-            return points[name].load()
-        except (ImportError, AttributeError) as error:
-            raise UserError(self.unloadable(points[name], error)) from error
-
-    def unloadable(self, point: EntryPoint, error: Exception) -> str:
-        """The message for a class that cannot be imported: where it should be, and what Python found there."""
-        top = point.module.split(".")[0]
-        found = getattr(sys.modules.get(top), "__file__", None) or "no file"
-        return (
-            f"The {self.kind} {point.name} cannot be imported from {point.value}: {error}. For {top}, Python found "
-            f"{found}. If that is another package, rename or remove it; if not, install again the package that offers "
-            f"{point.name}."
-        )
-
-    def unknown(self, name: str) -> str:
-        """The message for an unknown name: given, near, known."""
-        near = get_close_matches(name, self.points(), n=3, cutoff=0.5)
-        hint = f" Did you mean {' or '.join(near)}?" if near else ""
-        return f"There is no {self.kind} named {name!r}.{hint} Known: {', '.join(self.names())}."
-
-    def load_all(self) -> list[type[T]]:
-        """Import every class, so that short names work wherever classes are looked up by subclass."""
-        return [self.get(name) for name in self.names()]
+            return point.load()
+        except Exception as error:  # whatever a module of someone else raises while it is imported
+            top = point.value.split(":")[0].split(".")[0]
+            file = getattr(sys.modules.get(top), "__file__", None) or "no file"
+            reason = str(error) if isinstance(error, ImportError) else f"{type(error).__name__}: {error}"
+            raise UserError(
+                f"The {self.kind} {name} cannot be imported from {point.value}: {reason}. For {top}, Python found "
+                f"{file}. If that is another package, rename or remove it; if not, install again the package that "
+                f"offers {name}."
+            ) from error
 
 
-BACKBONES: Registry = Registry("dynamax.backbones", "backbone")
-HEADS: Registry = Registry("dynamax.heads", "exit head")
-POLICIES: Registry = Registry("dynamax.policies", "termination policy")
-OBJECTIVES: Registry = Registry("dynamax.objectives", "objective")
-TASKS: Registry = Registry("dynamax.tasks", "task")
-
-ALL: tuple[Registry, ...] = (BACKBONES, HEADS, POLICIES, OBJECTIVES, TASKS)
+def near(given: str, names: Iterable[str], cutoff: float = 0.5) -> str:
+    """A question with the known names nearest to a given one, after a space; empty if none is near."""
+    found = get_close_matches(given, list(names), n=3, cutoff=cutoff)
+    return f" Did you mean {' or '.join(found)}?" if found else ""
 
 
-def packages() -> set[str]:
-    """Top-level packages whose classes are known and whose errors are written for users: ours and plug-ins'."""
-    points = [point.value for registry in ALL for point in registry.points().values()]
-    return {value.split(":")[0].split(".")[0] for value in points} | {"dynamax", "callbacks"}
+SOURCES: Registry = Registry("dynamax.sources", "backbone source", "dynamax.backbones.sources:Source")
+FAMILIES: Registry = Registry("dynamax.families", "model family")
+HEADS: Registry = Registry("dynamax.heads", "exit head", "dynamax.heads.base:Lens", "dynamax.heads.base:Gate")
+POLICIES: Registry = Registry("dynamax.policies", "termination policy", "dynamax.policies.base:TerminationPolicy")
+DECODERS: Registry = Registry("dynamax.decoders", "decoder", "dynamax.decoding.base:Decoder")
+SKIPPED_STATE: Registry = Registry(
+    "dynamax.skipped_state", "rule for skipped state", "dynamax.backbones.skipped_state:SkippedState"
+)
+SAMPLERS: Registry = Registry("dynamax.samplers", "sampler", "dynamax.decoding.sampling:Sampler")
+OBJECTIVES: Registry = Registry(
+    "dynamax.objectives",
+    "objective",
+    "dynamax.objectives.base:Objective",
+    "dynamax.objectives.early_exit:LanguageObjective",
+    "dynamax.objectives.distillation:DistillationLoss",
+)
+TASKS: Registry = Registry("dynamax.tasks", "task", "dynamax.tasks.base:Task")
+TEXT_SOURCES: Registry = Registry(
+    "dynamax.text_sources", "text source", "dynamax.data.text:TextSource", "dynamax.data.text:Corpus"
+)
+CALLBACKS: Registry = Registry("dynamax.callbacks", "callback", "lightning.pytorch.callbacks.callback:Callback")
+
+ALL: tuple[Registry, ...] = (
+    SOURCES,
+    FAMILIES,
+    HEADS,
+    POLICIES,
+    DECODERS,
+    SKIPPED_STATE,
+    SAMPLERS,
+    OBJECTIVES,
+    TASKS,
+    TEXT_SOURCES,
+    CALLBACKS,
+)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import os
+import signal
 import subprocess
 import sys
 
@@ -67,6 +69,28 @@ def test_control_c_is_130(monkeypatch: pytest.MonkeyPatch, action: object) -> No
     assert code("info") == 130
 
 
+def test_sigterm_is_143_and_is_handled_as_before_afterwards(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr("dynamax.commands.info.main", lambda _: os.kill(os.getpid(), signal.SIGTERM))
+    try:
+        assert code("info") == 143
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert "stopped by SIGTERM" in capsys.readouterr().err
+    monkeypatch.setattr("dynamax.commands.info.main", lambda _: None)
+    assert code("info") == 0
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_what_stands_behind_two_dashes_is_no_option(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[list[str]] = []
+    monkeypatch.setattr("dynamax.commands.info.main", given.append)
+    assert code("info", "--debug", "--", "--debug", "--help") == 0
+    assert given == [["info", "--", "--debug", "--help"]]
+
+
 def test_other_exits_keep_their_code(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dynamax.commands.info.main", lambda _: sys.exit(3))
     assert code("info") == 3
@@ -112,9 +136,9 @@ def test_a_full_disk_is_a_failure_and_not_a_mistake() -> None:
     assert verdict(OSError(errno.EIO, "odd"))[0] is None
 
 
-def test_info_tells_versions_and_classes(capsys: pytest.CaptureFixture[str]) -> None:
+def test_info_tells_versions_and_where_names_are(capsys: pytest.CaptureFixture[str]) -> None:
     assert code("info") == 0
     shown = capsys.readouterr().out
     assert f"dynamax       {__version__}" in shown
     assert torch.__version__ in shown
-    assert "MambaGate" in shown
+    assert "dynamax list" in shown

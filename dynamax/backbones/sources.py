@@ -26,7 +26,8 @@ from dynamax.backbones.loading import load_backbone, read_config, read_generatio
 from dynamax.backbones.smollm2_package import unpack_gguf
 from dynamax.backbones.user_cache import made_once
 from dynamax.errors import UserError
-from dynamax.registry import BACKBONES
+from dynamax.paths import InputPath
+from dynamax.registry import SOURCES
 from dynamax.types import Span
 
 GGUF_GROWTH = 10
@@ -78,7 +79,7 @@ class Source(ABC):
                     f"path, and build the object inside the class."
                 ) from None
         kind, name = type(self), type(self).__name__
-        registered = name in BACKBONES.points() and BACKBONES.get(name) is kind
+        registered = name in SOURCES.names() and SOURCES.get(name) is kind
         return {"class": name if registered else f"{kind.__module__}.{kind.__qualname__}", "options": dict(self._given)}
 
     @abstractmethod
@@ -125,7 +126,7 @@ def source_from(recipe: Mapping[str, Any]) -> Source:
     """
     name, options = recipe["class"], recipe["options"]
     try:
-        kind = pkgutil.resolve_name(name) if "." in name else BACKBONES.get(name)
+        kind = pkgutil.resolve_name(name) if "." in name else SOURCES.get(name)
     except (ImportError, AttributeError) as error:
         raise UserError(
             f"The backbone is of the class {name}, which cannot be imported: {error}. Put the folder that holds "
@@ -183,8 +184,8 @@ class Folder(FolderSource):
 
     paths = ("path",)
 
-    def __init__(self, path: str) -> None:
-        self.path = path
+    def __init__(self, path: InputPath) -> None:
+        self.path = str(path)
 
     def folder(self) -> Path:
         """The folder itself."""
@@ -239,8 +240,8 @@ class GGUF(FolderSource):
 
     paths = ("path",)
 
-    def __init__(self, path: str, sha256: str | None = None) -> None:
-        self.path = path
+    def __init__(self, path: InputPath, sha256: str | None = None) -> None:
+        self.path = str(path)
         self.sha256 = sha256
 
     def folder(self) -> Path:
@@ -268,8 +269,8 @@ class SmolLM2(FolderSource):
     SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
     ROOM = 1_000_000_000
 
-    def __init__(self, wheel: str | None = None) -> None:
-        self.wheel = wheel
+    def __init__(self, wheel: InputPath | None = None) -> None:
+        self.wheel = None if wheel is None else str(wheel)
 
     def folder(self) -> Path:
         """The dense copy."""

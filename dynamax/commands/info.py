@@ -9,21 +9,19 @@ from dynamax import __version__
 from dynamax.device import chosen
 from dynamax.kernels.backend import PACKAGES, backend
 from dynamax.metrics.environment import environment
-from dynamax.registry import ALL
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Print versions, device, kernels and the installed classes of each kind."""
+    """Print versions, device and kernels."""
     facts = {"dynamax": __version__, **environment(chosen("auto"), dtype="float32", batch=1)}
     for name in ("dtype", "batch"):
         facts.pop(name)
     for package in PACKAGES:
         there = find_spec(package) is not None
         facts[package] = f"installed; {kernel_use(package)}" if there else "not installed; plain PyTorch is used"
-    for registry in ALL:
-        facts[registry.group.removeprefix("dynamax.")] = ", ".join(registry.names())
     for name, value in facts.items():
         print(f"{name:<14}{value}")
+    print("\nNames of exit heads, policies and all other parts, with the packages they come from: dynamax list")
 
 
 def kernel_use(package: str) -> str:

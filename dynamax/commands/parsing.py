@@ -1,194 +1,296 @@
-"""The parser of every command: short class names, repeated keys refused, complaints in one screen."""
+"""What all parsers of ours do: names of parts, text as it stands, paths, what a later value does to an earlier one.
+
+Knows jsonargparse; knows neither Lightning nor any part.
+"""
 
 from __future__ import annotations
 
 import inspect
-import logging
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+import os
+import sys
+import types
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from itertools import chain
+from pathlib import Path
+from typing import Any, ClassVar, Union, get_args, get_origin
 
+import jsonargparse._typehints as typehints
 import yaml
-from jsonargparse import ArgumentError, ArgumentParser, Namespace, get_loader, set_loader
-from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.cli import LightningArgumentParser
+from jsonargparse import ArgumentError, ArgumentParser, get_loader, set_loader
 from transformers.utils.logging import disable_progress_bar
 
-from dynamax.backbones.skipped_state import SkippedState
-from dynamax.backbones.sources import Source
-from dynamax.commands.config_merge import set_merge_rules
 from dynamax.commands.messages import Known, explain
-from dynamax.data import answers, corpora, generated, glosses, hidden, language, tasks
-from dynamax.data.text import Corpus, TextSource
-from dynamax.decoding.sampling import Sampler
 from dynamax.errors import UserError
-from dynamax.heads.base import Gate, Lens
-from dynamax.modules import decoding, distilling, heads, pretraining
-from dynamax.objectives.base import Objective
-from dynamax.objectives.distillation import DistillationLoss
-from dynamax.objectives.early_exit import LanguageObjective
-from dynamax.policies.base import TerminationPolicy
-from dynamax.registry import ALL, Registry, packages
-from dynamax.tasks.base import Task
-
-CALLBACKS: Registry = Registry("dynamax.callbacks", "callback")
-COMPOSED = (
-    answers,
-    corpora,
-    decoding,
-    distilling,
-    generated,
-    glosses,
-    heads,
-    hidden,
-    language,
-    pretraining,
-    tasks,
-)  # imported, so that their classes go by short names
-
-LOAD_YAML = get_loader("yaml")
-NOISE = (
-    ".*LeafSpec",  # Lightning 2.6 beside torch 2.13
-    ".*does not have many workers",  # batches come from memory maps: workers would only copy
-    "Found \\d+ module\\(s\\) in eval mode",  # a backbone is always in eval mode: it has no dropout to train with
-    "You have overridden `on_before_batch_transfer`",  # on purpose
+from dynamax.paths import ReadPath, read_path
+from dynamax.registry import (
+    ALL,
+    CALLBACKS,
+    DECODERS,
+    HEADS,
+    OBJECTIVES,
+    POLICIES,
+    SAMPLERS,
+    SKIPPED_STATE,
+    SOURCES,
+    TASKS,
+    TEXT_SOURCES,
+    Registry,
 )
 
-KINDS: dict[str, type] = {
-    "backbone": Source,
-    "lens": Lens,
-    "gates": Gate,
-    "policy": TerminationPolicy,
-    "policies": TerminationPolicy,
-    "lens_objective": Objective,
-    "gate_objective": Objective,
-    "objective": LanguageObjective,
-    "loss": DistillationLoss,
-    "task": Task,
-    "text": TextSource,
-    "corpus": Corpus,
-    "writer": Source,
-    "teacher": Source,
-    "tokenizer": Source,
-    "rule": SkippedState,
-    "sampler": Sampler,
-    "callbacks": Callback,
-    "model": LightningModule,
-    "data": LightningDataModule,
+LOAD_YAML = get_loader("yaml")
+RESOLVE = typehints.resolve_class_path_by_name
+SEQUENCES = (list, tuple, Sequence)
+_broken: list[UserError] = []
+"""Parts that were named and cannot be imported: jsonargparse may try something else then, and tell of that alone."""
+
+KINDS: dict[str, Registry] = {
+    **dict.fromkeys(("backbone", "writer", "teacher", "tokenizer"), SOURCES),
+    **dict.fromkeys(("lens", "gates"), HEADS),
+    **dict.fromkeys(("policy", "policies"), POLICIES),
+    **dict.fromkeys(("lens_objective", "gate_objective", "objective", "loss"), OBJECTIVES),
+    **dict.fromkeys(("text", "corpus"), TEXT_SOURCES),
+    "decoder": DECODERS,
+    "task": TASKS,
+    "rule": SKIPPED_STATE,
+    "skipped_state": SKIPPED_STATE,
+    "sampler": SAMPLERS,
+    "callbacks": CALLBACKS,
 }
+"""What may stand under a key, for messages."""
 
 
-class Parser(LightningArgumentParser):
-    """Raises its complaints; takes no abbreviated options, which would hide misspelt ones."""
+class Rules:
+    """For a parser of jsonargparse: raises its complaints, and holds our rules for options.
+
+    It takes no abbreviated options, which would hide misspelt ones.
+
+    Attributes:
+        classes: Classes that may be named and are in no registry, by the key they stand under.
+    """
+
+    classes: ClassVar[dict[str, Sequence[type]]] = {}
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401 - those of jsonargparse
         super().__init__(*args, **{"exit_on_error": False, "allow_abbrev": False, **kwargs})
 
     def add_class_arguments(self, *args: Any, **kwargs: Any) -> list[str]:  # noqa: ANN401 - those of jsonargparse
-        """Options of a class; some of them replace an earlier value as a whole."""
-        added = super().add_class_arguments(*args, **kwargs)
-        set_merge_rules(self)
+        """Options of a class, under our rules."""
+        added = super().add_class_arguments(*args, **kwargs)  # type: ignore[misc]
+        set_rules(self)  # type: ignore[arg-type]
         return added
 
     def add_function_arguments(self, *args: Any, **kwargs: Any) -> list[str]:  # noqa: ANN401 - those of jsonargparse
-        """The same of a function."""
-        added = super().add_function_arguments(*args, **kwargs)
-        set_merge_rules(self)
+        """Options of a function, under our rules."""
+        added = super().add_function_arguments(*args, **kwargs)  # type: ignore[misc]
+        set_rules(self)  # type: ignore[arg-type]
         return added
 
-    def instantiate_classes(self, cfg: Any, **kwargs: Any) -> Namespace:  # noqa: ANN401 - those of jsonargparse
-        """What LightningCLI calls, by the name that jsonargparse has for it now."""
-        return self.instantiate(cfg, **kwargs)
+    def read_arguments(self, arguments: Sequence[str]) -> Any:  # noqa: ANN401 - a namespace of jsonargparse
+        """What the arguments come to.
+
+        Raises:
+            UserError: For whatever is wrong with them, on one screen.
+        """
+        _broken.clear()
+        check_files(arguments)
+        try:
+            return self.parse_args(list(arguments))  # type: ignore[attr-defined]
+        except ArgumentError as error:
+            check_files(arguments, parts=True)  # only now: what looks like a part's file may be a text
+            cause: BaseException | None = _broken[0] if _broken else error
+            while cause is not None:
+                if isinstance(cause, UserError):
+                    raise cause from error
+                cause = cause.__cause__
+            raise UserError(explain(str(error), Known(self.names, self.options))) from error
+
+    def names(self, key: str) -> list[str]:
+        """Names of the parts that may stand under a key; of all parts, if the key is none of ours."""
+        ours = key in KINDS or key in self.classes
+        registries = [KINDS[key]] if key in KINDS else [] if ours else ALL
+        classes = self.classes.get(key, ()) if ours else chain(*self.classes.values())
+        return sorted({*chain(*(each.names() for each in registries)), *(each.__name__ for each in classes)})
+
+    def options(self) -> set[str]:
+        """Names of options: of the parser, of its commands, and of the parts that were named, which are imported."""
+        parser: Any = self
+        commands = parser._subcommands_action._name_parser_map.values() if parser._subcommands_action else ()
+        actions = [action for each in (parser, *commands) for action in each._actions]
+        points = [point.value.partition(":") for registry in ALL for point in registry.points()]
+        named = [getattr(sys.modules.get(module), name, None) for module, _, name in points]
+        classes = filter(inspect.isclass, chain(named, *self.classes.values()))
+        return {
+            *(option.lstrip("-") for action in actions for option in action.option_strings),
+            *(name for each in classes for name in inspect.signature(each).parameters),
+        }
 
 
-@contextmanager
-def one_screen(parser: ArgumentParser) -> Iterator[None]:
-    """Turn the parser's complaints into messages for the person who typed.
-
-    Raises:
-        UserError: In place of the parser's error.
-    """
-    try:
-        yield
-    except ArgumentError as error:
-        raise UserError(explain(str(error), Known(class_names, own_class_names, lambda: _options(parser)))) from error
-
-
-def _options(parser: ArgumentParser) -> set[str]:
-    own = {option.lstrip("-") for action in parser._actions for option in action.option_strings}
-    trainer = {f"trainer.{option}" for option in _parameters(Trainer)}
-    return own | trainer | {option for kind in KINDS.values() for option in _parameters(kind)}
-
-
-def class_names(key: str) -> list[str]:
-    """Names of the classes that may stand under a key; of all classes, if the key is none of ours."""
-    return sorted({each.__name__ for each in _named(key)})
-
-
-def own_class_names(key: str) -> list[str]:
-    """The same, of this project and its plug-ins only; Lightning's documentation lists its own."""
-    known = packages()
-    return sorted({each.__name__ for each in _named(key) if each.__module__.split(".")[0] in known})
-
-
-def _named(key: str) -> Iterator[type]:
-    for kind in [KINDS[key]] if key in KINDS else KINDS.values():
-        yield from _classes(kind)
-
-
-def _classes(kind: type) -> Iterator[type]:
-    for child in kind.__subclasses__():
-        if not inspect.isabstract(child) and not child.__name__.startswith("_"):
-            yield child
-        yield from _classes(child)
-
-
-def _parameters(kind: type) -> set[str]:
-    return {name for each in (kind, *_classes(kind)) for name in inspect.signature(each).parameters}
+class Parser(Rules, ArgumentParser):
+    """A parser with our rules and without Lightning."""
 
 
 def prepare() -> None:
-    """Make short class names known and repeated keys an error; silence what tells a user nothing."""
-    _know_all_classes()
-    _refuse_repeated_keys()
-    disable_progress_bar()
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_worth_saying)
-    for message in NOISE:
-        warnings.filterwarnings("ignore", message)
+    """Teach jsonargparse the names of parts, and that a key may stand once in a mapping."""
+    typehints.resolve_class_path_by_name = resolve
+    disable_progress_bar()  # of reading weights
+    set_loader("yaml", _load, (yaml.YAMLError,))  # without the errors, text that is no YAML would end in a traceback
 
 
-def _worth_saying(record: logging.LogRecord) -> bool:
-    return "litlogger" not in record.getMessage()
+def resolve(kind: Any, name: str) -> str:  # noqa: ANN401 - a class, or whatever else an option is annotated with
+    """The import path of the class that a name means where a class of some kind is wanted.
+
+    It stands in place of jsonargparse's own search, which knows only the classes that are imported already: so all
+    would have to be, and one broken plug-in would stop every command.
+
+    Raises:
+        UserError: If there is such a part, and it cannot be imported.
+    """
+    bases = {f"{each.__module__}:{each.__qualname__}" for each in getattr(kind, "__mro__", ())}
+    for registry in ALL:
+        if "." not in name and bases.intersection(registry.bases) and name in registry.names():
+            try:
+                part = registry.get(name)
+            except UserError as error:
+                _broken.append(error)
+                raise
+            return f"{part.__module__}.{part.__qualname__}"
+    return RESOLVE(kind, name)
 
 
-def _know_all_classes() -> None:
-    for registry in (*ALL, CALLBACKS):
-        registry.load_all()
+# -- options ----------------------------------------------------------------------------------------
 
 
-def _refuse_repeated_keys() -> None:
-    """PyYAML keeps the last of two equal keys without a word."""
+def set_rules(parser: ArgumentParser) -> None:
+    """Set how the options of a parser are read, once each."""
+    for action in parser._actions:
+        if isinstance(action, typehints.ActionTypeHint) and not isinstance(action._check_type_, _Rule):
+            action._check_type_ = _Rule(action._check_type_, action.dest, action._typehint)
 
-    def checked(stream: str) -> Any:  # noqa: ANN401 - whatever YAML holds
-        for node in _mappings(yaml.compose(stream, Loader=yaml.SafeLoader)):
+
+class _Rule:
+    """How a value given for one option is read, and what it does to an earlier one.
+
+    - Text is taken as it stands: it is not YAML. Where there may be none, ``null`` is none. A list of texts is written
+      as ``[a, b]``, with quotes where YAML needs them; anything else is a list of one text.
+    - A whole mapping of ``exits`` begins anew: jsonargparse would keep the lens or the gates of the exit that stood at
+      its depth before. A part, as ``--model.exits.2.lens`` gives it, changes the earlier value.
+    - Entries of ``config`` lie over the earlier ones: jsonargparse, which cannot look into such a mapping, would lose
+      those. A mapping that names a model type is another model's, and begins anew.
+    """
+
+    def __init__(self, check: Callable[..., Any], option: str, kind: Any) -> None:  # noqa: ANN401 - an annotation
+        self.check = check
+        self.option = option
+        kinds = list(get_args(kind)) if get_origin(kind) in (Union, types.UnionType) else [kind]
+        self.may_be_none = type(None) in kinds
+        self.is_path = ReadPath in kinds
+        lists = [each for each in kinds if get_origin(each) in SEQUENCES and set(get_args(each)) - {...} == {str}]
+        self.is_list = bool(lists)
+        self.is_text = all(each in (str, ReadPath, type(None), *lists) for each in kinds)
+
+    def __call__(self, value: Any, *, cfg: Any = None, append: bool = False, **more: Any) -> Any:  # noqa: ANN401
+        if isinstance(value, str) and self.is_text and not append:
+            if self.may_be_none and value == "null":
+                return None
+            if not self.is_list:
+                return read_path(value) if self.is_path and type(value) is str else value
+            value = _texts(value)
+        if self.option == "exits":
+            return self.check(value, cfg=None if isinstance(value, dict | str) else cfg, append=append, **more)
+        found, earlier = self.check(value, cfg=cfg, append=append, **more), cfg.get(self.option) if cfg else None
+        if self.option == "config" and isinstance(found, dict) and isinstance(earlier, dict):
+            return found if "model_type" in found else {**earlier, **found}
+        return found
+
+
+def _texts(given: str) -> list[str]:
+    if given.startswith("["):
+        with suppress(yaml.YAMLError):
+            found = yaml.load(given, yaml.BaseLoader)  # noqa: S506 - knows text, lists and mappings only
+            if isinstance(found, list) and all(isinstance(each, str) for each in found):
+                return found
+    return [given]
+
+
+# -- files ------------------------------------------------------------------------------------------
+
+
+def _load(text: str) -> Any:  # noqa: ANN401 - whatever YAML holds
+    """What jsonargparse loads, for values that are written on the command line; files are checked before."""
+    _check_keys(yaml.compose(text, Loader=yaml.SafeLoader), "")
+    return LOAD_YAML(text)
+
+
+def check_files(arguments: Sequence[str], *, parts: bool = False) -> None:
+    """Check the YAML files that arguments name, since jsonargparse tells of a damaged file without its name.
+
+    Args:
+        arguments: Those of a command.
+        parts: Whether to check all files that these name in turn, too.
+
+    Raises:
+        UserError: Naming the file and the place in it.
+    """
+    ended = list(arguments).index("--") if "--" in arguments else len(arguments)
+    checked: set[Path] = set()
+    for before, argument in zip(("", *arguments), arguments[:ended], strict=False):
+        option, equals, value = argument.partition("=") if argument.startswith("-") else (before, "=", argument)
+        if option in ("-c", "--config") and equals:
+            if not os.path.isfile(value):
+                what = "is a folder" if os.path.isdir(value) else "does not exist"
+                raise UserError(
+                    f"{value} was given after {option}, but it {what}. Wanted: a YAML file. Correct the path."
+                )
+            _check_file(Path(value), checked, whole=True, parts=parts)
+        elif parts and value.endswith((".yaml", ".yml")) and os.path.isfile(value):
+            _check_file(Path(value), checked, parts=True)
+
+
+def _check_file(file: Path, checked: set[Path], *, whole: bool = False, parts: bool = False) -> None:
+    if file.resolve() in checked:
+        return
+    checked.add(file.resolve())
+    try:
+        text = file.read_text("utf-8")
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise UserError(
+            f"{file}, line {line}: the byte 0x{error.object[error.start]:02x} is not UTF-8. Save the file as UTF-8."
+        ) from error
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        place = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        tab = " YAML is indented by spaces, not tabs." if "'\\t'" in str(error.problem) else ""
+        raise UserError(f"{file}{place}: this is not YAML: {error.problem}.{tab} Correct the line.") from error
+    except yaml.YAMLError as error:
+        raise UserError(f"{file}: this is not YAML: {' '.join(str(error).split())}.") from error
+    if whole and not isinstance(node, yaml.MappingNode):
+        found = "nothing" if node is None else "a list" if isinstance(node, yaml.SequenceNode) else "one value"
+        raise UserError(f"{file} holds {found}; wanted: options, a line each, such as `model: HeadsModule`.")
+    for name in _check_keys(node, f"{file}: "):
+        if parts and name.endswith((".yaml", ".yml")) and (part := file.parent / os.path.expanduser(name)).is_file():
+            _check_file(part, checked, parts=True)
+
+
+def _check_keys(node: yaml.Node | None, place: str) -> Sequence[str]:
+    """Refuse two equal keys in one mapping: YAML keeps the last without a word. Returns all values that are text."""
+    values: list[str] = []
+    left = [node]
+    while left:
+        node = left.pop()
+        if isinstance(node, yaml.MappingNode):
             keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
             for key in keys:
                 if keys.count(key) > 1:
                     raise UserError(
-                        f"The key {key} stands twice in the mapping that begins on line {node.start_mark.line + 1}. "
-                        f"A key may stand once: the second would hide the first. Remove one."
+                        f"{place}The key {key} stands twice in the mapping that begins on line "
+                        f"{node.start_mark.line + 1}. A key may stand once, or the second would hide the first."
                     )
-        return LOAD_YAML(stream)
-
-    set_loader("yaml", checked)
-
-
-def _mappings(node: yaml.Node | None) -> Iterator[yaml.MappingNode]:
-    if isinstance(node, yaml.MappingNode):
-        yield node
-        for _, value in node.value:
-            yield from _mappings(value)
-    elif isinstance(node, yaml.SequenceNode):
-        for value in node.value:
-            yield from _mappings(value)
+            left += [value for _, value in node.value]
+        elif isinstance(node, yaml.SequenceNode):
+            left += node.value
+        elif isinstance(node, yaml.ScalarNode):
+            values.append(node.value)
+    return values

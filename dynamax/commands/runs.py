@@ -3,23 +3,33 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
+import sys
+import time
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from jsonargparse import Namespace
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer, callbacks
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
 from dynamax.backbones.sources import Source
-from dynamax.commands.parsing import Parser, one_screen, prepare
+from dynamax.commands.parsing import Rules, prepare
+from dynamax.data.hidden import HiddenStates
+from dynamax.data.language import LanguageData
+from dynamax.data.tasks import TaskData
 from dynamax.errors import UserError
+from dynamax.heads.saved import RECORD
 from dynamax.modules.checks import one_device
 from dynamax.modules.decoding import DecodingModule
 from dynamax.modules.distilling import DistillationModule
 from dynamax.modules.heads import HeadsModule
 from dynamax.modules.language import LanguageModule
 from dynamax.modules.pretraining import PretrainingModule
+from dynamax.registry import CALLBACKS
 
 LANGUAGE: dict[str, type[LanguageModule]] = {"train": PretrainingModule, "distill": DistillationModule}
 """Commands that train a whole model, and what they train."""
@@ -37,6 +47,27 @@ TAKES: dict[str, tuple[str, tuple[type[LightningModule], ...]]] = {
 """What commands do, and those of our models that they can do it with."""
 CHECKPOINTS = r"best|last|hpc|registry.*|\w+://.+"
 """Values of ``ckpt_path`` that Lightning finds a file for."""
+NOISE = (
+    ".*LeafSpec",  # Lightning 2.6 beside torch 2.13
+    ".*does not have many workers",  # batches come from memory maps: workers would only copy
+    "Found \\d+ module\\(s\\) in eval mode",  # a backbone is always in eval mode: it has no dropout to train with
+    "You have overridden `on_before_batch_transfer`",  # on purpose
+)
+"""Warnings that tell a user nothing."""
+
+
+class RunParser(Rules, LightningArgumentParser):
+    """LightningCLI's parser, under our rules."""
+
+    classes: ClassVar[dict[str, Sequence[type]]] = {
+        "model": tuple(MEANT.values()),
+        "data": (HiddenStates, TaskData, LanguageData),
+        "callbacks": tuple(getattr(callbacks, name) for name in callbacks.__all__),
+    }
+
+    def instantiate_classes(self, cfg: Any, **kwargs: Any) -> Namespace:  # noqa: ANN401 - those of jsonargparse
+        """What LightningCLI calls, by the name that jsonargparse has for it now."""
+        return self.instantiate(cfg, **kwargs)
 
 
 class StoreTrainer(Trainer):
@@ -98,11 +129,56 @@ class DynamaxCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parse; mistakes are told in one screen."""
-        with one_screen(parser):
-            self.config = parser.parse_args(cast(Sequence[str], args))
+        self.config = cast(RunParser, parser).read_arguments(cast(Sequence[str], args))
         path = self.config[self.config.subcommand].get("ckpt_path")
         if path and not re.fullmatch(CHECKPOINTS, str(path)) and not Path(path).is_file():
             raise UserError(f"There is no checkpoint {path}. Correct the path after --ckpt_path.")
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        began = time.time()
+        try:
+            super()._run_subcommand(subcommand)
+        except (KeyboardInterrupt, SystemExit) as stopped:
+            by_hand = KeyboardInterrupt in (type(stopped), type(stopped.__context__))  # Lightning exits with 1 for it
+            if by_hand or (isinstance(stopped, SystemExit) and stopped.code == 143):
+                print("dynamax:", *self._kept(began), file=sys.stderr, flush=True)
+            raise
+
+    def _kept(self, began: float) -> list[str]:
+        """What a run that was stopped leaves behind, and how to go on."""
+        command, told = str(self.subcommand), []
+        if command == "test":
+            return ["A report is written at the end, so there is none of this run. Run the same command again."]
+        if command == "validate":
+            return ["Nothing had to be kept. Run the same command again."]
+        if command == "predict":
+            return ["The answers that were printed are whole; run the same command again for all."]
+        if isinstance(self.datamodule, HiddenStates | LanguageData):
+            told.append(f"What lies in {self.datamodule.folder} is kept: the same command goes on behind it.")
+        if command == "cache":
+            return told
+
+        def written(folder: Path) -> bool:
+            file = folder / RECORD
+            return file.is_file() and file.stat().st_mtime >= began
+
+        saving = CALLBACKS.get("HeadsCheckpoint")
+        present = cast(list[Callback], cast(Any, self.trainer).callbacks)
+        for each in present:
+            if not isinstance(each, saving):
+                continue
+            folder = Path(cast(Any, each).folder)
+            places = {"the best heads so far": folder, "the newest": folder / "last"}
+            saved = [f"{what} in {place}" for what, place in places.items() if written(place)]
+            found = f"Saved were {' and '.join(saved)}" if saved else f"No heads had been saved to {folder} yet"
+            told.append(f"{found}.")
+        checkpoints = [each for each in present if isinstance(each, callbacks.ModelCheckpoint)]
+        newest = next((path for each in checkpoints if (path := each.last_model_path or each.best_model_path)), None)
+        if newest:
+            told.append(f"To go on where it stopped, run the same command with --ckpt_path {newest}")
+        else:
+            told.append("No checkpoint of the trainer was saved, so training begins anew with the same command.")
+        return told
 
     def after_instantiate_classes(self) -> None:
         """Refuse a model that another command is for."""
@@ -167,15 +243,22 @@ def _exits(model: LightningModule) -> list[int]:
     return sorted(model.exits) if isinstance(model, HeadsModule) else []
 
 
+def _no_advertisement(record: logging.LogRecord) -> bool:
+    return "litlogger" not in record.getMessage()
+
+
 def main(arguments: Sequence[str]) -> None:
-    """Run one of Lightning's commands, or ``cache``."""
+    """Run one of Lightning's commands, or ``cache``, ``train`` or ``distill``."""
     prepare()
+    for message in NOISE:
+        warnings.filterwarnings("ignore", message)
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_no_advertisement)
     DynamaxCLI(
         trainer_class=StoreTrainer,
         trainer_defaults={"enable_checkpointing": False, "default_root_dir": "runs", "devices": 1},
         seed_everything_default=0,
         save_config_kwargs={"overwrite": True},
-        parser_class=Parser,
+        parser_class=RunParser,
         auto_configure_optimizers=False,
         load_from_checkpoint_support=False,
         args=list(arguments),

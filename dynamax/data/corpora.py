@@ -13,6 +13,7 @@ from dynamax.data.files import SampleBy, checked_file, read_file, text_of
 from dynamax.data.text import Corpus, Document, Text, TextSource, check_length, check_positive, windows
 from dynamax.engine import Engine
 from dynamax.errors import UserError
+from dynamax.paths import InputPath
 
 GROUP = 64
 Rows = datasets.Dataset | datasets.IterableDataset
@@ -82,7 +83,7 @@ class LocalText(RowText):
 
     def __init__(
         self,
-        path: str,
+        path: InputPath,
         *,
         field: str = "text",
         length: int = 256,
@@ -90,7 +91,7 @@ class LocalText(RowText):
         sample_by: SampleBy = "paragraph",
     ) -> None:
         check_positive(self, length=length, rows=rows)
-        self.path, self.field, self.length, self.rows = path, field, length, rows
+        self.path, self.field, self.length, self.rows = str(path), field, length, rows
         self.sample_by: SampleBy = sample_by
 
     @property

@@ -17,6 +17,7 @@ from dynamax.data.text import Document, TextSource, check_positive, derived_seed
 from dynamax.decoding.sampling import Sampled
 from dynamax.engine import Engine
 from dynamax.errors import UserError
+from dynamax.paths import InputPath
 
 
 class Encoded(NamedTuple):
@@ -57,7 +58,7 @@ class SelfGenerated(TextSource):
 
     def __init__(
         self,
-        prompts: str | None = None,
+        prompts: InputPath | None = None,
         *,
         field: str = "prompt",
         questions: int | None = None,
@@ -78,7 +79,8 @@ class SelfGenerated(TextSource):
                 f"count shipped prompts. Leave out one or the other."
             )
         Sampled(temperature, top_k=top_k, top_p=top_p)  # refuses what it cannot sample with, before a model is loaded
-        self.prompts, self.field, self.questions, self.passages = prompts, field, questions, passages
+        self.prompts = None if prompts is None else str(prompts)
+        self.field, self.questions, self.passages = field, questions, passages
         self.chat = chat
         self.temperature, self.top_k, self.top_p = temperature, top_k, top_p
         self.documents, self.max_new_tokens, self.batch, self.seed = documents, max_new_tokens, batch, seed

@@ -13,6 +13,7 @@ import datasets
 from dynamax.data.corpora import GROUP, RowText
 from dynamax.data.text import check_positive
 from dynamax.errors import UserError
+from dynamax.paths import InputPath
 
 FILES = ("data.noun", "data.verb", "data.adj", "data.adv")
 KINDS = {"n": "noun", "v": "verb", "a": "adjective", "s": "adjective", "r": "adverb"}
@@ -33,9 +34,9 @@ class Glosses(RowText):
         rows: Read only so many lines; all if left out.
     """
 
-    def __init__(self, folder: str = "/usr/share/wordnet", *, length: int = 256, rows: int | None = None) -> None:
+    def __init__(self, folder: InputPath = "/usr/share/wordnet", *, length: int = 256, rows: int | None = None) -> None:
         check_positive(self, length=length, rows=rows)
-        self.folder, self.length, self.rows, self.field = folder, length, rows, "text"
+        self.folder, self.length, self.rows, self.field = str(folder), length, rows, "text"
 
     @property
     def name(self) -> str:

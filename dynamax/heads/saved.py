@@ -64,7 +64,7 @@ def entry(head: ExitHead) -> dict[str, Any]:
 def recorded_name(head: type[ExitHead]) -> str:
     """The short name of a registered class; ``module.Class`` of any other, so that it is found again."""
     name = head.__name__
-    return name if name in HEADS.points() and HEADS.get(name) is head else dotted(head)
+    return name if name in HEADS.names() and HEADS.get(name) is head else dotted(head)
 
 
 def dotted(head: type[ExitHead]) -> str:
@@ -99,7 +99,7 @@ def known(name: str) -> type[ExitHead]:
         UserError: If there is none.
     """
     imported = {spelt: head for head in subclasses(ExitHead) for spelt in (head.__name__, dotted(head))}
-    if name in imported and name not in HEADS.points():
+    if name in imported and name not in HEADS.names():
         return imported[name]
     return fetched(name) if "." in name else HEADS.get(name)
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 
 from dynamax.backbones.base import Backbone
 from dynamax.errors import UserError
 from dynamax.heads.bank import Exit, ExitBank
 from dynamax.heads.base import ExitHead
 from dynamax.objectives.base import Objective, Phase
+from dynamax.paths import InputPath
 
 Objectives = Mapping[Phase, Objective | None]
 
@@ -22,7 +24,7 @@ def trained(bank: ExitBank, phase: Phase) -> Iterator[ExitHead]:
         yield from [bank.lens(depth)] if phase == "lenses" else bank.gates(depth).values()
 
 
-def assembled(exits: Mapping[int, Exit], folder: str | None, top: Backbone) -> ExitBank:
+def assembled(exits: Mapping[int, Exit], folder: InputPath | None, top: Backbone) -> ExitBank:
     """Fresh heads, or those saved in a folder.
 
     Raises:
@@ -31,7 +33,7 @@ def assembled(exits: Mapping[int, Exit], folder: str | None, top: Backbone) -> E
     fresh = ExitBank(exits, top.site)
     if folder is None:
         return fresh
-    bank = ExitBank.load(folder, top.site)
+    bank = ExitBank.load(Path(folder), top.site)
     asked, found = (json.dumps(each.record(top.spec)["exits"], sort_keys=True) for each in (fresh, bank))
     if asked != found:
         raise UserError(

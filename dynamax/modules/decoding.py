@@ -22,6 +22,7 @@ from dynamax.metrics.environment import environment
 from dynamax.modules.checks import one_device
 from dynamax.modules.evaluation import Evaluation, Generation, OperatingPoint, new_evaluation
 from dynamax.modules.results import DecodingResults, PolicyStats, point_name
+from dynamax.paths import InputPath
 from dynamax.policies.base import TerminationPolicy
 from dynamax.tasks.base import Example, GenerationTask
 
@@ -70,7 +71,7 @@ class DecodingModule(LightningModule):
         backbone: Source,
         policies: list[Sweep],
         *,
-        heads: str | None = None,
+        heads: InputPath | None = None,
         exits: dict[int, Exit] | None = None,
         decoder: DecoderFactory | None = None,
         sampler: Sampler | None = None,
@@ -87,7 +88,8 @@ class DecodingModule(LightningModule):
             )
         self.policies = [policy for sweep in policies for policy in sweep.points()]
         check_names(self.policies)
-        self.source, self.heads, self.exits = backbone, heads, exits
+        self.source, self.exits = backbone, exits
+        self.heads = None if heads is None else str(heads)
         self.decoder, self.sampler, self.chat, self.timed = decoder, sampler, chat, timed
         self.dtype_name = dtype
         self._probes: list[Probe] = []

@@ -25,6 +25,7 @@ from dynamax.modules.schedule import TrainedGroup, adamw
 from dynamax.modules.scores import GateAUROCs
 from dynamax.objectives.base import Objective, Phase, counted
 from dynamax.objectives.readout import ExitReader, in_top_k
+from dynamax.paths import InputPath
 from dynamax.types import Site, Spec
 
 
@@ -71,7 +72,7 @@ class HeadsModule(LightningModule):
         backbone: Source,
         exits: dict[int, Exit],
         *,
-        heads: str | None = None,
+        heads: InputPath | None = None,
         lens_objective: Objective | None = None,
         gate_objective: Objective | None = None,
         lens_epochs: int = 4,

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from dynamax.paths import InputPath
 from dynamax.tasks.base import Example, GenerationTask
 from dynamax.tasks.rows import HubDataset, Row, at_least, load, select
 from dynamax.tasks.scores import coqa_exact, coqa_f1, leave_one_out
@@ -49,7 +50,7 @@ class CoQA(GenerationTask):
 
     def __init__(
         self,
-        path: str | None = None,
+        path: InputPath | None = None,
         *,
         limit: int | None = None,
         offset: int = 0,

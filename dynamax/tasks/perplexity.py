@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dynamax.errors import UserError
+from dynamax.paths import InputPath
 from dynamax.tasks.base import TextExample, TextTask, Window
 from dynamax.tasks.rows import HubDataset, at_least, load, select
 
@@ -31,7 +32,7 @@ class Perplexity(TextTask):
 
     def __init__(
         self,
-        path: str | None = None,
+        path: InputPath | None = None,
         *,
         limit: int | None = None,
         offset: int = 0,

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, cast
 
 from dynamax.errors import UserError
+from dynamax.paths import InputPath
 
 T = TypeVar("T")
 READABLE = {str: "text", list: "a list", dict: "an object", int: "a whole number"}
@@ -94,7 +95,7 @@ class Row:
         return UserError(f"Row {self.number} of {self.origin} {problem}. Wanted: {self.wanted}.")
 
 
-def load(path: str | Path | None, *, hub: HubDataset, suffixes: Sequence[str], wanted: str) -> list[Row]:
+def load(path: InputPath | None, *, hub: HubDataset, suffixes: Sequence[str], wanted: str) -> list[Row]:
     """The rows of a local file, or, without a path, of the Hub's set.
 
     Raises:
@@ -105,7 +106,7 @@ def load(path: str | Path | None, *, hub: HubDataset, suffixes: Sequence[str], w
     return read(path, suffixes=suffixes, wanted=wanted)
 
 
-def read(path: str | Path, *, suffixes: Sequence[str], wanted: str) -> list[Row]:
+def read(path: InputPath, *, suffixes: Sequence[str], wanted: str) -> list[Row]:
     """The rows of a local file; raises like ``load``."""
     file = Path(path).expanduser()
     if file.suffix.lower() not in suffixes:

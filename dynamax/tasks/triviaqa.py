@@ -9,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NamedTuple
 
+from dynamax.paths import InputPath
 from dynamax.tasks.base import Example, GenerationTask
 from dynamax.tasks.rows import HubDataset, Row, at_least, load, select
 from dynamax.tasks.scores import triviaqa_exact, triviaqa_f1
@@ -53,7 +54,7 @@ class TriviaQA(GenerationTask):
 
     def __init__(
         self,
-        path: str | None = None,
+        path: InputPath | None = None,
         *,
         limit: int | None = None,
         offset: int = 0,

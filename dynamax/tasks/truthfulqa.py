@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from math import exp
 from pathlib import Path
 
+from dynamax.paths import InputPath
 from dynamax.tasks.base import ChoiceExample, ChoiceTask, Example, GenerationTask
 from dynamax.tasks.rows import HubDataset, Row, at_least, load, select
 from dynamax.tasks.scores import bleu, contrast, require_eval, rouge
@@ -62,7 +63,7 @@ class TruthfulQA(GenerationTask):
     headline = "bleu_max"
 
     def __init__(
-        self, path: str | None = None, *, limit: int | None = None, offset: int = 0, max_new_tokens: int = 64
+        self, path: InputPath | None = None, *, limit: int | None = None, offset: int = 0, max_new_tokens: int = 64
     ) -> None:
         at_least(1, limit=limit, max_new_tokens=max_new_tokens)
         at_least(0, offset=offset)
@@ -123,7 +124,7 @@ class TruthfulQAMC(ChoiceTask):
 
     headline = "mc2"
 
-    def __init__(self, path: str | None = None, *, limit: int | None = None, offset: int = 0) -> None:
+    def __init__(self, path: InputPath | None = None, *, limit: int | None = None, offset: int = 0) -> None:
         at_least(1, limit=limit)
         at_least(0, offset=offset)
         self.path, self.limit, self.offset = path, limit, offset

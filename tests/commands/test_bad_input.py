@@ -60,7 +60,7 @@ CASES = {
     ),
     "heads beside exits": (
         [*TEST, "--model.exits={2: {gates: [{class_path: MLPGate, init_args: {hidden: 4}}]}}"],
-        ["heads: heads and exits: {2: Exit(LogitLens, [MLPGate])}; it wants exactly one"],
+        ["/heads and exits: {2: Exit(LogitLens, [MLPGate])}; it wants exactly one"],
     ),
     "model folder": (
         [*FIT, "--model.backbone=parts"],
@@ -86,7 +86,7 @@ CASES = {
         [*TEST, "--model.exits={2: {}}", "--model.heads=null", "--model.policies=[{policy: Never, thresholds: [0.5]}]"],
         ["Never has no threshold"],
     ),
-    "heads missing": (TEST, ["no saved heads in heads", "run fit"]),
+    "heads missing": (TEST, ["no saved heads in /", "/heads: ", "run fit"]),
     "checkpoint": ([*FIT, "--ckpt_path", "nope.ckpt"], ["no checkpoint nope.ckpt", "--ckpt_path"]),
     "checkpoint of heads": (["validate", *FIT[1:], "--ckpt_path", "parts"], ["no checkpoint parts"]),
     "heads decode nothing": (["test", *FIT[1:]], ["test decodes a task", "HeadsModule. Use: dynamax fit"]),

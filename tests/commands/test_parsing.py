@@ -1,0 +1,282 @@
+"""Text is never parsed, paths count from the file that names them, damaged files are told with the place."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from importlib.metadata import EntryPoint
+from pathlib import Path
+
+import pytest
+import yaml
+
+from dynamax import registry
+from dynamax.commands.parsing import Parser, prepare
+from dynamax.paths import InputPath
+
+Run = Callable[..., int]
+Refused = Callable[[Sequence[str], Sequence[str]], None]
+PROMPTS = [
+    '"Hello" she said',
+    "'Hello' she said",
+    "[INST] hi",
+    "[INST] hi [/INST]",
+    "[1, 2]",
+    "foo: bar: baz",
+    "foo: bar",
+    "*bold* word",
+    "&anchor word",
+    "@alice hi",
+    "`code`",
+    "%percent",
+    "a\tb",
+    "\ta",
+    "{1: 2, 1: 3}",
+    "{unclosed",
+    "-5 is what?",
+    "- a list",
+    "null",
+    "~",
+    "true",
+    "1e5",
+    "007",
+    "prompt.yaml",
+    "broken.yaml",
+    ".",
+    "# comment",
+    "!tag x",
+    "| block",
+    "> folded\n  more",
+    "a\n\nb",
+    "class_path: MaxProb",
+    "${HOME}",
+    "Ünïcode — 日本 🙂",
+    "what? --limit 3",
+    "x=y",
+]
+
+
+def options(
+    prompt: str,
+    *,
+    stop_strings: list[str] | None = None,
+    either: str | list[str] | None = None,
+    note: str | None = None,
+    heads: InputPath | None = None,
+) -> None:
+    """Stands for a command.
+
+    Args:
+        prompt: A text.
+        stop_strings: Texts.
+        either: One text or several.
+        note: A text, or none.
+        heads: Something to read.
+    """
+
+
+@pytest.fixture
+def parse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "prompt.yaml").write_text("a: 1\n")
+    (tmp_path / "broken.yaml").write_text("a: [\n")
+    prepare()
+
+    def one(*arguments: str):
+        parser = Parser(prog="test")
+        parser.add_argument("-c", "--config", action="config")
+        parser.add_argument("prompt", type=str)
+        parser.add_function_arguments(options, skip={"prompt"}, sub_configs=True)
+        return parser.read_arguments(arguments)
+
+    return one
+
+
+@pytest.mark.parametrize("text", PROMPTS)
+def test_a_prompt_is_what_was_written(parse, text: str) -> None:
+    assert parse(text).prompt == text
+    assert parse("--note", "x", "--", text).prompt == text
+    assert parse("Who?", f"--note={text}").note == (None if text == "null" else text)
+
+
+@pytest.mark.parametrize("text", ["--- hi", "--debug", "--help", "-", "--", "-x", "--note=3"])
+def test_behind_two_dashes_all_is_text(parse, text: str) -> None:
+    assert parse("--", text).prompt == text
+
+
+@pytest.mark.parametrize("text", [each for each in PROMPTS if each not in ("[1, 2]", "null")])
+def test_stop_strings_are_text_too(parse, text: str) -> None:
+    assert parse("Who?", f"--stop_strings={text}").stop_strings == [text]
+    assert parse("Who?", f"--either={text}").either in (text, [text])
+
+
+def test_several_stop_strings_are_a_list_of_text(parse) -> None:
+    assert parse("Who?", '--stop_strings=["a: b", 1e5, null, "]"]').stop_strings == ["a: b", "1e5", "null", "]"]
+    assert parse("Who?", "--stop_strings=null").stop_strings is None
+    assert parse("Who?", "--stop_strings=a", "--stop_strings+=b").stop_strings == ["a", "b"]
+
+
+def test_text_in_a_file_is_what_yaml_says(parse, tmp_path: Path) -> None:
+    given = {"note": "[INST] *hi*: @x", "stop_strings": ["{1: 2}", "null", "1e5", "broken.yaml"]}
+    (tmp_path / "all.yaml").write_text(json.dumps(given))
+    found = parse("Who?", "-c", "all.yaml")
+    assert {name: found[name] for name in given} == given
+
+
+# -- paths ------------------------------------------------------------------------------------------
+
+
+def test_a_path_counts_from_the_file_that_names_it(parse, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "deep" / "all.yaml").write_text("heads: ../heads\n")
+    assert parse("Who?", "-c", "deep/all.yaml").heads == str(tmp_path / "heads")
+    assert parse("Who?", "-c", "deep/all.yaml", "--heads", "other").heads == "other"
+    assert parse("Who?", "--heads", "1e5").heads == "1e5"
+    assert parse("Who?", "-c", "deep/all.yaml", "--heads", "null").heads is None
+    monkeypatch.setenv("HOME", "/home/someone")
+    (tmp_path / "deep" / "all.yaml").write_text("heads: ~/heads\n")
+    assert parse("Who?", "-c", "deep/all.yaml").heads == "/home/someone/heads"
+    assert parse("Who?", "--heads", "~/heads").heads == "/home/someone/heads"
+
+
+def test_a_printed_configuration_holds_in_any_folder(run: Run, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("fit", "-c", "fit.yaml", "--model.heads", "old", "--print_config") == 0
+    (place / "far" / "away").mkdir(parents=True)
+    (place / "far" / "away" / "all.yaml").write_text(capsys.readouterr().out)
+    assert run("fit", "-c", "far/away/all.yaml", "--print_config") == 0
+    printed = yaml.safe_load(capsys.readouterr().out)
+    assert printed["model"]["init_args"]["heads"] == str(place / "old")
+    assert printed["data"]["init_args"]["text"]["init_args"]["path"] == str(place / "text.txt")
+    assert printed["data"]["init_args"]["folder"] == "store", "what is written counts from the working directory"
+
+
+def test_a_part_s_paths_count_from_the_part_s_own_file(
+    run: Run, place: Path, tiny_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (place / "models").symlink_to(tiny_folder.parent)
+    (place / "parts" / "backbone.yaml").write_text(
+        f"class_path: Folder\ninit_args: {{path: ../models/{tiny_folder.name}}}\n"
+    )
+    (place / "elsewhere").mkdir()
+    (place / "elsewhere" / "fit.yaml").write_text(
+        (place / "fit.yaml").read_text().replace("parts/", "../parts/").replace("text.txt", "../text.txt")
+    )
+    assert run("cache", "-c", "elsewhere/fit.yaml") == 0
+    assert len(list((place / "store").glob("*/shard-*"))) == 1
+    capsys.readouterr()
+    assert run("fit", "-c", "elsewhere/fit.yaml", "--data.text.path", "../text.txt") == 2
+    assert "There is no file" in capsys.readouterr().err
+
+
+# -- damaged files ----------------------------------------------------------------------------------
+
+DAMAGED = {
+    "unclosed": (b"model: HeadsModule\ndata: [a, b\n", ["mine.yaml, line 3", "not YAML"]),
+    "colons": (b"model: HeadsModule\ntext: a: b: c\n", ["mine.yaml, line 2, column 8", "not YAML"]),
+    "tab": (b"model:\n\tclass_path: HeadsModule\n", ["mine.yaml, line 2, column 1", "spaces, not tabs"]),
+    "Latin-1": ("model: HeadsModule\n# caf\u00e9\n".encode("latin-1"), ["mine.yaml, line 2", "0xe9", "UTF-8"]),
+    "control character": (b"model: a\x00b\n", ["mine.yaml", "not YAML"]),
+    "a list": (b"- a\n- b\n", ["mine.yaml holds a list", "wanted"]),
+    "a scalar": (b"word\n", ["mine.yaml holds one value"]),
+    "empty": (b"", ["mine.yaml holds nothing"]),
+    "comments alone": (b"# later\n", ["mine.yaml holds nothing"]),
+    "two documents": (b"a: 1\n---\nb: 2\n", ["mine.yaml, line 2", "not YAML"]),
+    "a key twice": (b"model: A\nmodel: B\n", ["mine.yaml", "The key model stands twice", "line 1"]),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGED)
+def test_a_damaged_file_is_told_with_the_place(refused: Refused, place: Path, case: str) -> None:
+    content, told = DAMAGED[case]
+    (place / "mine.yaml").write_bytes(content)
+    refused(["fit", "-c", "mine.yaml"], told)
+    refused(["generate", "Who?", "--config=mine.yaml"], told)
+
+
+def test_a_damaged_part_is_told_with_the_place(refused: Refused, place: Path) -> None:
+    for content, told in (DAMAGED[name] for name in ("unclosed", "colons", "tab", "Latin-1", "a key twice")):
+        (place / "parts" / "exit.yaml").write_bytes(content)
+        told = [each.replace("mine.yaml", "parts/exit.yaml") for each in told]
+        refused(["fit", "-c", "fit.yaml"], told)
+        refused(["fit", "--model", "HeadsModule", "--model.exits.2", "parts/exit.yaml"], told)
+
+
+def test_a_folder_or_nothing_in_place_of_a_file(refused: Refused) -> None:
+    refused(["fit", "-c", "parts"], ["parts was given after -c, but it is a folder"])
+    refused(["fit", "--config", "nope.yaml"], ["nope.yaml was given after --config, but it does not exist"])
+
+
+# -- prompts through the command --------------------------------------------------------------------
+
+ASK = ("--backbone", "parts/backbone.yaml", "--exits={2: {}}", "--policy=Never", "--chat=false", "--limit=2")
+
+
+@pytest.mark.parametrize("text", ["[INST] hi", '"Hello" she said', "foo: bar: baz", "null", "\t", "{1: 2, 1: 3}"])
+def test_generate_answers_any_text(run: Run, capsys: pytest.CaptureFixture[str], text: str) -> None:
+    assert run("generate", text, *ASK) == 0
+    assert "2 tokens in" in capsys.readouterr().out
+
+
+def test_generate_answers_text_that_looks_like_an_option(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    for text in ("--- hi", "--debug", "--help"):
+        assert run("generate", *ASK, "--", text) == 0
+        assert "2 tokens in" in capsys.readouterr().out
+    assert run("generate", "-5 is what?", *ASK) == 0
+
+
+def test_an_empty_prompt_and_a_second_one_are_refused(refused: Refused) -> None:
+    refused(["generate", "", *ASK], ["The prompt is empty"])
+    refused(["generate", "Who?", *ASK, "And you?"], ["one value too many", "quotes"])
+
+
+# -- parts by name ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def broken(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A plug-in that cannot be imported, in every kind."""
+    (tmp_path / "broken_plugin.py").write_text("raise RuntimeError('no licence')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    read = registry._installed
+    monkeypatch.setattr(
+        registry, "_installed", lambda group: (*read(group), EntryPoint("Broken", "broken_plugin:Broken", group))
+    )
+
+
+@pytest.mark.usefixtures("broken")
+def test_a_broken_plug_in_stops_only_those_who_name_it(
+    run: Run, refused: Refused, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("fit", "-c", "fit.yaml", "--print_config") == 0
+    assert run("generate", "Who?", *ASK) == 0
+    told = ["Broken cannot be imported from broken_plugin:Broken: RuntimeError: no licence", "install again"]
+    refused(["fit", "-c", "fit.yaml", "--model.exits={2: {lens: Broken}}"], told)
+    refused(["fit", "-c", "fit.yaml", "--model.exits={2: {gates: [Broken]}}"], told)
+    refused(["fit", "-c", "fit.yaml", "--model.backbone", "Broken"], told)
+    refused(["fit", "-c", "fit.yaml", "--trainer.callbacks", "Broken"], told)
+    refused(["test", "-c", "test.yaml", "--model.policies=[{policy: Broken}]"], told)
+    refused(["generate", "Who?", "--policy", "Broken"], told)
+    capsys.readouterr()
+    assert run("list") == 0
+    shown = capsys.readouterr().out
+    assert shown.count("BROKEN: The ") == len(registry.ALL)
+    assert "RuntimeError: no licence" in shown
+    refused(["fit", "-c", "fit.yaml", "--data.text", "Brokn"], ["Did you mean Broken"])
+
+
+def test_only_what_is_named_is_imported() -> None:
+    program = (
+        "import sys\n"
+        "from dynamax.commands.parsing import Parser, prepare\n"
+        "from dynamax.policies.base import TerminationPolicy\n"
+        "prepare()\n"
+        "parser = Parser()\n"
+        "parser.add_argument('--policy', type=TerminationPolicy)\n"
+        "found = parser.read_arguments(['--policy', 'MaxProb', '--policy.threshold', '0.5'])\n"
+        "print(found.policy.class_path.rpartition('.')[2])\n"
+        "print([each for each in sys.modules if each.startswith(('lightning', 'dynamax.tasks', 'dynamax.data'))])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == ["MaxProb", "[]"]
