@@ -37,20 +37,20 @@ def contenders(
 ) -> dict[str, Callable[[], Callable[[], object]]]:
     """Name to a function that gets ready, untimed, and answers with what is timed."""
     rows_1T = prompt_1T[:, :size]
-    keyword, whole = backbone.row.cache, Span(0, backbone.spec.depth)
+    keyword, whole = backbone.row.cache_argument, Span(0, backbone.spec.depth)
     keyword = "past_key_values" if keyword == "layer_past" else keyword
     theirs = DynamicCache(config=backbone.model.config)
     backbone.model(prompt_1T, use_cache=True, **{keyword: theirs})
     ours = backbone.new_cache()
     backbone.run(backbone.embed(prompt_1T, ours), whole, ours)
-    mark = ours.mark()
+    before = ours.snapshot()
 
     def transformers() -> Callable[[], object]:
         cache = copy.deepcopy(theirs)
         return lambda: backbone.model(rows_1T, use_cache=True, logits_to_keep=1, **{keyword: cache})
 
     def dynamax() -> Callable[[], object]:
-        ours.rollback(mark)
+        ours.rollback(before)
         return lambda: backbone.unembed(backbone.run(backbone.embed(rows_1T, ours), whole, ours)[:, -1:])
 
     return {"transformers": transformers, "dynamax": dynamax}

@@ -98,7 +98,7 @@ def contender(name: str, *, assets: Path, lens: LensName | None = None) -> Conte
         ValueError: If its folder is missing.
     """
     if name == SMOLLM2:  # the demo's text and exits, so that its store serves
-        text = SelfGenerated(questions=240, documents=480, length=64)
+        text = SelfGenerated(questions=240, documents=480, max_new_tokens=64)
         return Contender(name, "SmolLM2-135M", SmolLM2(), text, (15, 19, 23, 27), lens or "LowRankLens")
     folder, family, plain = assets / name, name.split("/")[-1], name.startswith(PLAIN)
     if not folder.is_dir():
@@ -107,7 +107,7 @@ def contender(name: str, *, assets: Path, lens: LensName | None = None) -> Conte
             f"configs/siblings/{family}.yaml --model.export {folder}), name another --assets, or leave it out of "
             f"--backbones."
         )
-    text = SelfGenerated(questions=240, passages=0, form="plain", documents=960, length=64)
+    text = SelfGenerated(questions=240, passages=0, chat=False, documents=960, max_new_tokens=64)
     title = f"{SIBLINGS[family]}, {'plain' if plain else 'trained with exits'}"
     return Contender(
         name, title, Folder(str(folder)), text, (2, 4, 6), lens or ("LowRankLens" if plain else "LogitLens")

@@ -47,7 +47,7 @@ def contenders(backbone: HFBackbone, depths: Depths, tokens: int) -> dict[str, C
         )
 
     def ours(decoder: Full | EarlyExit) -> Callable[[Tensor], object]:
-        return lambda prompt_1T: list(decoder.decode(prompt_1T, limit=tokens))
+        return lambda prompt_1T: list(decoder.decode(prompt_1T, max_new_tokens=tokens))
 
     full = {"transformers generate": generate, f"dynamax, all {backbone.spec.depth}": ours(Full(backbone))}
     return {**full, **{f"dynamax, depth {d}": ours(EarlyExit(backbone, bank, AtDepth(d))) for d in depths}}

@@ -32,7 +32,7 @@ def latencies(model: str, dtype: str, *, tokens: int = 64) -> dict[str, dict[str
     for depth in (*depths, backbone.spec.depth):
         decoder = EarlyExit(backbone, bank, AtDepth(depth)) if depth in depths else Full(backbone)
         clock = CudaEvents(warmup=8)
-        for _ in decoder.decode(prompt_1T, limit=tokens, probe=clock):
+        for _ in decoder.decode(prompt_1T, max_new_tokens=tokens, probe=clock):
             pass
         times = torch.tensor(clock.read()["end"][depth])
         p50, p95 = times.quantile(torch.tensor([0.5, 0.95])).tolist()

@@ -27,7 +27,6 @@ from typing import Any
 
 import torch
 
-from dynamax.backbones.base import Backbone
 from dynamax.backbones.sources import Folder, SmolLM2
 from dynamax.data.batch import collate
 from dynamax.data.buckets import LengthBuckets
@@ -38,6 +37,7 @@ from dynamax.data.states import LOGITS, batches
 from dynamax.data.store import Store
 from dynamax.data.text import Document, TextSource, windows
 from dynamax.data.writer import StoreWriter, locked
+from dynamax.engine import Engine, load
 from dynamax.metrics.environment import environment
 from dynamax.types import Site, Span
 
@@ -58,21 +58,21 @@ class PassageText(TextSource):
         """See ``TextSource``."""
         return len(range(0, len(passages()), GROUP))
 
-    def groups(self, tokenizer: Any, backbone: Backbone, *, skip: int = 0) -> Iterator[list[Document]]:  # noqa: ANN401
+    def groups(self, engine: Engine, *, skip: int = 0) -> Iterator[list[Document]]:
         """See ``TextSource``."""
         texts = [passage.passage for passage in passages()]
         for start in range(GROUP * skip, len(texts), GROUP):
             group = texts[start : start + GROUP]
-            yield [document for text in group for document in windows(text, tokenizer, length=256)]
+            yield [document for text in group for document in windows(text, engine, length=256)]
 
 
-class EvalContext:
+class StoreBench:
     """A backbone, its tokenizer, and folders that go away."""
 
     def __init__(self, args: argparse.Namespace, scratch: Path) -> None:
         source = SmolLM2() if args.model is None else Folder(args.model)
-        self.backbone = source.load(dtype=args.dtype, device=args.device)
-        self.tokenizer = source.tokenizer()
+        self.engine = load(source, dtype=args.dtype, device=args.device)
+        self.backbone = self.engine.backbone
         self.device, self.scratch = torch.device(args.device), scratch
         self.readout: Site | None = None
         if args.dtype != "float32":
@@ -81,15 +81,13 @@ class EvalContext:
     def fill(self, name: str, **options: Any) -> Store:  # noqa: ANN401 - those of fill_store
         """Fill ``scratch/name``."""
         folder = self.scratch / name
-        return fill_store(
-            folder, self.backbone, self.tokenizer, PassageText(), EXITS, readout=self.readout, progress=False, **options
-        )
+        return fill_store(folder, self.engine, PassageText(), EXITS, readout=self.readout, progress=False, **options)
 
     @torch.inference_mode()
     def bare(self) -> None:
         """Blocks and float32 logits for the same batches, and nothing else."""
         site = self.readout or self.backbone.site(self.backbone.spec.depth)
-        for group in PassageText().groups(self.tokenizer, self.backbone):
+        for group in PassageText().groups(self.engine):
             lengths = [len(document.tokens) for document in group]
             for batch in batches(lengths):
                 longest = max(lengths[index] for index in batch)
@@ -113,7 +111,7 @@ def seconds(run: Callable[[], object]) -> tuple[float, float]:
     return time.perf_counter() - wall, time.process_time() - processor
 
 
-def measure_writing(bench: EvalContext, rounds: int) -> dict[str, Any]:
+def measure_writing(bench: StoreBench, rounds: int) -> dict[str, Any]:
     """A bare pass and filling, in turn; each round after the first counts."""
     bares, fills = [], []
     for number in range(rounds + 1):
@@ -136,7 +134,7 @@ def measure_writing(bench: EvalContext, rounds: int) -> dict[str, Any]:
     }
 
 
-def measure_reading(bench: EvalContext, rounds: int) -> dict[str, Any]:
+def measure_reading(bench: StoreBench, rounds: int) -> dict[str, Any]:
     """Documents and megabytes a second, warm and cold, from a store of some size."""
     folder = grown(bench.fill("round-0"), bench.scratch / "large")
     reads = {"warm": [read(folder)[0] for _ in range(rounds + 1)][1:]}
@@ -178,7 +176,7 @@ def read(folder: Path) -> tuple[float, int, int]:
     return time.perf_counter() - start, len(store), store.bytes
 
 
-def measure_kills(bench: EvalContext, args: argparse.Namespace) -> dict[str, Any]:
+def measure_kills(bench: StoreBench, args: argparse.Namespace) -> dict[str, Any]:
     """Kill a filling process ``args.kills`` times, let the last one end, compare with an uninterrupted store."""
     whole = bench.fill("uninterrupted", shard_bytes=1 << 20)
     folder, draw, left = bench.scratch / "killed", random.Random(args.seed), []
@@ -241,10 +239,10 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     if args.child is not None:
-        EvalContext(args, args.child.parent).fill(args.child.name, shard_bytes=1 << 20)
+        StoreBench(args, args.child.parent).fill(args.child.name, shard_bytes=1 << 20)
         return
     with tempfile.TemporaryDirectory(dir=args.scratch) as scratch:
-        bench = EvalContext(args, Path(scratch))
+        bench = StoreBench(args, Path(scratch))
         report = {
             "environment": {
                 **environment(args.device, dtype=args.dtype, batch=8),

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from difflib import get_close_matches
 from typing import Any
 
 from torch import Tensor, nn
@@ -20,7 +19,8 @@ from dynamax.backbones.mixers import Mixer
 from dynamax.backbones.plan import Rotary, StepPlan
 from dynamax.backbones.state import LayerView
 from dynamax.errors import UserError
-from dynamax.registry import Registry
+from dynamax.registry import FAMILIES as PLUGINS
+from dynamax.registry import near
 
 
 @dataclass(frozen=True)
@@ -170,10 +170,6 @@ FAMILIES: dict[str, FamilySpec] = {
 }
 
 
-MODEL_FAMILIES: Registry[Any] = Registry("dynamax.families", "model family")
-"""Rows that installed packages offer: entry points named by model type, each a ``FamilySpec``."""
-
-
 def family(model_type: str) -> FamilySpec:
     """The row of a model type: of the table here, else of an installed package.
 
@@ -181,27 +177,25 @@ def family(model_type: str) -> FamilySpec:
         UserError: If there is none, near and known types are named; if two are offered; if what a package offers is no
             ``FamilySpec``.
     """
-    offered = MODEL_FAMILIES.points()
+    offered = PLUGINS.names()
     if model_type in FAMILIES and model_type in offered:
         raise UserError(
             f"The model type {model_type!r} is in the family table, and an installed package offers another row, "
-            f"{offered[model_type].value}. Uninstall the package, or remove its entry point."
+            f"{PLUGINS.find(model_type).value}. Uninstall the package, or remove its entry point."
         )
     if model_type in FAMILIES:
         return FAMILIES[model_type]
     if model_type not in offered:
         known = sorted({*FAMILIES, *offered})
-        near = get_close_matches(model_type, known, n=3, cutoff=0.5)
-        hint = f" Near: {', '.join(near)}." if near else ""
         raise UserError(
-            f"The model type {model_type!r} is not in the family table.{hint} Known: {', '.join(known)}. Use one of "
-            f"these, offer a FamilySpec by an entry point of the group dynamax.families, or write a Backbone of your "
-            f"own; prove either with dynamax.testing.check_backbone."
+            f"The model type {model_type!r} is not in the family table.{near(model_type, known)} Known: "
+            f"{', '.join(known)}. Use one of these, offer a FamilySpec by an entry point of the group "
+            f"dynamax.families, or write a Backbone of your own; prove either with dynamax.testing.check_backbone."
         )
-    row: object = MODEL_FAMILIES.get(model_type)
+    row: object = PLUGINS.get(model_type)
     if not isinstance(row, FamilySpec):
         raise UserError(
-            f"The model family {model_type} of {offered[model_type].value} is {row!r:.80}; a FamilySpec of "
+            f"The model family {model_type} of {PLUGINS.find(model_type).value} is {row!r:.80}; a FamilySpec of "
             f"dynamax.backbones.families is wanted. Let the entry point name one."
         )
     return row

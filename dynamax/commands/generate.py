@@ -71,7 +71,8 @@ def generate(
         policy: When to leave; --threshold is short for --policy.threshold.
         backbone: Where the model comes from; left out, the model that the heads were trained for.
         heads: Folder of trained heads, as fit leaves it; where neither these nor exits are given, runs/demo/heads.
-        exits: Untrained exits in place of heads, such as '{20: {lens: LogitLens}}'; of SmolLM2, if no backbone is named.
+        exits: Untrained exits in place of heads, such as '{20: {lens: LogitLens}}'; of SmolLM2 where no backbone is
+            named.
         decoder: EarlyExit, by default, says what exits say; SelfSpeculative verifies every draft at the top.
         max_new_tokens: Most tokens to generate; left out, as the model's generation_config says, else 64.
         do_sample: Draw tokens by chance; left out, as the model's generation_config says.
@@ -102,7 +103,9 @@ def generate(
             )
         engine = load(backbone or folder, heads=folder, dtype=dtype, device=device)
     else:
-        engine = load(backbone or SmolLM2(), heads=heads, exits=exits, dtype=dtype, device=device)
+        engine = load(
+            backbone or SmolLM2(), heads=None if heads is None else str(heads), exits=exits, dtype=dtype, device=device
+        )
     show(engine, engine.stream(prompt, policy, decoder=decoder, chat=chat, **options))
 
 

@@ -42,7 +42,7 @@ DAMAGE = {
     "a model type that is a number": ("config.json", content(b'{"model_type": 3}'), "config.json names no model_type"),
     "a configuration that is a pointer": ("config.json", content(POINTER), "is a pointer of Git LFS"),
     "a configuration of another encoding": ("config.json", content("\xff\xfe".encode("utf-16")), "config.json is not"),
-    "an unknown model type": ("config.json", content(b'{"model_type": "lamma"}'), "Near: llama"),
+    "an unknown model type": ("config.json", content(b'{"model_type": "lamma"}'), "Did you mean .*llama"),
     "sizes that are words": (
         "config.json",
         content(b'{"model_type": "llama", "hidden_size": "wide"}'),

@@ -79,5 +79,5 @@ def test_a_package_that_cannot_be_imported_stops_only_who_asks_for_it(offer):
 
 def test_near_types_of_other_packages_are_told(offer):
     offer("olmo")
-    with pytest.raises(UserError, match="Near: olmo"):
+    with pytest.raises(UserError, match="Did you mean olmo"):
         family("olmoo")

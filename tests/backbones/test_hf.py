@@ -18,7 +18,9 @@ TOKENS_BT = torch.randint(61, (2, 12), generator=torch.Generator().manual_seed(3
 
 
 def test_unknown_family_names_near_and_known():
-    with pytest.raises(ValueError, match=r"'lama' is not in the family table. Near: .*llama.* Known: .*starcoder2"):
+    with pytest.raises(
+        ValueError, match=r"'lama' is not in the family table. Did you mean .*llama.*Known: .*starcoder2"
+    ):
         family("lama")
 
 
