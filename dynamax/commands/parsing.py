@@ -55,15 +55,13 @@ NOISE = (
     "You have overridden `on_before_batch_transfer`",  # on purpose
 )
 
-KINDS: dict[str, type] = {
+KINDS: dict[str, type | tuple[type, ...]] = {
     "backbone": Source,
     "lens": Lens,
     "gates": Gate,
     "policy": TerminationPolicy,
     "policies": TerminationPolicy,
-    "lens_objective": Objective,
-    "gate_objective": Objective,
-    "objective": LanguageObjective,
+    "objective": (Objective, LanguageObjective),  # of a phase of heads, and of a language model
     "loss": DistillationLoss,
     "task": Task,
     "text": TextSource,
@@ -118,7 +116,7 @@ def one_screen(parser: ArgumentParser) -> Iterator[None]:
 def _options(parser: ArgumentParser) -> set[str]:
     own = {option.lstrip("-") for action in parser._actions for option in action.option_strings}
     trainer = {f"trainer.{option}" for option in _parameters(Trainer)}
-    return own | trainer | {option for kind in KINDS.values() for option in _parameters(kind)}
+    return own | trainer | {option for kind in _kinds(*KINDS.values()) for option in _parameters(kind)}
 
 
 def class_names(key: str) -> list[str]:
@@ -133,8 +131,12 @@ def own_class_names(key: str) -> list[str]:
 
 
 def _named(key: str) -> Iterator[type]:
-    for kind in [KINDS[key]] if key in KINDS else KINDS.values():
+    for kind in _kinds(KINDS[key]) if key in KINDS else _kinds(*KINDS.values()):
         yield from _classes(kind)
+
+
+def _kinds(*kinds: type | tuple[type, ...]) -> list[type]:
+    return [each for kind in kinds for each in (kind if isinstance(kind, tuple) else (kind,))]
 
 
 def _classes(kind: type) -> Iterator[type]:

@@ -121,9 +121,9 @@ class DynamaxCLI(LightningCLI):
     def before_fit(self) -> None:
         """The same, for mistakes in the trainer too."""
         self.before_cache()
-        one_device(self.trainer, self.model)
         if isinstance(self.model, HeadsModule):
-            self.model.check_epochs(self.trainer)
+            self.model.check(self.trainer, self.datamodule)
+        one_device(self.trainer, self.model)
 
     def before_validate(self) -> None:
         """Refuse to score what nobody trained."""

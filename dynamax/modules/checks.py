@@ -1,12 +1,28 @@
-"""What a run was asked for and cannot have, told before time is spent. Knows trainers, no models."""
+"""What a run was asked for and cannot have, told before time is spent, and whether weights are numbers still."""
 
 from __future__ import annotations
 
-from typing import Any, cast
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
 
+import torch
 from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor
 
 from dynamax.errors import UserError
+
+
+class ChecksBeforeFit(ABC):
+    """A callback that can refuse a run before its data is prepared, which may take long."""
+
+    @abstractmethod
+    def check_before_fit(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse a run that cannot end well; the model's heads are built.
+
+        Raises:
+            UserError: Naming the remedy.
+        """
 
 
 def one_device(trainer: Trainer, module: LightningModule) -> None:
@@ -22,15 +38,11 @@ def one_device(trainer: Trainer, module: LightningModule) -> None:
         )
 
 
-def epochs_for_gates(trainer: Trainer, lens_epochs: int) -> None:
-    """Refuse a run that ends before the gates' turn; a trial run of one batch may.
+def all_finite(tensors: Iterable[Tensor]) -> bool:
+    """Whether no entry is infinite or not a number; integers always are.
 
-    Raises:
-        UserError: If no epoch is left.
+    >>> all_finite([torch.ones(3), torch.arange(2)]), all_finite([torch.ones(3), torch.tensor(float("nan"))])
+    (True, False)
     """
-    epochs = trainer.max_epochs
-    if epochs is not None and 0 < epochs <= lens_epochs and not cast(Any, trainer).fast_dev_run:
-        raise UserError(
-            f"lens_epochs is {lens_epochs} and trainer.max_epochs is {epochs}, so no epoch is left for the gates. "
-            f"Raise trainer.max_epochs, lower lens_epochs, or leave out gates and gate_objective."
-        )
+    floats = [tensor.detach() for tensor in tensors if tensor.is_floating_point() and tensor.numel()]
+    return math.isfinite(torch.nn.utils.get_total_norm(floats, torch.inf)) if floats else True

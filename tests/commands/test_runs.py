@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from dynamax.modules.phases import EPOCHS
+
 Run = Callable[..., int]
 TRAINERS = Path(__file__).parents[2] / "configs" / "trainer"
 
@@ -40,7 +42,7 @@ def test_fit_then_test_leaves_heads_report_and_picture(run: Run, fitted: Path) -
 def test_a_second_fit_uses_the_store_that_is_there(run: Run, fitted: Path) -> None:
     (before,) = (fitted / "store").glob("*/shard-*")
     written = before.stat().st_mtime_ns
-    assert run("fit", "-c", "fit.yaml", "--model.lens_learning_rate", "1e-4") == 0
+    assert run("fit", "-c", "fit.yaml", "--model.phases.lenses.learning_rate", "1e-4") == 0
     assert before.stat().st_mtime_ns == written
 
 
@@ -65,7 +67,10 @@ def test_a_trainer_that_leaves_the_gates_no_epoch_is_refused_before_the_store_is
     run: Run, place: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run("fit", "-c", "fit.yaml", "--trainer.max_epochs", "1") == 2
-    assert "no epoch is left for the gates" in capsys.readouterr().err
+    assert (
+        "Training ends before every phase had its turn: the phases are lenses 1 epochs, gates the rest"
+        in capsys.readouterr().err
+    )
     assert not (place / "store").exists()
 
 
@@ -81,9 +86,10 @@ def test_several_devices_are_refused_before_the_store_is_filled(
 def test_the_trainers_that_come_with_the_project_train_as_many_epochs_as_the_demo_needs(
     run: Run, place: Path, name: str
 ) -> None:
-    demo = yaml.safe_load((TRAINERS.parent / "demo" / "fit.yaml").read_text())["model"]["init_args"]["lens_epochs"]
+    demo = yaml.safe_load((TRAINERS.parent / "demo" / "fit.yaml").read_text())["model"]["init_args"]["phases"]
+    assert "epochs" not in demo["lenses"]
     trainer = ["--trainer", str(TRAINERS / name), "--trainer.log_every_n_steps", "1"]
-    assert run("fit", "-c", "fit.yaml", *trainer, "--model.lens_epochs", str(demo)) == 0
+    assert run("fit", "-c", "fit.yaml", *trainer, "--model.phases.lenses.epochs", str(EPOCHS)) == 0
     assert not (place / "heads").exists()
 
 
