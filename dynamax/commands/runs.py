@@ -117,6 +117,8 @@ class DynamaxCLI(LightningCLI):
     def before_cache(self) -> None:
         """Build the heads before the store is filled: a mistake in them shows now, not minutes later."""
         self.model.configure_model()
+        if isinstance(self.model, HeadsModule):
+            self.model.check_data(self.datamodule)
 
     def before_fit(self) -> None:
         """The same, for mistakes in the trainer too."""

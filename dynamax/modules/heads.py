@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable
 from typing import Any, Self, cast
 
 from lightning.pytorch import LightningModule, Trainer
@@ -18,7 +18,6 @@ from dynamax.data.batch import HiddenBatch
 from dynamax.data.hidden import HiddenStates
 from dynamax.errors import UserError
 from dynamax.heads.bank import Exit, ExitBank
-from dynamax.heads.base import ExitHead
 from dynamax.metrics.exits import GateAUROC
 from dynamax.modules.checks import ChecksBeforeFit, all_finite, one_device
 from dynamax.modules.phases import (
@@ -40,17 +39,10 @@ from dynamax.types import Site, Spec
 class HeadsModule(LightningModule):
     """Trains lenses and gates of all exits in one run, in phases.
 
-    The usual two phases are lenses first, then gates: a gate learns whether its exit's lens is right, and while the
-    lens still changes, so do the gate's labels. A lens that rests lets each document be labelled once. The gates learn
-    from documents that the lenses never saw, because a lens is right more often on those it learned from, and a gate
-    that believes this is too sure::
-
-        phases:
-          lenses: {objective: LensDistillation}                 # 4 epochs, on 75 % of the prompts
-          gates: {objective: GateObjective, learning_rate: 5e-4}  # the rest of trainer.max_epochs, on the other 25 %
-
-    Phases named in ``alternate`` take turns until training ends, once the others are done. Here the lenses train for
-    two epochs, then gates and lenses take turns of 200 steps::
+    Usually lenses train first, then gates: a gate learns whether its exit's lens is right, so its labels change while
+    the lens does; a lens at rest lets each document be labelled once. And gates train on documents that the lenses
+    never saw, since a lens is right more often on those it learned from. Here lenses train for two epochs; then gates
+    and lenses take turns of 200 steps::
 
         phases:
           warmup: {objective: LensDistillation, epochs: 2}
@@ -58,16 +50,16 @@ class HeadsModule(LightningModule):
           lenses: {objective: LensDistillation, steps: 200, learning_rate: 1e-3}
         alternate: [gates, lenses]
 
-    An objective may train lenses and gates together, in one phase. One AdamW trains all heads; the learning rate of a
-    phase rises and falls once, over all steps of its turns. Exits share no parameters, so their losses are summed, and
-    gradients are clipped by head (``trainer.gradient_clip_val``). A loss or a weight that is not finite ends the run.
+    One AdamW trains all heads; the learning rate of a phase rises and falls once, over all steps of its turns. Exits
+    share no parameters, so their losses are summed, and gradients are clipped by head
+    (``trainer.gradient_clip_val``). A loss or a weight that is not finite ends the run.
 
     Checkpoints hold heads and optimiser, not the backbone; ``ckpt_path`` goes on with an interrupted run.
 
     Args:
         backbone: Where the model comes from; its last block, final norm and output matrix are loaded.
         exits: What stands at each depth, in blocks completed.
-        phases: What is trained, by a name of your choice, in this order; see ``Phase``.
+        phases: What is trained, by a name of your choice, in this order; see ``dynamax.modules.phases.Phase``.
         alternate: Names of the phases that take turns; all others come before them.
         heads: Folder of saved heads to begin with, or to validate; they must be those of ``exits``. Left out, heads
             begin anew.
@@ -146,16 +138,12 @@ class HeadsModule(LightningModule):
         """The backbone the heads belong to."""
         return self._top[0].spec
 
-    def heads(self, *kinds: Kind) -> Iterator[ExitHead]:
-        """The heads of some kinds."""
-        return heads_of(self.bank, kinds)
-
     def check(self, trainer: Trainer, data: object = None) -> None:
         """Refuse what cannot end well, as far as it can be told before data is prepared.
 
         Args:
             trainer: Its callbacks are asked too, once the heads are built.
-            data: What ``fit`` is given; only ``HiddenStates`` are looked at.
+            data: See ``check_data``.
 
         Raises:
             UserError: If there are several devices, the phases do not fit into the training, the clipping is out of
@@ -166,12 +154,20 @@ class HeadsModule(LightningModule):
         if clip is not None and not clip >= 0:
             raise UserError(f"trainer.gradient_clip_val is {clip}; wanted a number of at least 0. Change it.")
         check_length(self.phases, self.alternate, trainer)
-        if isinstance(data, HiddenStates):
-            check_tokens(self.phases, data.k)
-            check_depths(self.exits, data.exits)
+        self.check_data(data)
         for callback in cast(Any, trainer).callbacks if self._top else ():
             if isinstance(callback, ChecksBeforeFit):
                 callback.check_before_fit(trainer, self)
+
+    def check_data(self, data: object) -> None:
+        """Refuse ``HiddenStates`` whose store will not hold what training reads; other data is not looked at.
+
+        Raises:
+            UserError: If it keeps too few tokens of a position for an objective, or lacks the depth of an exit.
+        """
+        if isinstance(data, HiddenStates):
+            check_tokens(self.phases, data.k)
+            check_depths(self.exits, data.exits)
 
     def setup(self, stage: str) -> None:
         """Check, for those who come without the command line."""
@@ -183,7 +179,7 @@ class HeadsModule(LightningModule):
 
     def configure_optimizers(self) -> Optimizer:
         """One AdamW over all heads; those at rest have no gradient, so it passes them over."""
-        trained = {kind: [p for head in self.heads(kind) for p in head.parameters()] for kind in KINDS}
+        trained = {kind: [p for head in heads_of(self.bank, [kind]) for p in head.parameters()] for kind in KINDS}
         groups = [{"params": found, "lr": 0.0, "name": kind} for kind, found in trained.items() if found]
         return AdamW(groups, weight_decay=self.weight_decay)
 
@@ -195,7 +191,7 @@ class HeadsModule(LightningModule):
         """Set the mode of the heads in training; the others stay in eval mode, since frozen is not eval."""
         super().train(mode)
         if self._entered is not None:
-            for head in self.heads(*(kind for kind in KINDS if kind not in self._entered.trains)):
+            for head in heads_of(self.bank, set(KINDS) - self._entered.trains):
                 head.eval()
         return self
 
@@ -219,8 +215,10 @@ class HeadsModule(LightningModule):
         self._schedule = PhaseSchedule(self.phases, self.alternate, epoch_steps=epoch_steps, total=int(total))
 
     def on_validation_start(self) -> None:
-        """The same, for validation on its own."""
+        """Bring the backbone's top to the heads; validation on its own may have other heads and other documents."""
         self._top[0].to(self.device)
+        if self.trainer.state.fn != TrainerFn.FITTING:
+            self._forget(None)
 
     def on_train_batch_start(self, batch: HiddenBatch, batch_idx: int) -> None:
         """Set the learning rates; where a phase begins, let other heads rest and forget what was read of changing ones.
@@ -235,11 +233,14 @@ class HeadsModule(LightningModule):
             return
         self._entered = phase
         for kind in KINDS:
-            for head in self.heads(kind):
+            for head in heads_of(self.bank, [kind]):
                 head.requires_grad_(kind in phase.trains)
         self.train()
-        changed = None if left is None else left.trains | phase.trains
-        for reader in (self._reader, *(each.objective for each in self.phases.values())):
+        self._forget(None if left is None else left.trains | phase.trains)
+
+    def _forget(self, changed: Collection[Kind] | None) -> None:
+        """Let go of what was read of heads of these kinds; of everything if None."""
+        for reader in (self._reader, *(phase.objective for phase in self.phases.values())):
             reader.forget(changed)
 
     def configure_gradient_clipping(
@@ -252,7 +253,7 @@ class HeadsModule(LightningModule):
         if not gradient_clip_val:
             return
         clip = nn.utils.clip_grad_value_ if gradient_clip_algorithm == "value" else nn.utils.clip_grad_norm_
-        for head in self.heads(*self.phases[self._phase(self.global_step)].trains):
+        for head in heads_of(self.bank, self.phases[self._phase(self.global_step)].trains):
             clip(head.parameters(), gradient_clip_val)
 
     # -- steps --------------------------------------------------------------------------------------
@@ -291,7 +292,7 @@ class HeadsModule(LightningModule):
         step = self.global_step
         name = self._phase(step)
         super().optimizer_step(*args, **options)
-        trained = self.heads(*self.phases[name].trains)
+        trained = heads_of(self.bank, self.phases[name].trains)
         self._check_finite("A weight", name, step + 1, (p for head in trained for p in head.parameters()))
 
     def _check_finite(self, what: str, name: str, step: int, tensors: Iterable[Tensor]) -> None:

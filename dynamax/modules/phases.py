@@ -168,7 +168,7 @@ def check_length(
     known = f", with {epoch_steps} steps an epoch" if epoch_steps else ""
     in_epochs = sum(phase.epochs or 0 for phase in phases.values())
     in_steps = sum(phase.steps or 0 for phase in phases.values())
-    last = next(reversed(phases.values()))
+    *_, last = phases.values()
     rest = last.epochs is None and last.steps is None
     least = in_epochs * (epoch_steps or 1) + in_steps + rest  # an epoch has at least one step
     whole = math.inf if epochs < 0 else epochs * (epoch_steps or 1)

@@ -59,6 +59,7 @@ def trained(
     loggers: Sequence[Logger] = (),
     *,
     gates: bool = True,
+    batch_size: int = 8,
     ckpt_path: Path | None = None,
     **options: Any,
 ) -> tuple[Trainer, HeadsModule]:
@@ -73,7 +74,12 @@ def trained(
         | ({"gates": Phase(GateObjective())} if gates else {}),
     )
     data = HiddenStates(
-        source, LocalText(str(text), length=48), list(standing), folder=str(folder / "store"), validation=0.25
+        source,
+        LocalText(str(text), length=48),
+        list(standing),
+        folder=str(folder / "store"),
+        validation=0.25,
+        batch_size=batch_size,
     )
     trainer = Trainer(
         logger=list(loggers),

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from lightning.pytorch import Callback
+from torch.utils.data import DataLoader
 
 from dynamax.heads import Exit, LastBlockLens, LinearGate, LogitLens, TunedLens
 from dynamax.modules.phases import Phase, share
@@ -69,6 +70,17 @@ def test_validation_on_its_own_says_the_same(folder, tmp_path):
     kinds = {"agreement", "auroc", "bce", "cross_entropy", "loss", "positive"}
     assert {name.split("/")[1] for name in alone} == kinds
     assert alone == pytest.approx({name: fitted[name] for name in alone})
+
+
+def test_validation_on_its_own_reads_the_documents_it_is_given(folder, tmp_path):
+    """Documents of other data may have the same numbers."""
+    heads = module(folder, phases={**lenses(epochs=8, learning_rate=0.02), **gates()})
+    data = batches(heads, 2)
+    trainer(tmp_path, epochs=9).fit(heads, DataLoader(data, batch_size=None), DataLoader(data, batch_size=None))
+    other = [replace(batch, hidden={d: -h_BTD for d, h_BTD in batch.hidden.items()}) for batch in data]
+    found = trainer(tmp_path).validate(heads, DataLoader(other, batch_size=None), verbose=False)[0]
+    wanted = torch.stack([torch.stack(each) for each in _agreement(heads, other)]).mean(0)
+    assert [found["val/agreement/2"], found["val/agreement/4"]] == pytest.approx(wanted.tolist(), abs=1e-6)
 
 
 def test_training_improves_agreement(folder, tmp_path):
