@@ -27,8 +27,8 @@ class HeadsCheckpoint(Callback, ChecksBeforeFit):
 
     Args:
         folder: Where the best heads go; the newest go to ``last`` inside it.
-        monitor: Logged figure that tells which heads are best; left out, the loss of the last phase, such as
-            val/loss/gates.
+        monitor: Logged figure that tells which heads are best; left out, the loss of the last phase that
+            trains gates, or of the last phase if none does: val/loss/NAME.
         mode: Whether the least (min) or the greatest (max) figure is best.
         overwrite: Replace whatever heads lie in the folder.
 
@@ -67,8 +67,9 @@ class HeadsCheckpoint(Callback, ChecksBeforeFit):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Choose the figure to monitor; refuse a model that has no heads to save."""
         if stage == "fit":
-            phases = list(common.heads(pl_module, self).phases)
-            self.monitor = self.given or f"val/loss/{phases[-1] if phases else 'gates'}"
+            phases = common.heads(pl_module, self).phases
+            names = [name for name, phase in phases.items() if "gates" in phase.trains] or list(phases) or ["gates"]
+            self.monitor = self.given or f"val/loss/{names[-1]}"
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look at the folder, for those who come without the command line."""

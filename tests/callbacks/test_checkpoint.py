@@ -18,6 +18,9 @@ from callbacks.checkpoint import held
 from dynamax.backbones.sources import Folder
 from dynamax.errors import UserError
 from dynamax.heads import ExitBank
+from dynamax.modules.heads import HeadsModule
+from dynamax.modules.phases import Phase
+from dynamax.objectives import GateObjective, LensDistillation
 from tests.callbacks.conftest import QUIET, evaluated, trained
 from tests.folders import model_folder
 
@@ -94,6 +97,22 @@ def test_a_run_stopped_in_an_epoch_goes_on_with_the_documents_that_come_next(
     _, resumed = trained(tiny_source, tmp_path, [], batch_size=6, ckpt_path=tmp_path / "part.ckpt")
     for name, tensor in whole.bank.state_dict().items():
         torch.testing.assert_close(resumed.bank.state_dict()[name], tensor, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("phases", "alternate", "figure"),
+    [
+        ({"a": Phase(LensDistillation()), "b": Phase(GateObjective())}, None, "val/loss/b"),
+        ({"b": Phase(GateObjective(), steps=2), "a": Phase(LensDistillation(), steps=2)}, ["b", "a"], "val/loss/b"),
+        ({"a": Phase(LensDistillation(), epochs=1), "c": Phase(LensDistillation())}, None, "val/loss/c"),
+    ],
+)
+def test_the_figure_that_is_monitored_unless_told(
+    tiny_source: Folder, phases: Any, alternate: list[str] | None, figure: str
+) -> None:
+    checkpoint = HeadsCheckpoint("nowhere")
+    checkpoint.setup(Trainer(logger=False, **QUIET), HeadsModule(tiny_source, {}, phases, alternate=alternate), "fit")
+    assert checkpoint.monitor == figure
 
 
 def test_a_trial_run_saves_nothing_and_complains_of_nothing(tiny_source: Folder, tmp_path: Path) -> None:
