@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from typing import Any, Self, cast
 
 from lightning.pytorch import LightningModule, Trainer
@@ -19,18 +18,8 @@ from dynamax.data.hidden import HiddenStates
 from dynamax.errors import UserError
 from dynamax.heads.bank import Exit, ExitBank
 from dynamax.metrics.exits import GateAUROC
-from dynamax.modules.checks import ChecksBeforeFit, all_finite, one_device
-from dynamax.modules.phases import (
-    Phase,
-    PhaseSchedule,
-    check_depths,
-    check_length,
-    check_tokens,
-    check_trained,
-    completed,
-    heads_of,
-    share,
-)
+from dynamax.modules import checks
+from dynamax.modules.phases import Phase, PhaseSchedule, completed, heads_of, share
 from dynamax.objectives.base import KINDS, Kind, counted
 from dynamax.objectives.readout import ExitReader, gate_scores, in_top_k
 from dynamax.types import Site, Spec
@@ -121,17 +110,12 @@ class HeadsModule(LightningModule):
         bank = ExitBank(self.exits, top.site)
         if self.saved is not None:
             fresh, bank = bank, ExitBank.load(self.saved, top.site)
-            asked, found = (json.dumps(each.record(top.spec)["exits"], sort_keys=True) for each in (fresh, bank))
-            if asked != found:
-                raise UserError(
-                    f"The heads in {self.saved} are not those of the exits. Saved: {found}. Exits: {asked}. Give the "
-                    f"exits they were trained with, or leave heads out and train anew."
-                )
+            checks.check_saved(self.saved, fresh.record(top.spec), bank.record(top.spec))
         self._top, self.bank = (top,), bank
         self.sites: dict[int, Site] = {depth: top.site(depth) for depth in bank.depths}
         gates = [f"{depth}/{name}" for depth in bank.depths for name in bank.gates(depth)]
         self.aurocs = nn.ModuleDict({name: GateAUROC() for name in gates})
-        check_trained(bank, self.phases)
+        checks.check_trained(bank, self.phases)
 
     @property
     def spec(self) -> Spec:
@@ -149,14 +133,14 @@ class HeadsModule(LightningModule):
             UserError: If there are several devices, the phases do not fit into the training, the clipping is out of
                 range, the store will not hold what training reads, or a callback refuses.
         """
-        one_device(trainer, self)
+        checks.one_device(trainer, self)
         clip = trainer.gradient_clip_val
         if clip is not None and not clip >= 0:
             raise UserError(f"trainer.gradient_clip_val is {clip}; wanted a number of at least 0. Change it.")
-        check_length(self.phases, self.alternate, trainer)
+        checks.check_length(self.phases, self.alternate, trainer)
         self.check_data(data)
         for callback in cast(Any, trainer).callbacks if self._top else ():
-            if isinstance(callback, ChecksBeforeFit):
+            if isinstance(callback, checks.ChecksBeforeFit):
                 callback.check_before_fit(trainer, self)
 
     def check_data(self, data: object) -> None:
@@ -166,14 +150,14 @@ class HeadsModule(LightningModule):
             UserError: If it keeps too few tokens of a position for an objective, or lacks the depth of an exit.
         """
         if isinstance(data, HiddenStates):
-            check_tokens(self.phases, data.k)
-            check_depths(self.exits, data.exits)
+            checks.check_tokens(self.phases, data.k)
+            checks.check_depths(self.exits, data.exits)
 
     def setup(self, stage: str) -> None:
         """Check, for those who come without the command line."""
         if stage == "fit":
             self.check(self.trainer, cast(Any, self.trainer).datamodule)
-        one_device(self.trainer, self)
+        checks.one_device(self.trainer, self)
 
     # -- phases -------------------------------------------------------------------------------------
 
@@ -200,18 +184,14 @@ class HeadsModule(LightningModule):
         self._entered = self._schedule = None
 
     def on_train_start(self) -> None:
-        """Bring the backbone's top to the heads, and lay out the phases, now that the length of an epoch is known.
-
-        Raises:
-            UserError: If the phases do not fit into the training.
-        """
+        """Bring the backbone's top to the heads; lay out the phases, now that the length of an epoch is known."""
         self._top[0].to(self.device)
         trainer = self.trainer
         total = trainer.estimated_stepping_batches
         if math.inf in (total, trainer.num_training_batches):
             raise UserError("HeadsModule needs data of a known length. Give a data module whose loaders have one.")
         epoch_steps = math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
-        check_length(self.phases, self.alternate, trainer, epoch_steps)
+        checks.check_length(self.phases, self.alternate, trainer, epoch_steps)
         self._schedule = PhaseSchedule(self.phases, self.alternate, epoch_steps=epoch_steps, total=int(total))
 
     def on_validation_start(self) -> None:
@@ -264,7 +244,7 @@ class HeadsModule(LightningModule):
         Raises:
             UserError: Naming the depths there are and those wanted.
         """
-        check_depths(self.exits, batch.hidden)
+        checks.check_depths(self.exits, batch.hidden)
         return batch
 
     def training_step(self, batch: HiddenBatch, batch_idx: int) -> Tensor:
@@ -277,7 +257,7 @@ class HeadsModule(LightningModule):
         phase = self.phases[name]
         batch = share(batch, phase.prompts or (0.0, 1.0))
         loss, seen = phase.objective.loss(self.bank, batch, self.sites)
-        self._check_finite("The loss", name, self.global_step + 1, [loss])
+        checks.check_finite("The loss", [loss], step=self.global_step + 1, name=name, phase=phase)
         size = max(1, int(counted(batch).sum()))
         self.log("train/loss", loss, prog_bar=True, batch_size=size)
         self.log_dict({f"train/{name}": value for name, value in seen.items()}, batch_size=size)
@@ -289,20 +269,11 @@ class HeadsModule(LightningModule):
         Raises:
             UserError: If a weight is not finite.
         """
-        step = self.global_step
-        name = self._phase(step)
+        step, name = self.global_step, self._phase(self.global_step)
         super().optimizer_step(*args, **options)
-        trained = heads_of(self.bank, self.phases[name].trains)
-        self._check_finite("A weight", name, step + 1, (p for head in trained for p in head.parameters()))
-
-    def _check_finite(self, what: str, name: str, step: int, tensors: Iterable[Tensor]) -> None:
-        if not all_finite(tensors):
-            raise UserError(
-                f"{what} is infinite or not a number at step {step}, in the phase {name}. Training stops "
-                f"here. Lower model.phases.{name}.learning_rate, which is {self.phases[name].rate:g}, set "
-                f"trainer.gradient_clip_val: 1, or train with trainer.precision: 32-true. Heads that were saved before "
-                f"stay as they are."
-            )
+        phase = self.phases[name]
+        parameters = (p for head in heads_of(self.bank, phase.trains) for p in head.parameters())
+        checks.check_finite("A weight", parameters, step=step + 1, name=name, phase=phase)
 
     def validation_step(self, batch: HiddenBatch, batch_idx: int) -> None:
         """Agreement of each lens, loss of the phase or of those that take turns, AUROC of each gate that trains.
@@ -322,9 +293,10 @@ class HeadsModule(LightningModule):
         agreed = {depth: self._reader(self.bank, batch, site) for depth, site in self.sites.items()}
         figures: dict[str, Tensor] = {f"agreement/{d}": agreed_N.float().mean() for d, agreed_N in agreed.items()}
         for name in names:
-            loss, seen = self.phases[name].objective.loss(self.bank, batch, self.sites)
+            phase = self.phases[name]
+            loss, seen = phase.objective.loss(self.bank, batch, self.sites)
             if fitting:
-                self._check_finite("The validation loss", name, self.global_step, [loss])
+                checks.check_finite("The validation loss", [loss], step=self.global_step, name=name, phase=phase)
             figures |= {f"loss/{name}": loss, **seen}
         self.log_dict({f"val/{name}": value for name, value in figures.items()}, batch_size=size)
         if fitting and not any("gates" in self.phases[name].trains for name in names):
