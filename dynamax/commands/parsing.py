@@ -48,7 +48,7 @@ KINDS: dict[str, Registry] = {
     **dict.fromkeys(("backbone", "writer", "teacher", "tokenizer"), SOURCES),
     **dict.fromkeys(("lens", "gates"), HEADS),
     **dict.fromkeys(("policy", "policies"), POLICIES),
-    **dict.fromkeys(("lens_objective", "gate_objective", "objective", "loss"), OBJECTIVES),
+    **dict.fromkeys(("objective", "loss"), OBJECTIVES),
     **dict.fromkeys(("text", "corpus"), TEXT_SOURCES),
     "decoder": DECODERS,
     "task": TASKS,

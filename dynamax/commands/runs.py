@@ -193,13 +193,15 @@ class DynamaxCLI(LightningCLI):
     def before_cache(self) -> None:
         """Build the heads before the store is filled: a mistake in them shows now, not minutes later."""
         self.model.configure_model()
+        if isinstance(self.model, HeadsModule):
+            self.model.check_data(self.datamodule)
 
     def before_fit(self) -> None:
         """The same, for mistakes in the trainer too."""
         self.before_cache()
-        one_device(self.trainer, self.model)
         if isinstance(self.model, HeadsModule):
-            self.model.check_epochs(self.trainer)
+            self.model.check(self.trainer, self.datamodule)
+        one_device(self.trainer, self.model)
 
     def before_validate(self) -> None:
         """Refuse to score what nobody trained."""

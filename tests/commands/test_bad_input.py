@@ -21,7 +21,7 @@ CASES = {
         [*TEST, "--model.policies=[{policy: MaxProp}]"],
         ["policy", "Did you mean MaxProb", "GateConfidence, Margin"],
     ),
-    "objective": ([*FIT, "--model.gate_objective", "GateObj"], ["gate_objective", "Known: GateObjective"]),
+    "objective": ([*FIT, "--model.phases.gates.objective", "GateObj"], ["objective", "Did you mean GateObjective"]),
     "task": ([*TEST, "--data.task", "TriviaQ"], ["data.task", "Did you mean TriviaQA"]),
     "rule": ([*TEST, "--model.rule", "Exakt"], ["model.rule", "Did you mean Exact"]),
     "callback": ([*FIT, "--trainer.callbacks", "ExitFronteer"], ["Did you mean ExitFrontier", "HeadsCheckpoint"]),

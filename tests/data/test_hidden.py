@@ -1,10 +1,11 @@
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import jsonargparse
 import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from torch.utils.data import DataLoader
 
 from dynamax.backbones.sources import Folder, Source
 from dynamax.data.batch import HiddenBatch, collate
@@ -43,7 +44,7 @@ def ready(module: HiddenStates) -> HiddenStates:
     return module
 
 
-def numbers(loader: DataLoader) -> list[int]:
+def numbers(loader: Iterable[HiddenBatch]) -> list[int]:
     return [number for batch in loader for number in batch.documents_B.tolist()]
 
 
@@ -254,3 +255,21 @@ def test_yaml_composes_it(model_folder, tmp_path):
     assert (module.text.documents, module.text.form, module.exits) == (3, "plain", [2])
     local = {"class_path": "dynamax.data.corpora.LocalText", "init_args": {"path": "a.txt", "sample_by": "line"}}
     assert parser.instantiate(parser.parse_object({"data": {**config, "text": local}})).data.text.sample_by == "line"
+
+
+@pytest.mark.parametrize("given", [1, 3])
+def test_a_loader_goes_on_in_the_middle_of_its_epoch_and_only_there(data, given):
+    loader, again = (ready(data(batch_size=4)).train_dataloader() for _ in range(2))
+    loader.sampler.set_epoch(5)
+    assert len(loader) > 3
+    whole = [batch.documents_B.tolist() for batch in loader]
+    batches = iter(loader)
+    for _ in range(given):
+        next(batches)
+    again.load_state_dict(loader.state_dict())
+    again.sampler.set_epoch(5)
+    assert [batch.documents_B.tolist() for batch in again] == whole[given:]
+    assert [batch.documents_B.tolist() for batch in again] == whole, "once only"
+    again.load_state_dict(loader.state_dict())
+    again.sampler.set_epoch(6)
+    assert len(numbers(again)) == sum(map(len, whole)), "another epoch is whole"

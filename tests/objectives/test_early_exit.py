@@ -102,7 +102,17 @@ def test_one_block_has_no_chance_to_be_left_out() -> None:
     assert chances(1, 0.9).tolist() == [0.0]
 
 
-@pytest.mark.parametrize("options", [{"weight": 0.0}, {"dropout": 1.0}, {"dropout": -0.1}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"weight": 0.0},
+        {"weight": float("nan")},
+        {"weight": float("inf")},
+        {"dropout": 1.0},
+        {"dropout": -0.1},
+        {"dropout": float("nan")},
+    ],
+)
 def test_options_out_of_range_are_refused(options: dict) -> None:
     with pytest.raises(ValueError, match="use NextToken"):
         LayerSkip(**options)

@@ -185,7 +185,7 @@ def test_nothing_is_remembered_while_the_lens_trains():
     assert objective.labels(bank, batch, sites)[4].tolist() == [False, True, False]
 
 
-def test_begin_forgets():
+def test_labels_of_a_lens_that_changed_are_forgotten():
     bank, batch, sites = by_hand()
     frozen(bank)
     objective = GateObjective()
@@ -193,7 +193,9 @@ def test_begin_forgets():
     with torch.no_grad():
         bank.lens(4).shift.bias[2] = 100.0
     assert objective.labels(bank, batch, sites)[4].tolist() == [True, False, False]
-    objective.begin()
+    objective.forget({"gates"})
+    assert objective.labels(bank, batch, sites)[4].tolist() == [True, False, False]
+    objective.forget({"lenses"})
     assert objective.labels(bank, batch, sites)[4].tolist() == [False, True, False]
 
 

@@ -48,7 +48,13 @@ def test_it_is_found_by_its_entry_point_and_keeps_the_contract(site_folder: Path
 
 
 def test_it_goes_by_its_short_name_on_the_command_line(site_folder: Path) -> None:
-    options = ["--model", "HeadsModule", "--model.backbone", "SmolLM2", "--model.gate_objective", "GateObjective"]
+    options = [
+        "--model",
+        "HeadsModule",
+        "--model.backbone",
+        "SmolLM2",
+        "--model.phases={gates: {objective: GateObjective}}",
+    ]
     exits = "--model.exits={15: {gates: [{class_path: NormGate, init_args: {offset: 0.5}}]}}"
     done = run(site_folder, "-m", "dynamax", "fit", *options, exits, "--print_config")
     assert done.returncode == 0, done.stderr
