@@ -37,7 +37,7 @@ def contenders(
 ) -> dict[str, Callable[[], Callable[[], object]]]:
     """Name to a function that gets ready, untimed, and answers with what is timed."""
     rows_1T = prompt_1T[:, :size]
-    keyword, whole = backbone.row.cache, Span(0, backbone.spec.depth)
+    keyword, whole = backbone.row.cache_argument, Span(0, backbone.spec.depth)
     keyword = "past_key_values" if keyword == "layer_past" else keyword
     theirs = DynamicCache(config=backbone.model.config)
     backbone.model(prompt_1T, use_cache=True, **{keyword: theirs})
