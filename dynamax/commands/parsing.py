@@ -236,6 +236,8 @@ def check_files(arguments: Sequence[str], *, parts: bool = False) -> None:
     checked: set[Path] = set()
     for before, argument in zip(("", *arguments), arguments[:ended], strict=False):
         option, equals, value = argument.partition("=") if argument.startswith("-") else (before, "=", argument)
+        if argument.startswith("-c") and len(argument) > 2:
+            option, equals, value = "-c", "=", argument[2:]
         if option in ("-c", "--config") and equals:
             if not os.path.isfile(value):
                 what = "is a folder" if os.path.isdir(value) else "does not exist"

@@ -62,6 +62,13 @@ def test_it_goes_by_its_short_name_on_the_command_line(site_folder: Path) -> Non
     assert "offset: 0.5" in done.stdout
 
 
+def test_list_tells_what_it_is_and_where_it_comes_from(site_folder: Path) -> None:
+    done = run(site_folder, "-m", "dynamax", "list", "heads")
+    assert done.returncode == 0, done.stderr
+    (line,) = (line for line in done.stdout.splitlines() if "NormGate" in line)
+    assert " A straight line through the logarithm of the state's length.  [dynamax-demo-head 0.1.0]" in line
+
+
 def test_without_it_the_name_is_unknown_and_near_names_are_told(site_folder: Path) -> None:
     done = run(site_folder, "-c", "from dynamax.registry import HEADS; HEADS.get('NormGate')", path=False)
     assert done.returncode == 1
