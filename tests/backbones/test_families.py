@@ -9,7 +9,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from dynamax import registry
-from dynamax.backbones.families import FamilySpec, family
+from dynamax.backbones.families import FAMILIES, FamilySpec, family
 from dynamax.backbones.hf import HFBackbone
 from dynamax.backbones.sources import Folder
 from dynamax.errors import UserError
@@ -61,7 +61,7 @@ def test_two_rows_of_one_type_are_refused(offer):
     offer("llama")
     with pytest.raises(UserError, match="another row, somebodys_rows:ROW"):
         family("llama")
-    assert family("mistral") is families.FAMILIES["mistral"]
+    assert family("mistral") is FAMILIES["mistral"]
 
 
 @pytest.mark.parametrize("module", ["ROW = {'blocks': 'layers'}", ROW.replace("FamilySpec()", "FamilySpec")])
