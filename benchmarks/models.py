@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from dynamax.backbones.hf import HFBackbone
 from dynamax.backbones.loading import dtype_of
 from dynamax.backbones.sources import SmolLM2
-from dynamax.data.prompts import questions
+from dynamax.data.generated import questions
 
 
 @dataclass(frozen=True)

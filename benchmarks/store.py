@@ -28,15 +28,12 @@ from typing import Any
 import torch
 
 from dynamax.backbones.sources import Folder, SmolLM2
-from dynamax.data.batch import collate
-from dynamax.data.buckets import LengthBuckets
-from dynamax.data.fill import fill_store
-from dynamax.data.manifest import Manifest
-from dynamax.data.prompts import passages
+from dynamax.data.batch import LengthBuckets, collate
+from dynamax.data.fill import StoreWriter, fill_store, locked
+from dynamax.data.generated import passages
 from dynamax.data.states import LOGITS, batches
-from dynamax.data.store import Store
+from dynamax.data.store import Manifest, Store
 from dynamax.data.text import Document, TextSource, windows
-from dynamax.data.writer import StoreWriter, locked
 from dynamax.engine import Engine, load
 from dynamax.metrics.environment import environment
 from dynamax.types import Site, Span
@@ -154,7 +151,7 @@ def grown(store: Store, folder: Path) -> Path:
     with locked(folder):
         writer = StoreWriter(folder, Manifest(store.manifest.inputs))
         while sum(shard.bytes for shard in writer.manifest.shards) < READ_BYTES:
-            writer.append(documents, stop_group=writer.manifest.next_group + 1)
+            writer.write(documents, (writer.manifest.next_group, writer.manifest.next_group + 1))
         writer.finish()
     return folder
 

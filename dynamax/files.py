@@ -1,8 +1,11 @@
-"""Files that are replaced as a whole. Knows nothing of what they hold."""
+"""Files and folders that are there as a whole or not at all. Knows nothing of what they hold."""
 
 from __future__ import annotations
 
+import contextlib
 import os
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 
@@ -23,6 +26,24 @@ def write_atomically(file: Path, content: bytes) -> None:
         part.unlink(missing_ok=True)
         raise
     sync_folder(file.parent)
+
+
+@contextlib.contextmanager
+def whole_folder(target: Path) -> Iterator[Path]:
+    """An empty folder to fill, which becomes ``target`` once it is complete.
+
+    An interruption leaves nothing behind. If another process was faster, its folder stays.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".partial-") as scratch:
+        fresh = Path(scratch) / "fresh"
+        fresh.mkdir()
+        yield fresh
+        try:
+            os.replace(fresh, target)
+        except OSError:
+            if not target.is_dir():
+                raise
 
 
 def sync_folder(folder: Path) -> None:

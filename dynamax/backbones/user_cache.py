@@ -5,13 +5,13 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 from safetensors import SafetensorError
 
 from dynamax.errors import UserError
+from dynamax.files import whole_folder
 
 
 def cache_folder() -> Path:
@@ -42,26 +42,14 @@ def made_once(name: str, make: Callable[[Path], None], *, room: int) -> Path:
     free = shutil.disk_usage(target.parent).free
     if free < room:
         raise UserError(no_room(target, f"{free / 1e6:.0f} MB are free and {room / 1e6:.0f} MB are needed"))
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".partial-") as scratch:
-        fresh = Path(scratch) / "fresh"
-        fresh.mkdir()
+    with whole_folder(target) as fresh:
         try:
             make(fresh)
         except (OSError, SafetensorError) as error:
             if isinstance(error, OSError) and error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
             raise UserError(no_room(target, str(error))) from error
-        appear(fresh, target)
     return target
-
-
-def appear(fresh: Path, target: Path) -> None:
-    """Move a complete folder to its place; if another process was faster, its copy stays."""
-    try:
-        os.replace(fresh, target)
-    except OSError:
-        if not target.is_dir():
-            raise
 
 
 def no_room(target: Path, reason: str) -> str:

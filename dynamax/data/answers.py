@@ -4,20 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from functools import cached_property
 from pathlib import Path
 from typing import Any, final
 
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerBase
 
 from dynamax.backbones.sources import Source
-from dynamax.data.fill import tokenizer_hash
-from dynamax.data.generated import Answered, SelfGenerated
-from dynamax.data.manifest import fingerprint
-from dynamax.data.prompts import Prompt
+from dynamax.data.fill import locked, tokenizer_hash
+from dynamax.data.generated import Prompt, SelfGenerated
+from dynamax.data.store import fingerprint
 from dynamax.data.text import Corpus, Text
-from dynamax.data.writer import locked
 from dynamax.device import chosen
 from dynamax.engine import load
 from dynamax.files import write_atomically
@@ -51,24 +47,18 @@ class Answers(Corpus):
     ) -> None:
         self.writer, self.text, self.folder, self.dtype = writer, text, folder, dtype
         self.device = chosen(device)
+        self._identity: dict[str, Any] = {}
 
     def identity(self) -> dict[str, Any]:
-        """Writer, prompts and options."""
-        return self._identity
-
-    @cached_property
-    def _identity(self) -> dict[str, Any]:
-        return {
+        """Writer, prompts and options; the writer's weights are read once."""
+        self._identity = self._identity or {
             "source": "Answers",
             "writer": self.writer.output_stage().spec.fingerprint,
-            "tokenizer": tokenizer_hash(self._tokenizer),
+            "tokenizer": tokenizer_hash(self.writer.tokenizer()),
             "dtype": self.dtype,
             "text": self.text.identity(),
         }
-
-    @cached_property
-    def _tokenizer(self) -> PreTrainedTokenizerBase:
-        return self.writer.tokenizer()
+        return self._identity
 
     def texts(self) -> Iterator[Text]:
         """All answers; those that are not on disk yet are written now."""
@@ -87,18 +77,18 @@ class Answers(Corpus):
         done = next((index for index, file in enumerate(files) if not file.is_file()), len(files))
         if done == len(files):
             return
-        batches = self.text.answers(load(self.writer, dtype=self.dtype, device=self.device), skip=done)
+        engine = load(self.writer, dtype=self.dtype, device=self.device)
+        tokenizer = engine.tokenizer
+        assert tokenizer is not None, "a source has a tokenizer"
+        batches = self.text.answers(engine, skip=done)
         rest = tqdm(zip(files[done:], batches, strict=True), desc="answers", total=len(files), initial=done)
         for file, batch in rest:
-            texts = [self._text(answered) for answered in batch]
+            texts = []
+            for (_, prompt), tokens in batch:
+                answer = str(tokenizer.decode(tokens, skip_special_tokens=True)).strip()
+                answer = answer if tokens[-1] == tokenizer.eos_token_id else whole(answer)
+                texts.append(Text(f"{opening(prompt)} {answer}", prompt.origin))
             write_atomically(file, json.dumps(texts).encode())
-
-    def _text(self, answered: Answered) -> Text:
-        end = self._tokenizer.eos_token_id
-        answer = str(self._tokenizer.decode(answered.answer, skip_special_tokens=True)).strip()
-        if answered.answer[-1] != end:
-            answer = whole(answer)
-        return Text(f"{opening(answered.asked.prompt)} {answer}", answered.asked.prompt.origin)
 
 
 def opening(prompt: Prompt) -> str:

@@ -1,16 +1,21 @@
-"""What a training step gets: stored documents, padded to one length. Knows tensors, no trainer."""
+"""What a training step gets: documents of similar length, padded to one length. Knows tensors, no trainer."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import final
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import Sampler
 
 from dynamax.data.store import StoredDocument
+from dynamax.data.text import derived_seed
+
+POOL = 32
+"""Batches' worth of documents that are sorted by length together; fewer shuffle better, more pad less."""
 
 
 @dataclass(frozen=True)
@@ -50,12 +55,8 @@ class HiddenBatch:
         return self._mapped(lambda tensor: tensor[chosen_B] if tensor.ndim == 1 else tensor[chosen_B, :longest])
 
     def _mapped(self, change: Callable[[Tensor], Tensor]) -> HiddenBatch:
-        def changed(value: Any) -> Any:  # noqa: ANN401 - a tensor, or a dictionary of them
-            if isinstance(value, dict):
-                return {depth: change(tensor) for depth, tensor in value.items()}
-            return change(value)
-
-        return HiddenBatch(**{field.name: changed(getattr(self, field.name)) for field in fields(self)})
+        changed = {each.name: change(getattr(self, each.name)) for each in fields(self) if each.name != "hidden"}
+        return HiddenBatch(hidden={depth: change(h_BTD) for depth, h_BTD in self.hidden.items()}, **changed)
 
 
 def collate(documents: Sequence[StoredDocument], numbers: Sequence[int]) -> HiddenBatch:
@@ -87,6 +88,42 @@ def collate(documents: Sequence[StoredDocument], numbers: Sequence[int]) -> Hidd
     )
 
 
-def as_it_is(batch: Any) -> Any:  # noqa: ANN401 - whatever a sampler or a data set hands out
-    """A loader's ``collate_fn`` where each item is a batch already."""
-    return batch
+@final
+class LengthBuckets(Sampler[list[int]]):
+    """Yields batches of positions in ``lengths``, each position once an epoch.
+
+    Args:
+        lengths: Tokens of each document.
+        batch_size: Documents a batch; the last may be smaller.
+        seed: Of the order; None for one fixed order, by length.
+
+    Attributes:
+        epoch: Decides the order.
+        skipped: Batches at the beginning of the epoch that are passed over.
+    """
+
+    def __init__(self, lengths: Sequence[int], *, batch_size: int, seed: int | None) -> None:
+        self.lengths = torch.as_tensor(lengths)
+        self.batch_size = batch_size
+        self.seed = seed
+        self.epoch = self.skipped = 0
+
+    def __len__(self) -> int:
+        return -(-len(self.lengths) // self.batch_size)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the order of an epoch; Lightning calls it."""
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[list[int]]:
+        if self.seed is None:
+            batches = self.lengths.argsort(stable=True).split(self.batch_size)
+            turns = list(range(len(batches)))
+        else:
+            generator = torch.Generator().manual_seed(derived_seed(self.seed, self.epoch))
+            order = torch.randperm(len(self.lengths), generator=generator)
+            pools = [pool[self.lengths[pool].argsort(stable=True)] for pool in order.split(POOL * self.batch_size)]
+            batches = [batch for pool in pools for batch in pool.split(self.batch_size)]
+            turns = torch.randperm(len(batches), generator=generator).tolist()
+        for index in turns[self.skipped :]:
+            yield batches[index].tolist()

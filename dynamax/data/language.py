@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any, final
 
 import torch
@@ -14,9 +15,9 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from dynamax.backbones.sources import Source
-from dynamax.data.batch import as_it_is
 from dynamax.data.fill import tokenizer_hash
-from dynamax.data.streams import Streams, make_streams, stream_folder, stream_inputs
+from dynamax.data.store import fingerprint
+from dynamax.data.streams import FORMAT, Streams, make_streams
 from dynamax.data.text import Corpus, derived_seed
 from dynamax.errors import UserError
 
@@ -48,7 +49,14 @@ class LanguageData(LightningDataModule):
         validation: Part of the texts, in (0, 1), that is kept for validation; texts of one origin stay together.
         validation_blocks: Blocks to validate on, in the mixture of a batch, spread evenly over what was kept.
         seed: Of the order of blocks.
+
+    Attributes:
+        streams: The encoded corpora, and their tokenizer; there once ``setup`` has run.
+        rows: Rows of a batch, by corpus.
+        order: All that batches depend on beside the streams, as JSON values.
     """
+
+    streams: Streams
 
     def __init__(
         self,
@@ -69,24 +77,20 @@ class LanguageData(LightningDataModule):
             raise UserError(f"validation={validation} was given; wanted a part of the texts, between 0 and 1.")
         if vocab is not None and tokenizer is not None:
             raise UserError(f"vocab={vocab} was given beside a tokenizer, which has its own. Leave one of them out.")
-        rows = min(portion.rows for portion in portions)
-        for name, value, least in (
-            ("rows", rows, 1),
-            ("length", length, 2),
-            ("validation_blocks", validation_blocks, 1),
-        ):
+        self.rows = [portion.rows for portion in portions]
+        counts = (("rows", min(self.rows), 1), ("length", length, 2), ("validation_blocks", validation_blocks, 1))
+        for name, value, least in counts:
             if value < least:
                 raise UserError(f"{name}={value} was given; wanted {least} or more.")
         self.portions, self.folder, self.length = portions, folder, length
         self.vocab, self.tokenizer = VOCAB if vocab is None and tokenizer is None else vocab, tokenizer
         self.validation, self.validation_blocks, self.seed = validation, validation_blocks, seed
-        self._streams: Streams | None = None
+        self.order: dict[str, Any] = {"rows": self.rows, "length": length, "seed": seed}
 
     def prepare_data(self) -> None:
         """Read and encode the corpora, unless that has been done."""
-        target = stream_folder(self.folder, self._inputs)
-        if not target.is_dir():
-            make_streams(target, self._corpora, self._inputs, self._given)
+        if not self._target.is_dir():
+            make_streams(self._target, [each.corpus for each in self.portions], self._inputs, self._given)
 
     def setup(self, stage: str) -> None:
         """Open the streams.
@@ -94,52 +98,44 @@ class LanguageData(LightningDataModule):
         Raises:
             UserError: If a corpus is shorter than a block.
         """
-        self._streams = Streams(stream_folder(self.folder, self._inputs))
+        self.streams = Streams(self._target)
         for part in ("train", "validation"):
-            for portion, tokens in zip(self.portions, self._streams.lengths(part), strict=True):
+            for portion, tokens in zip(self.portions, self.streams.lengths(part), strict=True):
                 if tokens < 2 * self.length:
                     raise UserError(
                         f"{type(portion.corpus).__name__} has {tokens} tokens for {part}, too few for blocks of "
                         f"{self.length}. Give more text, lower length, or change validation."
                     )
 
-    @property
-    def streams(self) -> Streams:
-        """The encoded corpora, and their tokenizer; there once ``setup`` has run."""
-        assert self._streams is not None, "setup comes first"
-        return self._streams
-
-    @property
-    def rows(self) -> list[int]:
-        """Rows of a batch, by corpus."""
-        return [portion.rows for portion in self.portions]
-
-    @property
-    def order(self) -> dict[str, Any]:
-        """All that batches depend on beside the streams, as JSON values."""
-        return {"rows": self.rows, "length": self.length, "seed": self.seed}
-
     def train_dataloader(self) -> Batches:
         """Batches ``tokens_BT`` in one endless order."""
         return Batches(self.streams, self.rows, length=self.length, seed=self.seed)
 
     def val_dataloader(self) -> DataLoader:
-        """The same blocks each time."""
-        blocks = validation_blocks(self.streams, self.rows, self.length, self.validation_blocks)
-        return DataLoader(blocks.split(sum(self.rows)), batch_size=None, collate_fn=as_it_is)  # type: ignore[arg-type]
+        """The same blocks each time: ``validation_blocks``, at least one a corpus, in the mixture of a batch."""
+        chosen = []
+        for corpus, tokens in enumerate(self.streams.lengths("validation")):
+            blocks = tokens // self.length
+            wanted = min(blocks, max(1, round(self.validation_blocks * self.rows[corpus] / sum(self.rows))))
+            for block in torch.linspace(0, blocks - 1, wanted).long().tolist():
+                chosen.append(self.streams.window("validation", corpus, block * self.length, self.length))
+        batches = torch.stack(chosen).split(sum(self.rows))
+        return DataLoader(batches, batch_size=None)  # type: ignore[arg-type]
 
     @cached_property
     def _inputs(self) -> dict[str, Any]:
-        known = None if self._given is None else tokenizer_hash(self._given)
-        return stream_inputs(self._corpora, vocab=self.vocab, tokenizer=known, validation=self.validation)
+        """All that streams depend on, as JSON values."""
+        identities = [portion.corpus.identity() for portion in self.portions]
+        given = {"vocab": self.vocab} if self._given is None else {"tokenizer": tokenizer_hash(self._given)}
+        return {"format": FORMAT, "corpora": identities, **given, "validation": self.validation}
+
+    @property
+    def _target(self) -> Path:
+        return Path(self.folder) / f"streams-{fingerprint(self._inputs)}"
 
     @cached_property
     def _given(self) -> PreTrainedTokenizerBase | None:
         return None if self.tokenizer is None else self.tokenizer.tokenizer()
-
-    @property
-    def _corpora(self) -> list[Corpus]:
-        return [portion.corpus for portion in self.portions]
 
 
 @final
@@ -189,27 +185,9 @@ class Batches:
 
     def _block(self, corpus: int, turn: int) -> Tensor:
         number, place = divmod(turn, self.blocks[corpus])
-        shift = self._seed(corpus, number) % self.length
-        start = int(self._order(corpus, number)[place]) * self.length + shift
-        return self.streams.window("train", corpus, start, self.length)
-
-    def _seed(self, corpus: int, number: int) -> int:
-        return derived_seed(derived_seed(self.seed, corpus), number)
-
-    def _order(self, corpus: int, number: int) -> Tensor:
-        """The blocks of one pass over a corpus; the newest pass of each corpus is kept."""
-        if self._passes.get(corpus, (None,))[0] != number:
-            generator = torch.Generator().manual_seed(self._seed(corpus, number))
+        seed = derived_seed(derived_seed(self.seed, corpus), number)
+        if self._passes.get(corpus, (None,))[0] != number:  # the order of the newest pass of each corpus is kept
+            generator = torch.Generator().manual_seed(seed)
             self._passes[corpus] = number, torch.randperm(self.blocks[corpus], generator=generator)
-        return self._passes[corpus][1]
-
-
-def validation_blocks(streams: Streams, rows: Sequence[int], length: int, count: int) -> Tensor:
-    """Blocks ``tokens_NT``, about ``count`` of them and at least one a corpus, in the mixture of a batch."""
-    chosen = []
-    for corpus, tokens in enumerate(streams.lengths("validation")):
-        blocks = tokens // length
-        wanted = min(blocks, max(1, round(count * rows[corpus] / sum(rows))))
-        for block in torch.linspace(0, blocks - 1, wanted).long().tolist():
-            chosen.append(streams.window("validation", corpus, block * length, length))
-    return torch.stack(chosen)
+        start = int(self._passes[corpus][1][place]) * self.length + seed % self.length
+        return self.streams.window("train", corpus, start, self.length)

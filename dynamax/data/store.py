@@ -1,4 +1,4 @@
-"""Hidden states on disk, for reading. Knows shards and documents; knows no backbone.
+"""Hidden states on disk: what a store's folder holds, and how it is read. Knows no backbone.
 
 A store is a folder of ``.safetensors`` shards and a manifest. A shard holds whole documents, one
 behind the other, in these tensors (N tokens, D width, K labels)::
@@ -17,18 +17,25 @@ Entry ``t`` is the state *after* token ``t``: ``top_tokens[t]`` are candidates f
 
 from __future__ import annotations
 
+import hashlib
+import json
+import zlib
 from bisect import bisect_right
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from itertools import accumulate
 from pathlib import Path
-from typing import final
+from typing import Any, final
 
 import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from dynamax.data.manifest import Manifest
 from dynamax.errors import UserError
+from dynamax.files import write_atomically
+
+FORMAT = 1
+NAME = "manifest.json"
 
 
 @dataclass(frozen=True)
@@ -52,6 +59,122 @@ class StoredDocument:
     top_tokens_TK: Tensor
     top_probs_TK: Tensor
     logsumexp_T: Tensor
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the tensors take in a shard."""
+        labels = (self.top_tokens_TK, self.top_probs_TK, self.logsumexp_T)
+        return sum(tensor.nbytes for tensor in (self.tokens_T, *self.hidden.values(), *labels))
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One file of the store.
+
+    Attributes:
+        file: Name in the store's folder.
+        bytes: Size.
+        crc32: Checksum of the whole file, hexadecimal.
+        first_group: First group of the text source that is in it.
+        stop_group: The group after its last.
+        documents: Number of documents.
+        tokens: Number of tokens.
+    """
+
+    file: str
+    bytes: int
+    crc32: str
+    first_group: int
+    stop_group: int
+    documents: int
+    tokens: int
+
+
+@dataclass
+class Manifest:
+    """What a store was made from, and what is whole of it.
+
+    Attributes:
+        inputs: Everything the contents depend on; see ``dynamax.data.fill.store_inputs``.
+        versions: Libraries that wrote it, for the record.
+        shards: Whole shards, in order.
+        whole: True once the text source has come to its end.
+    """
+
+    inputs: dict[str, Any]
+    versions: dict[str, str] = field(default_factory=dict)
+    shards: list[Shard] = field(default_factory=list)
+    whole: bool = False
+
+    @property
+    def next_group(self) -> int:
+        """First group that is in no shard yet."""
+        return self.shards[-1].stop_group if self.shards else 0
+
+    @property
+    def documents(self) -> int:
+        """Documents in whole shards."""
+        return sum(shard.documents for shard in self.shards)
+
+    def save(self, folder: Path) -> None:
+        """Replace the folder's manifest at one stroke."""
+        content = {"format": FORMAT, "fingerprint": fingerprint(self.inputs), **asdict(self)}
+        write_atomically(folder / NAME, json.dumps(content, indent=1).encode())
+
+    def damaged(self, folder: Path, *, checksums: bool) -> dict[int, str]:
+        """Number of each shard that is not as it was written, and what is wrong with it.
+
+        Args:
+            folder: The store.
+            checksums: Read every shard through, and do not go by sizes alone.
+        """
+        found: dict[int, str] = {}
+        for number, shard in enumerate(self.shards):
+            file = folder / shard.file
+            if not file.is_file():
+                found[number] = "is missing"
+            elif (size := file.stat().st_size) != shard.bytes:
+                found[number] = f"has {size} bytes where {shard.bytes} were written"
+            elif checksums:
+                value = 0
+                with file.open("rb") as stream:
+                    while piece := stream.read(1 << 22):
+                        value = zlib.crc32(piece, value)
+                if f"{value:08x}" != shard.crc32:
+                    found[number] = f"does not match its checksum {shard.crc32}"
+        return found
+
+    @staticmethod
+    def load(folder: Path) -> Manifest:
+        """Read the folder's manifest.
+
+        Raises:
+            UserError: If there is none, or it is not of this format.
+        """
+        file = folder / NAME
+        if not file.is_file():
+            raise UserError(f"{folder} holds no {NAME}, so it is no store. Fill one with `dynamax cache` or `fit`.")
+        try:
+            content = json.loads(file.read_text("utf-8"))
+            shards = [Shard(**shard) for shard in content["shards"]]
+            known = content["format"]
+            manifest = Manifest(content["inputs"], content["versions"], shards, content["whole"])
+        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+            raise UserError(
+                f"{file} is damaged ({error!r}). Remove the folder {folder}; the next run fills it again."
+            ) from error
+        if known != FORMAT:
+            raise UserError(
+                f"{file} is of store format {known}; this version reads format {FORMAT}. Remove the folder "
+                f"{folder}; the next run fills it again."
+            )
+        return manifest
+
+
+def fingerprint(inputs: Mapping[str, Any]) -> str:
+    """Hash of a store's inputs, 16 hexadecimal digits."""
+    canonical = json.dumps(inputs, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 
 
 @final
@@ -78,7 +201,7 @@ class Store:
         self.exits: tuple[int, ...] = tuple(inputs["exits"])
         self.k: int = inputs["k"]
         self.width: int = inputs["width"]
-        self._refuse(checksums=False)
+        self.verify(checksums=False)
         self._stops = list(accumulate(shard.documents for shard in self.manifest.shards))
         self._shards: dict[int, dict[str, Tensor]] = {}
 
@@ -92,14 +215,9 @@ class Store:
         return Store, (self.folder,)  # a worker process maps the shards anew
 
     @property
-    def whole(self) -> bool:
-        """Whether all text of the source is in."""
-        return self.manifest.whole
-
-    @property
     def tokens(self) -> int:
         """Tokens held."""
-        return self.manifest.tokens
+        return sum(shard.tokens for shard in self.manifest.shards)
 
     @property
     def bytes(self) -> int:
@@ -143,15 +261,12 @@ class Store:
             shard["logsumexp"][entries],
         )
 
-    def verify(self) -> None:
-        """Compare every shard with its checksum.
+    def verify(self, *, checksums: bool = True) -> None:
+        """Compare every shard's size, and its checksum if asked, with what was written.
 
         Raises:
             UserError: If one is damaged; all of them are named.
         """
-        self._refuse(checksums=True)
-
-    def _refuse(self, *, checksums: bool) -> None:
         damaged = self.manifest.damaged(self.folder, checksums=checksums)
         if damaged:
             listed = "; ".join(f"{self.manifest.shards[number].file} {what}" for number, what in damaged.items())
@@ -162,11 +277,7 @@ class Store:
 
     def _shard(self, number: int) -> dict[str, Tensor]:
         if number not in self._shards:
-            self._shards[number] = read_shard(self.folder / self.manifest.shards[number].file)
+            with safe_open(self.folder / self.manifest.shards[number].file, "pt") as shard:
+                # Tensors are mapped: they are read from disk page by page, as they are used.
+                self._shards[number] = {name: shard.get_tensor(name) for name in shard.keys()}  # noqa: SIM118
         return self._shards[number]
-
-
-def read_shard(file: Path) -> dict[str, Tensor]:
-    """Map a shard: its tensors are read from disk page by page, as they are used."""
-    with safe_open(file, "pt") as shard:
-        return {name: shard.get_tensor(name) for name in shard.keys()}  # noqa: SIM118 - not a mapping

@@ -8,24 +8,29 @@ each text closed by the end of text), and ``streams.json``, which says what went
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal, final
 
 import numpy as np
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from dynamax.backbones.user_cache import appear
-from dynamax.data.manifest import fingerprint
-from dynamax.data.text import Corpus
-from dynamax.data.vocabulary import train_tokenizer
-from dynamax.data.writer import origin_hash
+from dynamax.data.store import fingerprint
+from dynamax.data.text import Corpus, held_out, origin_hash
 from dynamax.errors import UserError
+from dynamax.files import whole_folder
 
 FORMAT = 1
+END = "<|endoftext|>"
+BYTES = 256
+TEMPLATE = (
+    "{% for message in messages %}{% if message['role'] == 'assistant' %} {{ message['content'] }}\n"
+    "{% else %}Question: {{ message['content'] }}\nAnswer:{% endif %}{% endfor %}"
+)
+"""A chat as the corpus ``Answers`` writes it."""
 NAME = "streams.json"
 BATCH = 1024
 SMALL = 1 << 16
@@ -42,7 +47,7 @@ class Streams:
         folder: As ``make_streams`` left it.
 
     Attributes:
-        inputs: What the streams were made from; see ``stream_inputs``.
+        inputs: What the streams were made from; see ``LanguageData``.
         tokenizer: The tokenizer they were encoded with.
     """
 
@@ -51,7 +56,9 @@ class Streams:
         self.inputs: dict[str, Any] = json.loads((folder / NAME).read_text("utf-8"))
         self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         count = len(self.inputs["corpora"])
-        self._streams = {part: [np.load(file(folder, part, i), mmap_mode="r") for i in range(count)] for part in PARTS}
+        self._streams = {
+            part: [np.load(folder / f"{part}-{i}.npy", mmap_mode="r") for i in range(count)] for part in PARTS
+        }
 
     @property
     def fingerprint(self) -> str:
@@ -67,36 +74,15 @@ class Streams:
         return torch.from_numpy(self._streams[part][corpus][start : start + length].astype(np.int64))
 
 
-def stream_inputs(
-    corpora: Sequence[Corpus], *, vocab: int | None, tokenizer: str | None, validation: float
-) -> dict[str, Any]:
-    """All that streams depend on, as JSON values.
-
-    Args:
-        corpora: Where texts come from.
-        vocab: Size of the vocabulary to train; None if a tokenizer is given.
-        tokenizer: Hash of the tokenizer that is given; None to train one.
-        validation: Part of the origins whose texts are kept for validation.
-    """
-    identities = [corpus.identity() for corpus in corpora]
-    given = {"vocab": vocab} if tokenizer is None else {"tokenizer": tokenizer}
-    return {"format": FORMAT, "corpora": identities, **given, "validation": validation}
-
-
-def stream_folder(folder: str | Path, inputs: dict[str, Any]) -> Path:
-    """Where the streams made from these inputs lie."""
-    return Path(folder) / f"streams-{fingerprint(inputs)}"
-
-
 def make_streams(
     target: Path, corpora: Sequence[Corpus], inputs: dict[str, Any], given: PreTrainedTokenizerBase | None = None
 ) -> None:
     """Read all texts, train the tokenizer on those for training, unless one is given, and write the folder.
 
     Args:
-        target: The folder; see ``stream_folder``.
+        target: The folder.
         corpora: Where texts come from.
-        inputs: See ``stream_inputs``.
+        inputs: All that the streams depend on, as JSON values.
         given: The tokenizer to take.
 
     Raises:
@@ -108,21 +94,12 @@ def make_streams(
     parted = [part_texts(corpus, inputs["validation"]) for corpus in corpora]
     training = (text for parts in parted for text in parts["train"])
     tokenizer = train_tokenizer(training, vocab=inputs["vocab"]) if given is None else given
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".partial-") as scratch:
-        fresh = Path(scratch) / "fresh"
-        fresh.mkdir()
+    with whole_folder(target) as fresh:
         for index, parts in enumerate(parted):
             for part in PARTS:
-                np.save(file(fresh, part, index), encode(parts[part], tokenizer))
+                np.save(fresh / f"{part}-{index}.npy", encode(parts[part], tokenizer))
         tokenizer.save_pretrained(fresh)
         (fresh / NAME).write_text(json.dumps(inputs), "utf-8")
-        appear(fresh, target)
-
-
-def file(folder: Path, part: SplitName, corpus: int) -> Path:
-    """The file of one stream."""
-    return folder / f"{part}-{corpus}.npy"
 
 
 def part_texts(corpus: Corpus, validation: float) -> dict[SplitName, list[str]]:
@@ -131,10 +108,11 @@ def part_texts(corpus: Corpus, validation: float) -> dict[SplitName, list[str]]:
     Raises:
         UserError: If either part is empty.
     """
+    texts = list(corpus.texts())
+    held = held_out(torch.tensor([origin_hash(origin) for _, origin in texts]), validation).tolist()
     parts: dict[SplitName, list[str]] = {"train": [], "validation": []}
-    for text, origin in corpus.texts():
-        held = origin_hash(origin) / 2.0**64 + 0.5 < validation
-        parts["validation" if held else "train"].append(text)
+    for (text, _), kept in zip(texts, held, strict=True):
+        parts["validation" if kept else "train"].append(text)
     for part, texts in parts.items():
         if not texts:
             raise UserError(
@@ -153,3 +131,39 @@ def encode(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> np.ndarr
         for tokens in tokenizer(texts[start : start + BATCH], verbose=False)["input_ids"]:
             pieces.append(np.array([*tokens, tokenizer.eos_token_id], dtype=kind))
     return np.concatenate(pieces)
+
+
+def train_tokenizer(texts: Iterable[str], *, vocab: int) -> PreTrainedTokenizerBase:
+    """Byte-level BPE as GPT-2's; every text can be encoded and comes back unchanged.
+
+    Args:
+        texts: What merges are counted on.
+        vocab: Tokens, bytes and the end of text among them.
+
+    Raises:
+        UserError: If the vocabulary is too small for the bytes, or the texts do not fill it.
+    """
+    if vocab <= BYTES:
+        raise UserError(f"A vocabulary of {vocab} was asked for; {BYTES} bytes and the end of text need more.")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[reportAttributeAccessIssue]
+    tokenizer.decoder = decoders.ByteLevel()  # type: ignore[reportAttributeAccessIssue]
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab,
+        special_tokens=[END],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    if tokenizer.get_vocab_size() < vocab:
+        raise UserError(
+            f"A vocabulary of {vocab} was asked for, but the text has pairs for {tokenizer.get_vocab_size()} tokens "
+            f"only. Give more text, or lower vocab."
+        )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token=END,
+        pad_token=END,
+        chat_template=TEMPLATE,
+        clean_up_tokenization_spaces=False,
+    )

@@ -8,7 +8,6 @@ import torch
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 
-from dynamax.data.batch import as_it_is
 from dynamax.tasks.base import Task
 
 
@@ -30,7 +29,7 @@ class TaskData(LightningDataModule):
 
     def test_dataloader(self) -> DataLoader:
         """One example a batch."""
-        return DataLoader(self._examples, batch_size=None, collate_fn=as_it_is)  # type: ignore[arg-type]
+        return DataLoader(self._examples, batch_size=None, collate_fn=lambda example: example)  # type: ignore[arg-type]
 
     def predict_dataloader(self) -> DataLoader:
         """The same examples."""

@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from dynamax.backbones.base import Backbone
+from torch import Tensor
+
 from dynamax.engine import Engine
 from dynamax.errors import UserError
 
@@ -56,9 +57,8 @@ class Corpus(ABC):
 class TextSource(ABC):
     """Where documents come from: the same ones each time, and from any point on.
 
-    Documents come in *groups*. Group ``i`` depends on the constructor's arguments, the model, its
-    tokenizer and ``i``, and on nothing else. So an interrupted store goes on at any group and holds the
-    same text as one that was never interrupted, and a damaged part can be made again.
+    Documents come in *groups*. Group ``i`` depends only on the constructor's arguments, the model, its tokenizer
+    and ``i``. So filling a store can go on at any group, and a damaged part can be made again.
     """
 
     @abstractmethod
@@ -86,19 +86,6 @@ def windows(text: str, engine: Engine, *, length: int) -> list[Document]:
     return [Document(tokens[start : start + length], origin=text) for start in range(0, len(tokens), length)]
 
 
-def check_length(length: int, backbone: Backbone, *, option: str = "length") -> None:
-    """Refuse documents that do not fit the backbone.
-
-    Raises:
-        UserError: If ``length`` exceeds the context.
-    """
-    if length > backbone.spec.context:
-        raise UserError(
-            f"Documents of up to {length} tokens were asked for, but this {backbone.spec.family} backbone's context "
-            f"holds {backbone.spec.context}. Lower the text source's {option}."
-        )
-
-
 def check_positive(source: TextSource | Corpus, **options: int | None) -> None:
     """Refuse counts below 1; None passes.
 
@@ -108,6 +95,21 @@ def check_positive(source: TextSource | Corpus, **options: int | None) -> None:
     for name, value in options.items():
         if value is not None and value < 1:
             raise UserError(f"{type(source).__name__} was given {name}={value}; it must be at least 1.")
+
+
+def origin_hash(text: str) -> int:
+    """A document's origin as a number that fits int64."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little", signed=True)
+
+
+def held_out(origins_N: Tensor, part: float) -> Tensor:
+    """Which documents are kept for validation, ``N`` bool: all of an origin or none, wherever they stand.
+
+    Args:
+        origins_N: Hashes, int64; see ``origin_hash``.
+        part: Part of the origins, in [0, 1].
+    """
+    return origins_N.double() / 2.0**64 + 0.5 < part
 
 
 def derived_seed(seed: int, index: int) -> int:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dynamax.data.batch import HiddenBatch
-from dynamax.data.labels import fast_topk
+from dynamax.data.states import fast_topk
 from dynamax.heads.bank import ExitBank
 from dynamax.objectives.base import Kind, counted
 from dynamax.types import Site

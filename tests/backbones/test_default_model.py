@@ -7,9 +7,10 @@ import zipfile
 
 import pytest
 
-from dynamax.backbones import smollm2_package, user_cache
+from dynamax.backbones import smollm2_package
 from dynamax.backbones.sources import SmolLM2
 from dynamax.backbones.user_cache import cache_folder, made_once
+from dynamax.files import whole_folder
 
 
 @pytest.fixture(autouse=True)
@@ -81,8 +82,8 @@ def test_other_faults_of_a_disk_are_themselves():
 
 
 def test_a_target_that_cannot_be_replaced(tmp_path):
-    with pytest.raises(OSError, match="No such file"):
-        user_cache.appear(tmp_path / "fresh", tmp_path / "target")
+    with pytest.raises(OSError, match="No such file"), whole_folder(tmp_path / "target") as fresh:
+        fresh.rmdir()
 
 
 # -- SmolLM2 --------------------------------------------------------------------------------------------

@@ -6,8 +6,7 @@ import pytest
 
 from dynamax.backbones.sources import Folder
 from dynamax.data.answers import Answers, opening
-from dynamax.data.generated import SelfGenerated
-from dynamax.data.prompts import Prompt, converse, passages
+from dynamax.data.generated import Prompt, SelfGenerated, converse, passages
 from tests.folders import model_folder
 
 

@@ -14,11 +14,9 @@ from unittest.mock import patch
 import pytest
 from transformers import GenerationConfig
 
-from dynamax.data import writer
-from dynamax.data.fill import fill_store, find_store, store_folder, store_inputs, tokenizer_hash
-from dynamax.data.manifest import Manifest
-from dynamax.data.store import Store
-from dynamax.data.writer import locked
+from dynamax.data import fill as module
+from dynamax.data.fill import fill_store, find_store, locked, store_folder, store_inputs, tokenizer_hash
+from dynamax.data.store import Manifest, Store
 from dynamax.engine import Engine
 from tests.data.filling import fill as fill_slowly
 from tests.data.small import TEMPLATE, RandomText, characters, small_backbone
@@ -149,7 +147,7 @@ def test_what_an_interrupted_run_left_can_be_read(tmp_path, engine):
     with pytest.raises(Killed):
         Crash(12).during(lambda: fill(tmp_path, engine))
     store = Store(next(tmp_path.iterdir()))
-    assert not store.whole
+    assert not store.manifest.whole
     assert 0 < len(store) < 30
     store.verify()
 
@@ -274,7 +272,7 @@ def test_other_errors_of_the_disk_are_passed_on(tmp_path, engine):
     def fails(file, content):
         raise OSError(errno.EIO, "the disk broke")
 
-    with patch.object(writer, "write_atomically", fails), pytest.raises(OSError, match="the disk broke"):
+    with patch.object(module, "write_atomically", fails), pytest.raises(OSError, match="the disk broke"):
         fill(tmp_path, engine)
 
 

@@ -5,8 +5,7 @@ import json
 import pytest
 import torch
 
-from dynamax.data.generated import SelfGenerated, until
-from dynamax.data.prompts import Prompt, questions
+from dynamax.data.generated import Prompt, SelfGenerated, questions, until
 from dynamax.engine import Engine
 from tests.data.small import characters, small_backbone
 

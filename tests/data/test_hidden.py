@@ -8,11 +8,10 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 
 from dynamax.backbones.sources import Folder, Source
-from dynamax.data.batch import HiddenBatch, collate
-from dynamax.data.buckets import LengthBuckets
+from dynamax.data.batch import HiddenBatch, LengthBuckets, collate
 from dynamax.data.fill import fill_store
-from dynamax.data.hidden import HiddenStates, held_out
-from dynamax.data.text import TextSource
+from dynamax.data.hidden import HiddenStates
+from dynamax.data.text import TextSource, held_out
 from tests.data.small import VOCAB, RandomText
 from tests.tiny import tiny
 

@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dynamax.data import labels as module
-from dynamax.data.labels import fast_topk, labels
+from dynamax.data import states as module
+from dynamax.data.states import fast_topk, labels
 
 
 @pytest.mark.parametrize("width", [16, 61, 8192, 8192 + 77, 49152, 20000])

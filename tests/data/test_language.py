@@ -13,9 +13,8 @@ from dynamax.backbones.sources import Folder
 from dynamax.data import streams as module
 from dynamax.data.fill import tokenizer_hash
 from dynamax.data.language import Batches, LanguageData, Portion
-from dynamax.data.streams import Streams
+from dynamax.data.streams import END, Streams, train_tokenizer
 from dynamax.data.text import Corpus, Text
-from dynamax.data.vocabulary import END, train_tokenizer
 from tests.folders import byte_tokenizer
 
 

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from collections import Counter
 
-from dynamax.data.prompts import ask, converse, passages, questions, shipped
+from dynamax.data.generated import Prompt, converse, passages, questions, shipped
 
 
 def test_there_are_a_few_hundred_different_questions():
@@ -52,7 +52,9 @@ def test_a_conversation_carries_the_right_answers_along():
 
 
 def test_the_first_of_either_can_be_chosen():
-    assert shipped(first_questions=3, first_passages=0) == [ask(question) for question in questions()[:3]]
+    assert shipped(first_questions=3, first_passages=0) == [
+        Prompt((asked.question,), f"Question: {asked.question}\nAnswer:", asked.question) for asked in questions()[:3]
+    ]
     assert shipped(first_questions=0, first_passages=1) == converse(passages()[0])
     turns = sum(len(passage.turns) for passage in passages())
     assert len(shipped()) == len(questions()) + turns

@@ -4,8 +4,7 @@ import pytest
 import torch
 
 from dynamax.data.states import StateReader, batches, check_exits
-from dynamax.data.text import Document
-from dynamax.data.writer import origin_hash
+from dynamax.data.text import Document, origin_hash
 from dynamax.types import Site
 from tests.data.small import VOCAB, RandomText, small_backbone
 from tests.tiny import tiny

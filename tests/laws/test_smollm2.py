@@ -7,7 +7,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from dynamax.backbones.hf import HFBackbone
-from dynamax.data.prompts import questions
+from dynamax.data.generated import questions
 from dynamax.decoding.early_exit import EarlyExit
 from dynamax.decoding.speculative import SelfSpeculative
 from dynamax.heads.bank import Exit, ExitBank
