@@ -12,9 +12,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import exp, inf, log
 from statistics import fmean
-from typing import ClassVar, NamedTuple, final
+from typing import ClassVar, Generic, NamedTuple, TypeVar, final
 
 from dynamax.errors import UserError
+
+E = TypeVar("E")
 
 
 @dataclass(frozen=True)
@@ -71,8 +73,8 @@ class Window(NamedTuple):
     first: int
 
 
-class Task(ABC):
-    """A benchmark.
+class Task(ABC, Generic[E]):
+    """A benchmark, whose examples are of one kind.
 
     Attributes:
         headline: Name of the score that stands for the task, one of ``aggregate``'s keys.
@@ -83,45 +85,34 @@ class Task(ABC):
     higher_is_better: ClassVar[bool] = True
 
     @abstractmethod
-    def examples(self) -> Sequence[object]:
+    def examples(self) -> list[E]:
         """What is asked, in the data set's order.
 
         Raises:
             UserError: If the data cannot be read, or leave nothing to ask.
         """
 
-    @abstractmethod
     def aggregate(self, scores: Sequence[Mapping[str, float]]) -> dict[str, float]:
-        """Scores of single examples to scores of the task.
+        """Scores of single examples to scores of the task: the mean of each.
 
         Raises:
             UserError: If there are none.
         """
+        if not scores:
+            raise UserError("No example was scored. Give the task at least one row: raise limit or lower offset.")
+        return {name: fmean(score[name] for score in scores) for name in scores[0]}
 
 
-class GenerationTask(Task):
+class GenerationTask(Task[Example]):
     """Asks for words."""
-
-    @abstractmethod
-    def examples(self) -> list[Example]:
-        """The examples, in the data set's order."""
 
     @abstractmethod
     def score(self, example: Example, answer: str) -> dict[str, float]:
         """Scores of one answer, already cut at the example's stop strings."""
 
-    @final
-    def aggregate(self, scores: Sequence[Mapping[str, float]]) -> dict[str, float]:
-        """The mean of each score over the examples."""
-        return mean(scores)
 
-
-class ChoiceTask(Task):
+class ChoiceTask(Task[ChoiceExample]):
     """Asks how likely given continuations are."""
-
-    @abstractmethod
-    def examples(self) -> list[ChoiceExample]:
-        """The examples, in the data set's order."""
 
     @abstractmethod
     def score_choices(self, example: ChoiceExample, loglikelihoods: Sequence[float]) -> dict[str, float]:
@@ -132,13 +123,8 @@ class ChoiceTask(Task):
             loglikelihoods: Of each of ``example.candidates`` after ``example.prompt``, summed over its tokens, in nats.
         """
 
-    @final
-    def aggregate(self, scores: Sequence[Mapping[str, float]]) -> dict[str, float]:
-        """The mean of each score over the examples."""
-        return mean(scores)
 
-
-class TextTask(Task):
+class TextTask(Task[TextExample]):
     """Asks how likely running text is: perplexity a token, and bits a byte of UTF-8.
 
     Bits a byte does not depend on the tokenizer, perplexity does (Gao et al., 2020, arXiv 2101.00027, section 3.1).
@@ -146,10 +132,6 @@ class TextTask(Task):
 
     headline = "perplexity"
     higher_is_better = False
-
-    @abstractmethod
-    def examples(self) -> list[TextExample]:
-        """The documents, in the data set's order."""
 
     @abstractmethod
     def windows(self, total: int) -> list[Window]:
@@ -167,20 +149,9 @@ class TextTask(Task):
     @final
     def aggregate(self, scores: Sequence[Mapping[str, float]]) -> dict[str, float]:
         """Perplexity and bits a byte over all documents as one."""
-        means = mean(scores)  # a ratio of means is the ratio of the sums
+        means = super().aggregate(scores)  # a ratio of means is the ratio of the sums
         nats_per_token = -means["loglikelihood"] / means["tokens"]
         return {
             "perplexity": exp(nats_per_token) if nats_per_token < 700 else inf,
             "bits_per_byte": -means["loglikelihood"] / (means["bytes"] * log(2)),
         }
-
-
-def mean(scores: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """Mean of each score over the examples.
-
-    Raises:
-        UserError: If there are no scores.
-    """
-    if not scores:
-        raise UserError("No example was scored. Give the task at least one row: raise limit or lower offset.")
-    return {name: fmean(score[name] for score in scores) for name in scores[0]}

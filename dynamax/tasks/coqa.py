@@ -101,8 +101,12 @@ def score(golds: Sequence[str], answer: str) -> dict[str, float]:
 def _conversation(row: Row) -> Conversation:
     questions = row.records("questions")
     golds: dict[int, list[str]] = {q.get("turn_id", int): [] for q in questions}
-    for answers in [row.records("answers"), *_additional(row)]:
-        for answer in answers:
+    fields = ["answers"]
+    if row.values.get("additional_answers") is not None:
+        more = row.get("additional_answers", dict)
+        fields += [f"additional_answers.{name}" for name, answers in more.items() if answers is not None]
+    for field in fields:
+        for answer in row.records(field):
             turn = answer.get("turn_id", int)
             if turn not in golds:
                 raise row.error(f"answers turn {turn}, which has no question")
@@ -118,10 +122,3 @@ def _conversation(row: Row) -> Conversation:
         questions=tuple(q.get("input_text", str) for q in questions),
         golds=tuple(map(tuple, golds.values())),
     )
-
-
-def _additional(row: Row) -> list[list[Row]]:
-    if row.values.get("additional_answers") is None:
-        return []
-    named = row.get("additional_answers", dict)
-    return [row.records(f"additional_answers.{name}") for name, answers in named.items() if answers is not None]

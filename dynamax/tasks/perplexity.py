@@ -52,8 +52,15 @@ class Perplexity(TextTask):
 
     def examples(self) -> list[TextExample]:
         """The documents, cut to ``characters``."""
-        documents = select(self._documents(), skip=self.offset, limit=self.limit)
-        return [TextExample(document.id, document.text[: self.characters]) for document in documents]
+        suffixes = (".txt", ".jsonl", ".json", ".csv", ".parquet")
+        hub = HubDataset("Salesforce/wikitext", "wikitext-2-raw-v1", "test")
+        rows = load(self.path, hub=hub, suffixes=suffixes, wanted=WANTED)
+        if self.path is None:
+            documents = [(hub.config or hub.name, "\n\n".join(row.get("text", str) for row in rows))]
+        else:
+            documents = [(f"{row.origin}-{row.number}", row.text("text")) for row in rows]
+        chosen = select(documents, skip=self.offset, limit=self.limit)
+        return [TextExample(name, text[: self.characters]) for name, text in chosen]
 
     def windows(self, total: int) -> list[Window]:
         """Windows over ``total`` tokens; none for fewer than two."""
@@ -65,11 +72,3 @@ class Perplexity(TextTask):
             windows.append(Window(start, stop, scored))
             scored = stop
         return windows
-
-    def _documents(self) -> list[TextExample]:
-        suffixes = (".txt", ".jsonl", ".json", ".csv", ".parquet")
-        hub = HubDataset("Salesforce/wikitext", "wikitext-2-raw-v1", "test")
-        rows = load(self.path, hub=hub, suffixes=suffixes, wanted=WANTED)
-        if self.path is None:
-            return [TextExample(hub.config or hub.name, "\n\n".join(row.get("text", str) for row in rows))]
-        return [TextExample(f"{row.origin}-{row.number}", row.text("text")) for row in rows]

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar
 
 from dynamax.errors import UserError
 from dynamax.paths import InputPath
@@ -95,34 +95,27 @@ class Row:
         return UserError(f"Row {self.number} of {self.origin} {problem}. Wanted: {self.wanted}.")
 
 
-def load(path: InputPath | None, *, hub: HubDataset, suffixes: Sequence[str], wanted: str) -> list[Row]:
+def load(path: InputPath | None, *, suffixes: Sequence[str], wanted: str, hub: HubDataset | None = None) -> list[Row]:
     """The rows of a local file, or, without a path, of the Hub's set.
 
     Raises:
         UserError: If there is no such file, it has another suffix, cannot be parsed, or is empty.
     """
     if path is None:
-        return _numbered(_from_hub(hub, suffixes), hub.name, wanted)
-    return read(path, suffixes=suffixes, wanted=wanted)
-
-
-def read(path: InputPath, *, suffixes: Sequence[str], wanted: str) -> list[Row]:
-    """The rows of a local file; raises like ``load``."""
-    file = Path(path).expanduser()
-    if file.suffix.lower() not in suffixes:
-        raise UserError(f"{file} ends in {file.suffix!r}; wanted a file ending in {' or '.join(suffixes)}: {wanted}.")
-    if not file.is_file():
-        raise UserError(
-            f"There is no file {file} (looked from {Path.cwd()}). Wanted: {wanted}. Correct the task's path, "
-            f"or, for a set that is on the Hub, leave it out."
-        )
-    try:
-        return _numbered(READERS[file.suffix.lower()](file), file.name, wanted)
-    except UnicodeDecodeError as error:
-        raise UserError(f"{file} is not UTF-8 text ({error}). Save it as UTF-8.") from error
-
-
-def _numbered(values: Iterable[object], origin: str, wanted: str) -> list[Row]:
+        assert hub is not None, "a task reads a file or a set of the Hub"
+        origin, values = hub.name, _from_hub(hub, suffixes)
+    else:
+        file = Path(path).expanduser()
+        if file.suffix.lower() not in suffixes:
+            raise UserError(
+                f"{file} ends in {file.suffix!r}; wanted a file ending in {' or '.join(suffixes)}: {wanted}."
+            )
+        if not file.is_file():
+            raise UserError(
+                f"There is no file {file} (looked from {Path.cwd()}). Wanted: {wanted}. Correct the task's path, "
+                f"or, for a set that is on the Hub, leave it out."
+            )
+        origin, values = file.name, _from_file(file)
     rows = []
     for number, value in enumerate(values, 1):
         if not isinstance(value, Mapping):
@@ -133,19 +126,35 @@ def _numbered(values: Iterable[object], origin: str, wanted: str) -> list[Row]:
     return rows
 
 
-def _csv(file: Path) -> Iterator[dict[str, Any]]:
-    with file.open(encoding="utf-8-sig", newline="") as stream:
-        yield from csv.DictReader(stream)
+def _from_file(file: Path) -> list[Any]:
+    """What a file holds, row by row, by its suffix; text is one row, unless it is blank."""
+    place, suffix = str(file), file.suffix.lower()
+    if suffix == ".parquet":
+        import pyarrow
+        from pyarrow import parquet
 
-
-def _jsonl(file: Path) -> Iterator[object]:
-    for number, line in enumerate(file.read_text("utf-8-sig").split("\n"), 1):
-        if line.strip():
-            yield _parse(line, f"Line {number} of {file}")
-
-
-def _json(file: Path) -> Iterable[object]:
-    content = _parse(file.read_text("utf-8-sig"), str(file))
+        try:
+            return parquet.read_table(file).to_pylist()
+        except pyarrow.ArrowInvalid as error:
+            raise UserError(f"{file} is not a Parquet file: {error}. Is the file whole?") from error
+    try:
+        if suffix == ".csv":
+            with file.open(encoding="utf-8-sig", newline="") as stream:
+                return list(csv.DictReader(stream))
+        text = file.read_text("utf-8-sig")
+        if suffix == ".txt":
+            return [{"text": text}] if text.strip() else []
+        if suffix == ".jsonl":
+            values = []
+            for number, line in enumerate(text.split("\n"), 1):
+                place = f"Line {number} of {file}"
+                values += [json.loads(line)] if line.strip() else []
+            return values
+        content = json.loads(text)
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file} is not UTF-8 text ({error}). Save it as UTF-8.") from error
+    except json.JSONDecodeError as error:
+        raise UserError(f"{place} is not JSON: {error}. Is the file whole?") from error
     for name in ("data", "Data"):
         if isinstance(content, dict) and isinstance(content.get(name), list):
             return content[name]
@@ -154,42 +163,11 @@ def _json(file: Path) -> Iterable[object]:
     return content
 
 
-def _parse(text: str, place: str) -> object:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{place} is not JSON: {error}. Is the file whole?") from error
-
-
-def _txt(file: Path) -> list[dict[str, Any]]:
-    text = file.read_text("utf-8-sig")
-    return [{"text": text}] if text.strip() else []
-
-
-def _parquet(file: Path) -> list[dict[str, Any]]:
-    import pyarrow
-    from pyarrow import parquet
-
-    try:
-        return parquet.read_table(file).to_pylist()
-    except pyarrow.ArrowInvalid as error:
-        raise UserError(f"{file} is not a Parquet file: {error}. Is the file whole?") from error
-
-
-READERS: dict[str, Callable[[Path], Iterable[object]]] = {
-    ".csv": _csv,
-    ".jsonl": _jsonl,
-    ".json": _json,
-    ".parquet": _parquet,
-    ".txt": _txt,
-}
-
-
-def _from_hub(hub: HubDataset, suffixes: Sequence[str]) -> Iterable[Mapping[str, Any]]:
+def _from_hub(hub: HubDataset, suffixes: Sequence[str]) -> Iterable[object]:
     import datasets
 
     try:
-        return cast(Iterable[Mapping[str, Any]], datasets.load_dataset(hub.name, hub.config, split=hub.split))
+        return datasets.load_dataset(hub.name, hub.config, split=hub.split)
     except Exception as error:  # the Hub's client has no common base class for what can go wrong
         raise UserError(
             f"The data set {hub.name} could not be loaded from the Hub ({type(error).__name__}: {error}). "

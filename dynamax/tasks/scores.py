@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 import string
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from importlib.util import find_spec
 from statistics import fmean
@@ -21,31 +21,22 @@ if TYPE_CHECKING:
     from sacrebleu.metrics.bleu import BLEU
 
 ARTICLES = re.compile(r"\b(a|an|the)\b")
-DELETE_PUNCTUATION = str.maketrans("", "", string.punctuation)
-SPACE_PUNCTUATION = str.maketrans(dict.fromkeys(string.punctuation + "‘’´`", " "))
+COQA: Mapping[int, str | None] = dict.fromkeys(map(ord, string.punctuation))
+TRIVIAQA: Mapping[int, str | None] = str.maketrans(dict.fromkeys(string.punctuation + "‘’´`", " "))
 ROUGE_TYPES = {"rouge1": "rouge1", "rouge2": "rouge2", "rougeL": "rougeLsum"}
 
 
-def normalize_coqa(text: str) -> str:
-    """Normalisation of the CoQA and SQuAD scripts: lower case; no ASCII punctuation, articles, extra white space.
+def normalize(text: str, punctuation: Mapping[int, str | None]) -> str:
+    """Lower case; no articles and no extra white space; punctuation as in the script of the data set.
 
-    >>> normalize_coqa("The U.S.'s  answer: an apple!")
+    The scripts of CoQA and SQuAD delete ASCII punctuation; TriviaQA's makes it, and four quotes more, a space.
+
+    >>> normalize("The U.S.'s  answer: an apple!", COQA)
     'uss answer apple'
-    """
-    return _without_articles(text.lower().translate(DELETE_PUNCTUATION))
-
-
-def normalize_triviaqa(text: str) -> str:
-    """Normalisation of the TriviaQA script: as CoQA's, but punctuation, four quotes more, becomes a space.
-
-    >>> normalize_triviaqa("The U.S.'s  answer: an_apple!")
+    >>> normalize("The U.S.'s  answer: an_apple!", TRIVIAQA)
     'u s s answer apple'
     """
-    return _without_articles(text.lower().translate(SPACE_PUNCTUATION))
-
-
-def _without_articles(text: str) -> str:
-    return " ".join(ARTICLES.sub(" ", text).split())
+    return " ".join(ARTICLES.sub(" ", text.lower().translate(punctuation)).split())
 
 
 def token_f1(gold: Sequence[str], answer: Sequence[str]) -> float:
@@ -56,12 +47,12 @@ def token_f1(gold: Sequence[str], answer: Sequence[str]) -> float:
 
 def coqa_exact(gold: str, answer: str) -> float:
     """1 if the two are equal after normalisation."""
-    return float(normalize_coqa(gold) == normalize_coqa(answer))
+    return float(normalize(gold, COQA) == normalize(answer, COQA))
 
 
 def coqa_f1(gold: str, answer: str) -> float:
     """Word F1 after normalisation; if either is empty, 1 if both are."""
-    gold_words, words = normalize_coqa(gold).split(), normalize_coqa(answer).split()
+    gold_words, words = normalize(gold, COQA).split(), normalize(answer, COQA).split()
     return token_f1(gold_words, words) if gold_words and words else float(gold_words == words)
 
 
@@ -78,30 +69,31 @@ def leave_one_out(metric: Callable[[str, str], float], golds: Sequence[str], ans
 
 def triviaqa_exact(aliases: Sequence[str], answer: str) -> float:
     """1 if the answer is one of the aliases, all normalised."""
-    return float(normalize_triviaqa(answer) in {normalize_triviaqa(alias) for alias in aliases})
+    return float(normalize(answer, TRIVIAQA) in {normalize(alias, TRIVIAQA) for alias in aliases})
 
 
 def triviaqa_f1(aliases: Sequence[str], answer: str) -> float:
     """Best word F1 over the aliases, all normalised."""
-    words = normalize_triviaqa(answer).split()
-    return max(token_f1(normalize_triviaqa(alias).split(), words) for alias in aliases)
+    words = normalize(answer, TRIVIAQA).split()
+    return max(token_f1(normalize(alias, TRIVIAQA).split(), words) for alias in aliases)
 
 
 def contains(aliases: Sequence[str], answer: str) -> float:
     """1 if an alias occurs in the answer as whole words, all normalised."""
-    words = f" {normalize_triviaqa(answer)} "
-    return float(any(f" {alias} " in words for alias in map(normalize_triviaqa, aliases) if alias))
+    words = f" {normalize(answer, TRIVIAQA)} "
+    found = (normalize(alias, TRIVIAQA) for alias in aliases)
+    return float(any(f" {alias} " in words for alias in found if alias))
 
 
 def bleu(reference: str, answer: str) -> float:
     """BLEU-4 of one answer, as TruthfulQA takes it: international tokens, case kept, exponential smoothing."""
-    return _bleu().corpus_score([answer], [[reference]]).score
+    return scorers()[0].corpus_score([answer], [[reference]]).score
 
 
 def rouge(reference: str, answer: str) -> dict[str, float]:
     """F-measure of ROUGE-1, -2 and -L (over the sentences) as TruthfulQA takes them: no stemming."""
     # The summary-level L reads a line as a sentence; a lone full stop between spaces ends one.
-    scores = _rouge().score(reference.replace(" . ", ".\n"), answer.replace(" . ", ".\n"))
+    scores = scorers()[1].score(reference.replace(" . ", ".\n"), answer.replace(" . ", ".\n"))
     return {name: 100 * scores[kind].fmeasure for name, kind in ROUGE_TYPES.items()}
 
 
@@ -115,8 +107,9 @@ def contrast(name: str, right: Sequence[float], wrong: Sequence[float]) -> dict[
     }
 
 
-def require_eval() -> None:
-    """Check that the packages behind BLEU and ROUGE are there.
+@cache
+def scorers() -> tuple[BLEU, RougeScorer]:
+    """The packages behind BLEU and ROUGE, with TruthfulQA's options.
 
     Raises:
         UserError: If one is missing.
@@ -127,17 +120,8 @@ def require_eval() -> None:
             f"BLEU and ROUGE need {' and '.join(missing)}, not installed here. "
             f'Install the extra: pip install "dynamax-exits[eval]".'
         )
-
-
-@cache
-def _bleu() -> BLEU:
+    from rouge_score.rouge_scorer import RougeScorer
     from sacrebleu.metrics.bleu import BLEU
 
-    return BLEU(smooth_method="exp", tokenize="intl", lowercase=False, force=False, effective_order=False)
-
-
-@cache
-def _rouge() -> RougeScorer:
-    from rouge_score.rouge_scorer import RougeScorer
-
-    return RougeScorer(list(ROUGE_TYPES.values()))
+    bleu = BLEU(smooth_method="exp", tokenize="intl", lowercase=False, force=False, effective_order=False)
+    return bleu, RougeScorer(list(ROUGE_TYPES.values()))

@@ -9,7 +9,7 @@ from importlib.resources import as_file, files
 
 from dynamax.tasks import coqa
 from dynamax.tasks.base import Example, GenerationTask
-from dynamax.tasks.rows import Row, at_least, read, select
+from dynamax.tasks.rows import Row, at_least, load, select
 from dynamax.tasks.scores import contains, triviaqa_f1
 
 QUESTIONS = "rows of question, answers[] and topic"
@@ -78,10 +78,17 @@ class Passages(GenerationTask):
     def examples(self) -> list[Example]:
         """The turns, passage by passage."""
         rows = _rows("passages.jsonl", PASSAGES)
-        turns = [
-            example for row in rows for example in coqa.ask(_conversation(row), max_new_tokens=self.max_new_tokens)
-        ]
-        return select(turns, skip=self.offset, limit=self.limit)
+        examples = []
+        for row in rows:
+            turns = row.records("turns")
+            conversation = coqa.Conversation(
+                id=f"passages-{row.number}",
+                passage=row.text("passage"),
+                questions=tuple(turn.text("question") for turn in turns),
+                golds=tuple((turn.text("answer"),) for turn in turns),
+            )
+            examples += coqa.ask(conversation, max_new_tokens=self.max_new_tokens)
+        return select(examples, skip=self.offset, limit=self.limit)
 
     def score(self, example: Example, answer: str) -> dict[str, float]:
         """``f1`` and ``em`` in [0, 1]."""
@@ -90,18 +97,8 @@ class Passages(GenerationTask):
 
 def _rows(name: str, wanted: str) -> list[Row]:
     with as_file(files("dynamax") / "data" / "prompts" / name) as path:
-        return read(path, suffixes=(".jsonl",), wanted=wanted)
+        return load(path, suffixes=(".jsonl",), wanted=wanted)
 
 
 def _prompt(row: Row) -> str:
     return f"Question: {row.text('question')}\nAnswer:"
-
-
-def _conversation(row: Row) -> coqa.Conversation:
-    turns = row.records("turns")
-    return coqa.Conversation(
-        id=f"passages-{row.number}",
-        passage=row.text("passage"),
-        questions=tuple(turn.text("question") for turn in turns),
-        golds=tuple((turn.text("answer"),) for turn in turns),
-    )

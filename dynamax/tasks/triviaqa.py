@@ -74,16 +74,16 @@ class TriviaQA(GenerationTask):
         fields = RELEASE_FIELDS if release else HUB_FIELDS
         solved = "".join(f"{_prompt(row, fields)} {row.text(fields.value)}\n\n" for row in rows[: self.shots])
         asked = select(rows, skip=self.shots + self.offset, limit=self.limit)
-        return [self._example(row, fields, solved) for row in asked]
-
-    def _example(self, row: Row, fields: Fields, solved: str) -> Example:
-        return Example(
-            id=row.text(fields.id),
-            prompt=solved + _prompt(row, fields),
-            references=row.texts(fields.aliases),
-            stop_strings=("\n", ".", ","),
-            max_new_tokens=self.max_new_tokens,
-        )
+        return [
+            Example(
+                id=row.text(fields.id),
+                prompt=solved + _prompt(row, fields),
+                references=row.texts(fields.aliases),
+                stop_strings=("\n", ".", ","),
+                max_new_tokens=self.max_new_tokens,
+            )
+            for row in asked
+        ]
 
     def score(self, example: Example, answer: str) -> dict[str, float]:
         """``em`` and ``f1`` in [0, 1]."""

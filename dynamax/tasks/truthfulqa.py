@@ -13,7 +13,7 @@ from pathlib import Path
 from dynamax.paths import InputPath
 from dynamax.tasks.base import ChoiceExample, ChoiceTask, Example, GenerationTask
 from dynamax.tasks.rows import HubDataset, Row, at_least, load, select
-from dynamax.tasks.scores import bleu, contrast, require_eval, rouge
+from dynamax.tasks.scores import bleu, contrast, rouge, scorers
 
 PRIMER = "\n\n".join(
     f"Q: {question}\nA: {answer}"
@@ -71,7 +71,7 @@ class TruthfulQA(GenerationTask):
 
     def examples(self) -> list[Example]:
         """The questions, with right and wrong reference answers."""
-        require_eval()
+        scorers()  # refuses at once where their packages are missing
         hub = HubDataset("truthfulqa/truthful_qa", "generation", "validation")
         rows = load(self.path, hub=hub, suffixes=(".csv",), wanted=CSV)
         return [self._example(row) for row in select(rows, skip=self.offset, limit=self.limit)]
@@ -81,11 +81,8 @@ class TruthfulQA(GenerationTask):
             question = row.text("question")
             right, wrong = closed(row.texts("correct_answers")), closed(row.texts("incorrect_answers"))
         else:
-            question, right, wrong = (
-                row.text("Question"),
-                split(row, "Correct Answers"),
-                split(row, "Incorrect Answers"),
-            )
+            question = row.text("Question")
+            right, wrong = split(row, "Correct Answers"), split(row, "Incorrect Answers")
         return Example(
             id=f"truthfulqa-{row.number}",
             prompt=f"{PRIMER}\n\nQ: {question.strip()}",
@@ -98,8 +95,10 @@ class TruthfulQA(GenerationTask):
     def score(self, example: Example, answer: str) -> dict[str, float]:
         """``max`` and ``diff`` from 0 to 100, ``acc`` 0 or 1, of ``bleu``, ``rouge1``, ``rouge2``, ``rougeL``."""
         text = answer.strip().removeprefix("A:").strip()
-        right = [_similarities(reference, text) for reference in example.references]
-        wrong = [_similarities(reference, text) for reference in example.incorrect]
+        right, wrong = (
+            [{"bleu": bleu(reference, text), **rouge(reference, text)} for reference in references]
+            for references in (example.references, example.incorrect)
+        )
         scores: dict[str, float] = {}
         for name in right[0]:
             scores |= contrast(name, [s[name] for s in right], [s[name] for s in wrong])
@@ -136,12 +135,24 @@ class TruthfulQAMC(ChoiceTask):
         return [self._example(row) for row in select(rows, skip=self.offset, limit=self.limit)]
 
     def _example(self, row: Row) -> ChoiceExample:
+        targets: dict[str, dict[str, bool]] = {}
         if self.path is None:
-            question, targets = row.text("question"), {mc: _hub_targets(row, mc) for mc in ("mc1", "mc2")}
+            question = row.text("question")
+            for mc in ("mc1", "mc2"):
+                choices, labels = row.texts(f"{mc}_targets.choices"), row.get(f"{mc}_targets.labels", list)
+                if len(choices) != len(labels):
+                    raise row.error(f"has {len(choices)} choices and {len(labels)} labels in {mc}_targets")
+                targets[mc] = {choice: bool(label) for choice, label in zip(choices, labels, strict=True)}
         elif Path(self.path).suffix.lower() == ".json":
-            question, targets = row.text("question"), {mc: _json_targets(row, mc) for mc in ("mc1", "mc2")}
+            question = row.text("question")
+            for mc in ("mc1", "mc2"):
+                targets[mc] = {choice: bool(label) for choice, label in row.get(f"{mc}_targets", dict).items()}
         else:
-            question, targets = row.text("Question"), _csv_targets(row)
+            question = row.text("Question")
+            wrong = dict.fromkeys(split(row, "Incorrect Answers"), False)
+            (best,) = closed([row.text("Best Answer")])
+            right = dict.fromkeys(split(row, "Correct Answers"), True)
+            targets = {"mc1": {**wrong, best: True}, "mc2": {**wrong, **right}}
         for mc, labels in targets.items():
             if len(set(labels.values())) < 2:
                 raise row.error(f"needs a right and a wrong choice for {mc}")
@@ -175,25 +186,3 @@ def split(row: Row, field: str) -> tuple[str, ...]:
     if not answers:
         raise row.error(f"has no answer in {field!r}")
     return answers
-
-
-def _similarities(reference: str, text: str) -> dict[str, float]:
-    return {"bleu": bleu(reference, text), **rouge(reference, text)}
-
-
-def _csv_targets(row: Row) -> dict[str, dict[str, bool]]:
-    wrong = dict.fromkeys(split(row, "Incorrect Answers"), False)
-    (best,) = closed([row.text("Best Answer")])
-    right = dict.fromkeys(split(row, "Correct Answers"), True)
-    return {"mc1": {**wrong, best: True}, "mc2": {**wrong, **right}}
-
-
-def _hub_targets(row: Row, mc: str) -> dict[str, bool]:
-    choices, labels = row.texts(f"{mc}_targets.choices"), row.get(f"{mc}_targets.labels", list)
-    if len(choices) != len(labels):
-        raise row.error(f"has {len(choices)} choices and {len(labels)} labels in {mc}_targets")
-    return {choice: bool(label) for choice, label in zip(choices, labels, strict=True)}
-
-
-def _json_targets(row: Row, mc: str) -> dict[str, bool]:
-    return {choice: bool(label) for choice, label in row.get(f"{mc}_targets", dict).items()}

@@ -7,8 +7,7 @@ from jsonargparse import ArgumentParser
 
 from dynamax.generation import cut
 from dynamax.registry import TASKS
-from dynamax.tasks import ChoiceTask, GenerationTask, Perplexity, Task, TextExample, TextTask
-from dynamax.tasks.base import mean
+from dynamax.tasks import ChoiceTask, GenerationTask, Perplexity, Questions, Task, TextExample, TextTask
 
 
 @pytest.mark.parametrize(
@@ -29,9 +28,9 @@ def test_cut_ends_at_the_earliest_stop(text, stops, expected):
 
 
 def test_mean_and_no_scores():
-    assert mean([{"f1": 0.5, "em": 0.0}, {"f1": 1.0, "em": 1.0}]) == {"f1": 0.75, "em": 0.5}
+    assert Questions().aggregate([{"f1": 0.5, "em": 0.0}, {"f1": 1.0, "em": 1.0}]) == {"f1": 0.75, "em": 0.5}
     with pytest.raises(ValueError, match="No example was scored"):
-        mean([])
+        Questions().aggregate([])
 
 
 def test_text_scores_by_hand():

@@ -14,8 +14,7 @@ from dynamax.tasks.scores import (
     coqa_exact,
     coqa_f1,
     leave_one_out,
-    normalize_coqa,
-    normalize_triviaqa,
+    normalize,
     rouge,
     triviaqa_exact,
     triviaqa_f1,
@@ -82,8 +81,8 @@ def test_contrast():
     ],
 )
 def test_normalisation(text, coqa, triviaqa):
-    assert normalize_coqa(text) == coqa
-    assert normalize_triviaqa(text) == triviaqa
+    assert normalize(text, scores.COQA) == coqa
+    assert normalize(text, scores.TRIVIAQA) == triviaqa
 
 
 def test_coqa_f1_and_exact_by_hand():
@@ -132,5 +131,6 @@ def test_contains_whole_words_only():
 
 def test_missing_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "sacrebleu", None)
+    scores.scorers.cache_clear()
     with pytest.raises(ValueError, match=r"need sacrebleu, not installed.*dynamax-exits\[eval\]"):
-        scores.require_eval()
+        scores.scorers()
