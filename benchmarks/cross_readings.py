@@ -16,8 +16,7 @@ from dynamax.backbones.base import Backbone
 from dynamax.data.batch import HiddenBatch
 from dynamax.decoding.cost import FREE, Cost, CostModel
 from dynamax.heads.bank import ExitBank
-from dynamax.objectives.base import counted
-from dynamax.objectives.readout import ExitReader, in_top_k
+from dynamax.objectives.base import ExitReader, counted, in_top_k
 from dynamax.types import Site, Step, Work
 
 

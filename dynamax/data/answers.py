@@ -15,7 +15,7 @@ from dynamax.data.generated import Prompt, SelfGenerated
 from dynamax.data.store import fingerprint
 from dynamax.data.text import Corpus, Text
 from dynamax.device import chosen
-from dynamax.engine import load
+from dynamax.engine import Engine, load
 from dynamax.files import write_atomically
 
 ENDS = ".!?"
@@ -61,34 +61,31 @@ class Answers(Corpus):
         return self._identity
 
     def texts(self) -> Iterator[Text]:
-        """All answers; those that are not on disk yet are written now."""
+        """All answers; those that are not on disk yet are written now, in order."""
         place = Path(self.folder) / fingerprint(self.identity())
         total = self.text.count()
         assert total is not None, "the number of batches is known beforehand"
         files = [place / f"batch-{index:05d}.json" for index in range(total)]
         with locked(place):
-            self._write(files)
+            done = next((index for index, file in enumerate(files) if not file.is_file()), total)
+            if done < total:
+                engine = load(self.writer, dtype=self.dtype, device=self.device)
+                batches = self.text.answers(engine, skip=done)
+                missing = zip(files[done:], batches, strict=True)
+                for file, batch in tqdm(missing, desc="answers", total=total, initial=done):
+                    texts = [_text(engine, prompt, tokens) for (_, prompt), tokens in batch]
+                    write_atomically(file, json.dumps(texts).encode())
         for file in files:
             for text, origin in json.loads(file.read_text("utf-8")):
                 yield Text(text, origin)
 
-    def _write(self, files: list[Path]) -> None:
-        """Write what is missing. Batches are written in order, so the first that is missing tells where to go on."""
-        done = next((index for index, file in enumerate(files) if not file.is_file()), len(files))
-        if done == len(files):
-            return
-        engine = load(self.writer, dtype=self.dtype, device=self.device)
-        tokenizer = engine.tokenizer
-        assert tokenizer is not None, "a source has a tokenizer"
-        batches = self.text.answers(engine, skip=done)
-        rest = tqdm(zip(files[done:], batches, strict=True), desc="answers", total=len(files), initial=done)
-        for file, batch in rest:
-            texts = []
-            for (_, prompt), tokens in batch:
-                answer = str(tokenizer.decode(tokens, skip_special_tokens=True)).strip()
-                answer = answer if tokens[-1] == tokenizer.eos_token_id else whole(answer)
-                texts.append(Text(f"{opening(prompt)} {answer}", prompt.origin))
-            write_atomically(file, json.dumps(texts).encode())
+
+def _text(engine: Engine, prompt: Prompt, tokens: list[int]) -> Text:
+    assert engine.tokenizer is not None, "a source has a tokenizer"
+    answer = str(engine.tokenizer.decode(tokens, skip_special_tokens=True)).strip()
+    if tokens[-1] != engine.tokenizer.eos_token_id:
+        answer = whole(answer)
+    return Text(f"{opening(prompt)} {answer}", prompt.origin)
 
 
 def opening(prompt: Prompt) -> str:

@@ -12,9 +12,9 @@ from typing import Any, Literal, TypeVar, cast, final
 import datasets
 from datasets.exceptions import DatasetGenerationError
 
-from dynamax.data.text import Corpus, Document, Text, TextSource, check_positive, windows
+from dynamax.data.text import Corpus, Document, Text, TextSource, windows
 from dynamax.engine import Engine
-from dynamax.errors import UserError
+from dynamax.errors import UserError, at_least
 from dynamax.paths import InputPath
 
 GROUP = 64
@@ -174,7 +174,7 @@ class LocalText(RowText):
         rows: int | None = None,
         sample_by: SampleBy = "paragraph",
     ) -> None:
-        check_positive(self, length=length, rows=rows)
+        at_least(self, 1, length=length, rows=rows)
         self.name = self.path = str(path)
         self.field, self.length, self.rows = field, length, rows
         self.sample_by: SampleBy = sample_by
@@ -218,7 +218,7 @@ class HubText(RowText):
         revision: str | None = None,
         streaming: bool = True,
     ) -> None:
-        check_positive(self, length=length, rows=rows)
+        at_least(self, 1, length=length, rows=rows)
         self.name, self.id, self.config, self.split, self.field = f"{name} ({split})", name, config, split, field
         self.length, self.rows, self.revision, self.streaming = length, rows, revision, streaming
 

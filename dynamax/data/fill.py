@@ -89,7 +89,7 @@ def fill_store(
         writer = StoreWriter(path, Manifest(inputs, versions))
         filler = Filler(reader, engine, source, writer, bar)
         try:
-            filler.mend()
+            filler.repair()
             if not writer.manifest.whole:
                 filler.extend(shard_bytes)
         except KeyboardInterrupt:  # a shard that is not full is dropped, since it would end elsewhere
@@ -164,7 +164,7 @@ class Filler:
         self.reader, self.engine, self.source, self.writer, self.bar = reader, engine, source, writer, bar
         self.tokens, self.begun = 0, perf_counter()
 
-    def mend(self) -> None:
+    def repair(self) -> None:
         """Make damaged shards again, from the groups they held."""
         manifest = self.writer.manifest
         for number, problem in manifest.damaged(self.writer.folder, checksums=True).items():

@@ -18,10 +18,10 @@ from typing import Any, NamedTuple, final
 import torch
 
 from dynamax.data.corpora import read_file, text_of
-from dynamax.data.text import Document, TextSource, check_positive, derived_seed
+from dynamax.data.text import Document, TextSource, derived_seed
 from dynamax.decoding.sampling import Sampled
 from dynamax.engine import Engine
-from dynamax.errors import UserError
+from dynamax.errors import UserError, at_least
 from dynamax.paths import InputPath
 
 
@@ -50,7 +50,7 @@ class Turn:
 
 @dataclass(frozen=True)
 class Passage:
-    """A short text with a conversation about it; later questions may lean on earlier ones."""
+    """A short text with a conversation about it; later questions may refer to earlier ones."""
 
     passage: str
     turns: tuple[Turn, ...]
@@ -173,7 +173,7 @@ class SelfGenerated(TextSource):
         batch: int = 48,
         seed: int = 0,
     ) -> None:
-        check_positive(self, documents=documents, max_new_tokens=max_new_tokens, batch=batch)
+        at_least(self, 1, documents=documents, max_new_tokens=max_new_tokens, batch=batch)
         if prompts is not None and (questions is not None or passages is not None):
             raise UserError(
                 f"prompts={prompts!r} was given together with questions={questions} and passages={passages}, which "
@@ -204,7 +204,18 @@ class SelfGenerated(TextSource):
 
     def answers(self, engine: Engine, *, skip: int = 0) -> Iterator[list[Answered]]:
         """The groups again, with each document's prompt; see ``TextSource.groups``."""
-        encoded = [self._encode(prompt, engine) for prompt in self._prompts]
+        context = engine.backbone.spec.context
+        encoded: list[Encoded] = []
+        for prompt in self._prompts:
+            roles = ("user", "assistant")
+            said = [{"role": roles[turn % 2], "content": said} for turn, said in enumerate(prompt.turns)]
+            tokens = engine.encode(said if self.chat else prompt.plain, chat=self.chat)[0].tolist()
+            if len(tokens) + self.max_new_tokens > context:
+                raise UserError(
+                    f"A prompt of {len(tokens)} tokens and an answer of up to {self.max_new_tokens} do not fit the "
+                    f"context of {context}: {prompt.plain!r:.80}. Shorten the prompt, or lower max_new_tokens."
+                )
+            encoded.append(Encoded(tokens, prompt))
         turns = (encoded[turn % len(encoded)] for turn in range(self.documents))
         ordered = sorted(turns, key=lambda prompt: len(prompt.tokens))
         batches = [ordered[start : start + self.batch] for start in range(0, len(ordered), self.batch)]
@@ -226,18 +237,6 @@ class SelfGenerated(TextSource):
         if not any(map(str.strip, texts)):
             raise UserError(f"{self.prompts} holds blank prompts alone. Give at least one row of text.")
         return [Prompt((text,), text, text) for text in texts if text.strip()]
-
-    def _encode(self, prompt: Prompt, engine: Engine) -> Encoded:
-        roles = ("user", "assistant")
-        turns = [{"role": roles[turn % 2], "content": said} for turn, said in enumerate(prompt.turns)]
-        tokens = engine.encode(turns if self.chat else prompt.plain, chat=self.chat)[0].tolist()
-        context = engine.backbone.spec.context
-        if len(tokens) + self.max_new_tokens > context:
-            raise UserError(
-                f"A prompt of {len(tokens)} tokens and an answer of up to {self.max_new_tokens} do not fit the context "
-                f"of {context}: {prompt.plain!r:.80}. Shorten the prompt, or lower max_new_tokens."
-            )
-        return Encoded(tokens, prompt)
 
     def _answer(self, batch: Sequence[Encoded], engine: Engine, index: int) -> list[Answered]:
         longest = max(len(prompt.tokens) for prompt in batch)

@@ -10,8 +10,7 @@ from typing import Any, final
 import datasets
 
 from dynamax.data.corpora import RowText
-from dynamax.data.text import check_positive
-from dynamax.errors import UserError
+from dynamax.errors import UserError, at_least
 from dynamax.paths import InputPath
 
 FILES = ("data.noun", "data.verb", "data.adj", "data.adv")
@@ -34,7 +33,7 @@ class Glosses(RowText):
     """
 
     def __init__(self, folder: InputPath = "/usr/share/wordnet", *, length: int = 256, rows: int | None = None) -> None:
-        check_positive(self, length=length, rows=rows)
+        at_least(self, 1, length=length, rows=rows)
         self.name = self.folder = str(folder)
         self.length, self.rows, self.field = length, rows, "text"
 

@@ -18,7 +18,7 @@ from dynamax.data.store import Store
 from dynamax.data.text import TextSource, held_out
 from dynamax.device import chosen
 from dynamax.engine import load
-from dynamax.errors import UserError
+from dynamax.errors import UserError, at_least
 
 Compute = Literal["float32", "bfloat16", "float16"]
 
@@ -118,13 +118,8 @@ class HiddenStates(LightningDataModule):
         super().__init__()
         if not 0 < validation < 1:
             raise UserError(f"validation={validation} was given; wanted a part of the prompts, between 0 and 1.")
-        for name, value, least in (
-            ("batch_size", batch_size, 1),
-            ("max_length", max_length, 1),
-            ("workers", workers, 0),
-        ):
-            if value is not None and value < least:
-                raise UserError(f"{name}={value} was given; wanted {least} or more.")
+        at_least(self, 1, batch_size=batch_size, max_length=max_length)
+        at_least(self, 0, workers=workers)
         self.backbone, self.text, self.exits, self.folder = backbone, text, exits, folder
         self.dtype: StoreDtype = dtype
         self.k, self.compute, self.device = k, compute, device

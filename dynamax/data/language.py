@@ -19,7 +19,7 @@ from dynamax.data.fill import tokenizer_hash
 from dynamax.data.store import fingerprint
 from dynamax.data.streams import FORMAT, Streams, make_streams
 from dynamax.data.text import Corpus, derived_seed
-from dynamax.errors import UserError
+from dynamax.errors import UserError, at_least
 
 VOCAB = 4096
 
@@ -78,10 +78,8 @@ class LanguageData(LightningDataModule):
         if vocab is not None and tokenizer is not None:
             raise UserError(f"vocab={vocab} was given beside a tokenizer, which has its own. Leave one of them out.")
         self.rows = [portion.rows for portion in portions]
-        counts = (("rows", min(self.rows), 1), ("length", length, 2), ("validation_blocks", validation_blocks, 1))
-        for name, value, least in counts:
-            if value < least:
-                raise UserError(f"{name}={value} was given; wanted {least} or more.")
+        at_least(self, 1, rows=min(self.rows), validation_blocks=validation_blocks)
+        at_least(self, 2, length=length)
         self.portions, self.folder, self.length = portions, folder, length
         self.vocab, self.tokenizer = VOCAB if vocab is None and tokenizer is None else vocab, tokenizer
         self.validation, self.validation_blocks, self.seed = validation, validation_blocks, seed

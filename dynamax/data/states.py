@@ -95,7 +95,7 @@ class StateReader:
                 raise UserError(
                     f"The text source gave a document of {length} tokens with a prompt of {document.prompt}; wanted "
                     f"are 1 to {context} tokens (the backbone's context), and a prompt no longer than the document. "
-                    f"Lower the source's length, or mend the source."
+                    f"Lower the source's length, or correct the source."
                 )
         found: dict[int, StoredDocument] = {}
         for batch in batches([len(document.tokens) for document in documents]):
@@ -111,7 +111,18 @@ class StateReader:
         hidden: dict[int, tuple[Tensor, ...]] = {}
         for depth, h_BTD in self.backbone.walk(embedded_BTD, [*self.exits, self.backbone.spec.depth]):
             if depth in self.exits:
-                hidden[depth] = self._kept(h_BTD[live_BT][:, : self.backbone.spec.width], depth).split(lengths)
+                h_ND = h_BTD[live_BT][:, : self.backbone.spec.width]
+                kept_ND = h_ND.to(DTYPES[self.dtype])
+                if not h_ND.isfinite().all():
+                    raise UserError(
+                        f"The backbone's states after {depth} blocks are not finite. Load it in float32 or bfloat16."
+                    )
+                if not kept_ND.isfinite().all():
+                    raise UserError(
+                        f"A state after {depth} blocks reaches {h_ND.abs().max().item():.3g}, and {self.dtype} ends at "
+                        f"{torch.finfo(kept_ND.dtype).max:.3g}. Keep states in bfloat16 or float32 (option dtype)."
+                    )
+                hidden[depth] = kept_ND.cpu().split(lengths)
         columns = [column.split(lengths) for column in self._labels(h_BTD[live_BT])]
         for index, document in enumerate(documents):
             # A document that names no origin goes by the tokens it was given, or by all if none were.
@@ -123,19 +134,6 @@ class StateReader:
                 {depth: states[index] for depth, states in hidden.items()},
                 *(column[index] for column in columns),
             )
-
-    def _kept(self, h_ND: Tensor, depth: int) -> Tensor:
-        kept_ND = h_ND.to(DTYPES[self.dtype])
-        if not kept_ND.isfinite().all():
-            if not h_ND.isfinite().all():
-                raise UserError(
-                    f"The backbone's states after {depth} blocks are not finite. Load it in float32 or bfloat16."
-                )
-            raise UserError(
-                f"A state after {depth} blocks reaches {h_ND.abs().max().item():.3g}, and {self.dtype} ends at "
-                f"{torch.finfo(kept_ND.dtype).max:.3g}. Keep the states in bfloat16 or float32 (option dtype)."
-            )
-        return kept_ND.cpu()
 
     def _labels(self, h_ND: Tensor) -> Labels:
         site = self.readout or self.backbone.site(self.backbone.spec.depth)

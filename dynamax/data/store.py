@@ -117,7 +117,7 @@ class Manifest:
         return sum(shard.documents for shard in self.shards)
 
     def save(self, folder: Path) -> None:
-        """Replace the folder's manifest at one stroke."""
+        """Replace the folder's manifest in one step."""
         content = {"format": FORMAT, "fingerprint": fingerprint(self.inputs), **asdict(self)}
         write_atomically(folder / NAME, json.dumps(content, indent=1).encode())
 

@@ -31,9 +31,7 @@ class TaskData(LightningDataModule):
         """One example a batch."""
         return DataLoader(self._examples, batch_size=None, collate_fn=lambda example: example)  # type: ignore[arg-type]
 
-    def predict_dataloader(self) -> DataLoader:
-        """The same examples."""
-        return self.test_dataloader()
+    predict_dataloader = test_dataloader
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:  # noqa: ANN401
         """Examples are text; nothing moves."""

@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from dynamax.engine import Engine
-from dynamax.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -84,17 +83,6 @@ def windows(text: str, engine: Engine, *, length: int) -> list[Document]:
     assert engine.tokenizer is not None, "text is read through a tokenizer"
     tokens = engine.tokenizer(text, verbose=False)["input_ids"]
     return [Document(tokens[start : start + length], origin=text) for start in range(0, len(tokens), length)]
-
-
-def check_positive(source: TextSource | Corpus, **options: int | None) -> None:
-    """Refuse counts below 1; None passes.
-
-    Raises:
-        UserError: Naming the option.
-    """
-    for name, value in options.items():
-        if value is not None and value < 1:
-            raise UserError(f"{type(source).__name__} was given {name}={value}; it must be at least 1.")
 
 
 def origin_hash(text: str) -> int:

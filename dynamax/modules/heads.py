@@ -20,8 +20,7 @@ from dynamax.heads.bank import Exit, ExitBank
 from dynamax.metrics.exits import GateAUROC
 from dynamax.modules import checks
 from dynamax.modules.phases import Phase, PhaseSchedule, completed, heads_of, share
-from dynamax.objectives.base import KINDS, Kind, counted
-from dynamax.objectives.readout import ExitReader, in_top_k
+from dynamax.objectives.base import KINDS, ExitReader, Kind, counted, in_top_k
 from dynamax.paths import InputPath
 from dynamax.types import Site, Spec
 

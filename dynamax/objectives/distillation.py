@@ -1,4 +1,4 @@
-"""What a student is trained towards: what its teacher says, and what its teacher thinks on the way. Knows no optimiser.
+"""What a student is trained towards: its teacher's predictions, and its hidden states. Knows no optimiser.
 
 Sources: distillation with a temperature (Hinton et al. 2015, https://arxiv.org/abs/1503.02531); The Mamba in the Llama
 (https://arxiv.org/abs/2408.15237), which adds the text's own cross-entropy; hidden states of every block (MOHAWK,

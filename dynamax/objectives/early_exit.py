@@ -112,7 +112,7 @@ def chances(depth: int, dropout: float) -> Tensor:
 def cross_entropy(backbone: Backbone, h_BTD: Tensor, tokens_BT: Tensor) -> Tensor:
     """Mean cross-entropy of each row's next tokens, through the final norm and the output matrix.
 
-    The last position has no next token; it is left out before the output matrix, since to cut logits is dear.
+    The last position has no next token; it is left out before the output matrix, since copying logits is slow.
     """
     logits_BTV = backbone.unembed(h_BTD[:, :-1])
     return F.cross_entropy(logits_BTV.flatten(0, 1), tokens_BT[:, 1:].flatten())

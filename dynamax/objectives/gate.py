@@ -12,8 +12,7 @@ from torch.nn import functional as F
 from dynamax.data.batch import HiddenBatch
 from dynamax.errors import UserError
 from dynamax.heads.bank import ExitBank
-from dynamax.objectives.base import Kind, Objective, counted
-from dynamax.objectives.readout import ExitReader, Through, best_token, in_top_k
+from dynamax.objectives.base import ExitReader, Kind, Objective, Through, best_token, counted, in_top_k
 from dynamax.types import Site
 
 GateLabels = Literal["agreement", "oracle-in-exit", "exit-in-oracle"]

@@ -12,8 +12,7 @@ from torch import Tensor
 from dynamax.data.batch import HiddenBatch
 from dynamax.errors import UserError
 from dynamax.heads.bank import ExitBank
-from dynamax.objectives.base import Kind, Objective, counted
-from dynamax.objectives.readout import lens_states
+from dynamax.objectives.base import Kind, Objective, counted, lens_states
 from dynamax.types import Site
 
 Hard = Literal["full-model", "text"]
@@ -23,12 +22,8 @@ class LensDistillation(Objective):
     """Cross-entropy of every lens with the full model's tokens and probabilities, or with the text itself.
 
     The softmax runs over the tokens that the full model (or the text) has in the batch, and over ``candidates`` drawn
-    from the rest of the vocabulary, whose logits are raised by ``log(rest / drawn)``: they stand for the rest, so
-    the sum below the fraction line is right on average. Tokens that no softmax ever ran over would not be pushed
-    down, and a lens would say them at decoding.
-
-    Ridge regression to the final normalised state would be a better start than the logit lens, but a store keeps the
-    top as tokens, not as states.
+    from the rest of the vocabulary. Their logits are raised by ``log(rest / drawn)``, so that they represent all of the
+    rest and the denominator is right on average. Tokens left out of every softmax would never become less likely.
 
     Sources: the tuned lens (Belrose et al. 2023, arXiv 2303.08112), which distils to the whole distribution; sampled
     softmax (Jean et al. 2015, arXiv 1412.2007).
@@ -38,7 +33,7 @@ class LensDistillation(Objective):
             against, or the next token of the ``text``.
         soft: Share, in [0, 1], of the soft part: the full model's ``top`` most likely tokens, at their probabilities.
         top: Tokens of the soft part, at most what the store keeps.
-        candidates: Tokens drawn from the rest of the vocabulary; None for all of it, exact and dear.
+        candidates: Tokens drawn from the rest of the vocabulary; None for all of it, which is exact and slow.
 
     Raises:
         UserError: If an option is out of range.
@@ -98,7 +93,7 @@ class Choice(NamedTuple):
 
     Attributes:
         tokens_C: The tokens; None for the whole vocabulary.
-        raise_C: What is added to their logits, so that the drawn ones stand for all of the rest.
+        raise_C: What is added to their logits, so that the drawn ones represent all of the rest.
         place_NT: Where the targets are among them.
     """
 

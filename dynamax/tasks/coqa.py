@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from dynamax.errors import at_least
 from dynamax.paths import InputPath
 from dynamax.tasks.base import Example, GenerationTask
-from dynamax.tasks.rows import HubDataset, Row, at_least, load, select
+from dynamax.tasks.rows import HubDataset, Row, load, select
 from dynamax.tasks.scores import coqa_exact, coqa_f1, leave_one_out
 
 WANTED = (
@@ -57,8 +58,8 @@ class CoQA(GenerationTask):
         max_new_tokens: int = 64,
         last_turn_only: bool = False,
     ) -> None:
-        at_least(1, limit=limit, max_new_tokens=max_new_tokens)
-        at_least(0, offset=offset)
+        at_least(self, 1, limit=limit, max_new_tokens=max_new_tokens)
+        at_least(self, 0, offset=offset)
         self.path, self.limit, self.offset = path, limit, offset
         self.max_new_tokens, self.last_turn_only = max_new_tokens, last_turn_only
 

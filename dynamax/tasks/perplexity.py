@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dynamax.errors import UserError
+from dynamax.errors import UserError, at_least
 from dynamax.paths import InputPath
 from dynamax.tasks.base import TextExample, TextTask, Window
-from dynamax.tasks.rows import HubDataset, at_least, load, select
+from dynamax.tasks.rows import HubDataset, load, select
 
 WANTED = "a .txt file of UTF-8 text (one document), or rows with a field text (one document a row)"
 
@@ -40,8 +40,8 @@ class Perplexity(TextTask):
         window: int = 1024,
         stride: int = 512,
     ) -> None:
-        at_least(1, limit=limit, characters=characters, stride=stride)
-        at_least(0, offset=offset)
+        at_least(self, 1, limit=limit, characters=characters, stride=stride)
+        at_least(self, 0, offset=offset)
         if stride >= window:
             raise UserError(
                 f"stride={stride} with window={window} leaves a window's first token without context. "

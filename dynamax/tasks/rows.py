@@ -187,14 +187,3 @@ def select(items: Sequence[T], *, skip: int, limit: int | None) -> list[T]:
             f"{len(items)}. Lower offset or shots."
         )
     return list(items[skip : None if limit is None else skip + limit])
-
-
-def at_least(least: int, **options: int | None) -> None:
-    """Check constructor options; None passes.
-
-    Raises:
-        UserError: If one is below ``least``.
-    """
-    for name, value in options.items():
-        if value is not None and value < least:
-            raise UserError(f"{name}={value} was given; wanted {least} or more.")

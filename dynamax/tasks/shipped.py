@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from importlib.resources import as_file, files
 
+from dynamax.errors import at_least
 from dynamax.tasks import coqa
 from dynamax.tasks.base import Example, GenerationTask
-from dynamax.tasks.rows import Row, at_least, load, select
+from dynamax.tasks.rows import Row, load, select
 from dynamax.tasks.scores import contains, triviaqa_f1
 
 QUESTIONS = "rows of question, answers[] and topic"
@@ -32,8 +33,8 @@ class Questions(GenerationTask):
     headline = "accuracy"
 
     def __init__(self, *, limit: int | None = None, offset: int = 0, max_new_tokens: int = 48, shots: int = 0) -> None:
-        at_least(1, limit=limit, max_new_tokens=max_new_tokens)
-        at_least(0, offset=offset, shots=shots)
+        at_least(self, 1, limit=limit, max_new_tokens=max_new_tokens)
+        at_least(self, 0, offset=offset, shots=shots)
         self.limit, self.offset, self.max_new_tokens, self.shots = limit, offset, max_new_tokens, shots
 
     def examples(self) -> list[Example]:
@@ -71,8 +72,8 @@ class Passages(GenerationTask):
     headline = "f1"
 
     def __init__(self, *, limit: int | None = None, offset: int = 0, max_new_tokens: int = 48) -> None:
-        at_least(1, limit=limit, max_new_tokens=max_new_tokens)
-        at_least(0, offset=offset)
+        at_least(self, 1, limit=limit, max_new_tokens=max_new_tokens)
+        at_least(self, 0, offset=offset)
         self.limit, self.offset, self.max_new_tokens = limit, offset, max_new_tokens
 
     def examples(self) -> list[Example]:

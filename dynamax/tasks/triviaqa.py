@@ -9,9 +9,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NamedTuple
 
+from dynamax.errors import at_least
 from dynamax.paths import InputPath
 from dynamax.tasks.base import Example, GenerationTask
-from dynamax.tasks.rows import HubDataset, Row, at_least, load, select
+from dynamax.tasks.rows import HubDataset, Row, load, select
 from dynamax.tasks.scores import triviaqa_exact, triviaqa_f1
 
 
@@ -61,8 +62,8 @@ class TriviaQA(GenerationTask):
         max_new_tokens: int = 64,
         shots: int = 2,
     ) -> None:
-        at_least(1, limit=limit, max_new_tokens=max_new_tokens)
-        at_least(0, offset=offset, shots=shots)
+        at_least(self, 1, limit=limit, max_new_tokens=max_new_tokens)
+        at_least(self, 0, offset=offset, shots=shots)
         self.path, self.limit, self.offset = path, limit, offset
         self.max_new_tokens, self.shots = max_new_tokens, shots
 

@@ -10,9 +10,10 @@ from collections.abc import Sequence
 from math import exp
 from pathlib import Path
 
+from dynamax.errors import at_least
 from dynamax.paths import InputPath
 from dynamax.tasks.base import ChoiceExample, ChoiceTask, Example, GenerationTask
-from dynamax.tasks.rows import HubDataset, Row, at_least, load, select
+from dynamax.tasks.rows import HubDataset, Row, load, select
 from dynamax.tasks.scores import bleu, contrast, rouge, scorers
 
 PRIMER = "\n\n".join(
@@ -65,8 +66,8 @@ class TruthfulQA(GenerationTask):
     def __init__(
         self, path: InputPath | None = None, *, limit: int | None = None, offset: int = 0, max_new_tokens: int = 64
     ) -> None:
-        at_least(1, limit=limit, max_new_tokens=max_new_tokens)
-        at_least(0, offset=offset)
+        at_least(self, 1, limit=limit, max_new_tokens=max_new_tokens)
+        at_least(self, 0, offset=offset)
         self.path, self.limit, self.offset, self.max_new_tokens = path, limit, offset, max_new_tokens
 
     def examples(self) -> list[Example]:
@@ -124,8 +125,8 @@ class TruthfulQAMC(ChoiceTask):
     headline = "mc2"
 
     def __init__(self, path: InputPath | None = None, *, limit: int | None = None, offset: int = 0) -> None:
-        at_least(1, limit=limit)
-        at_least(0, offset=offset)
+        at_least(self, 1, limit=limit)
+        at_least(self, 0, offset=offset)
         self.path, self.limit, self.offset = path, limit, offset
 
     def examples(self) -> list[ChoiceExample]:

@@ -9,9 +9,8 @@ from torch.nn import functional as F
 from dynamax.data.batch import HiddenBatch
 from dynamax.heads import Exit, ExitBank, LinearGate, MambaGate, TunedLens
 from dynamax.objectives import GateObjective
-from dynamax.objectives.base import counted
+from dynamax.objectives.base import among, best_token, counted, in_top_k
 from dynamax.objectives.gate import depth_weights
-from dynamax.objectives.readout import among, best_token, in_top_k
 from dynamax.testing import toy_evidence
 from tests.objectives.batches import made, stir, toy_bank, toy_sites
 

@@ -67,7 +67,7 @@ def test_sources(tmp_path, hub):
 def test_stride_must_leave_context():
     with pytest.raises(ValueError, match=r"stride=8 with window=8 .*such as 4 for a window of 8"):
         Perplexity(window=8, stride=8)
-    with pytest.raises(ValueError, match="stride=0 was given"):
+    with pytest.raises(ValueError, match="Perplexity was given stride=0"):
         Perplexity(stride=0)
 
 

@@ -62,9 +62,9 @@ def test_broken_files(tmp_path):
 
 @pytest.mark.parametrize("task", TASKS)
 def test_options_out_of_range(task):
-    with pytest.raises(ValueError, match="limit=0 was given; wanted 1 or more"):
+    with pytest.raises(ValueError, match=rf"{task.__name__} was given limit=0; wanted 1 or more"):
         task(limit=0)
-    with pytest.raises(ValueError, match="offset=-1 was given; wanted 0 or more"):
+    with pytest.raises(ValueError, match=rf"{task.__name__} was given offset=-1; wanted 0 or more"):
         task(offset=-1)
 
 

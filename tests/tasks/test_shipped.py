@@ -67,9 +67,9 @@ def test_broken_rows(prompts):
 
 
 def test_options_out_of_range():
-    with pytest.raises(ValueError, match="shots=-1 was given"):
+    with pytest.raises(ValueError, match="Questions was given shots=-1"):
         Questions(shots=-1)
-    with pytest.raises(ValueError, match="max_new_tokens=0 was given"):
+    with pytest.raises(ValueError, match="was given max_new_tokens=0"):
         Passages(max_new_tokens=0)
 
 
