@@ -73,7 +73,7 @@ class Answers(Corpus):
                 batches = self.text.answers(engine, skip=done)
                 missing = zip(files[done:], batches, strict=True)
                 for file, batch in tqdm(missing, desc="answers", total=total, initial=done):
-                    texts = [_text(engine, prompt, tokens) for (_, prompt), tokens in batch]
+                    texts = [_text(engine, prompt, tokens) for prompt, _, tokens in batch]
                     write_atomically(file, json.dumps(texts).encode())
         for file in files:
             for text, origin in json.loads(file.read_text("utf-8")):

@@ -121,17 +121,11 @@ def _rows(name: str) -> list[dict]:
     return [json.loads(line) for line in lines]
 
 
-class Encoded(NamedTuple):
-    """A prompt in tokens."""
-
-    tokens: list[int]
-    prompt: Prompt
-
-
 class Answered(NamedTuple):
-    """A prompt in tokens and the tokens of its answer, the one that ended it included."""
+    """A prompt, its tokens, and the tokens of its answer, the one that ended it included."""
 
-    asked: Encoded
+    prompt: Prompt
+    asked: list[int]
     answer: list[int]
 
 
@@ -200,12 +194,12 @@ class SelfGenerated(TextSource):
     def groups(self, engine: Engine, *, skip: int = 0) -> Iterator[list[Document]]:
         """See ``TextSource.groups``."""
         for group in self.answers(engine, skip=skip):
-            yield [Document(asked.tokens + answer, len(asked.tokens), asked.prompt.origin) for asked, answer in group]
+            yield [Document(asked + answer, len(asked), prompt.origin) for prompt, asked, answer in group]
 
     def answers(self, engine: Engine, *, skip: int = 0) -> Iterator[list[Answered]]:
         """The groups again, with each document's prompt; see ``TextSource.groups``."""
         context = engine.backbone.spec.context
-        encoded: list[Encoded] = []
+        encoded: list[tuple[Prompt, list[int]]] = []
         for prompt in self._prompts:
             roles = ("user", "assistant")
             said = [{"role": roles[turn % 2], "content": said} for turn, said in enumerate(prompt.turns)]
@@ -215,9 +209,9 @@ class SelfGenerated(TextSource):
                     f"A prompt of {len(tokens)} tokens and an answer of up to {self.max_new_tokens} do not fit the "
                     f"context of {context}: {prompt.plain!r:.80}. Shorten the prompt, or lower max_new_tokens."
                 )
-            encoded.append(Encoded(tokens, prompt))
+            encoded.append((prompt, tokens))
         turns = (encoded[turn % len(encoded)] for turn in range(self.documents))
-        ordered = sorted(turns, key=lambda prompt: len(prompt.tokens))
+        ordered = sorted(turns, key=lambda pair: len(pair[1]))
         batches = [ordered[start : start + self.batch] for start in range(0, len(ordered), self.batch)]
         random.Random(self.seed).shuffle(batches)
         for index, batch in enumerate(batches[skip:], skip):
@@ -238,10 +232,10 @@ class SelfGenerated(TextSource):
             raise UserError(f"{self.prompts} holds blank prompts alone. Give at least one row of text.")
         return [Prompt((text,), text, text) for text in texts if text.strip()]
 
-    def _answer(self, batch: Sequence[Encoded], engine: Engine, index: int) -> list[Answered]:
-        longest = max(len(prompt.tokens) for prompt in batch)
-        pads = [longest - len(prompt.tokens) for prompt in batch]
-        rows = [[0] * pad + prompt.tokens for pad, prompt in zip(pads, batch, strict=True)]
+    def _answer(self, batch: Sequence[tuple[Prompt, list[int]]], engine: Engine, index: int) -> list[Answered]:
+        longest = max(len(tokens) for _, tokens in batch)
+        pads = [longest - len(tokens) for _, tokens in batch]
+        rows = [[0] * pad + tokens for pad, (_, tokens) in zip(pads, batch, strict=True)]
         sampler = Sampled(self.temperature, top_k=self.top_k, top_p=self.top_p, seed=derived_seed(self.seed, index))
         options = engine.options(sampler=sampler, max_new_tokens=self.max_new_tokens)
         steps = engine.decoder(sampler=sampler).decode(
@@ -252,7 +246,7 @@ class SelfGenerated(TextSource):
         )
         answers = torch.stack([step.token_B for step in steps], 1).tolist()
         ends = options.eos_token_id
-        return [Answered(asked, until(answer, ends)) for asked, answer in zip(batch, answers, strict=True)]
+        return [Answered(*asked, until(answer, ends)) for asked, answer in zip(batch, answers, strict=True)]
 
 
 def until(tokens: list[int], stop: Sequence[int]) -> list[int]:

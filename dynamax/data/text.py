@@ -20,8 +20,7 @@ class Document:
     Attributes:
         tokens: Token ids, at least one.
         prompt: How many tokens at the start were given and not generated; 0 for plain text.
-        origin: Text that this document goes back to, such as its question. Documents of one origin
-            never stand on both sides of a split.
+        origin: Text that it goes back to, such as its question; documents of one origin are on one side of every split.
     """
 
     tokens: list[int]
@@ -30,12 +29,7 @@ class Document:
 
 
 class Text(NamedTuple):
-    """A text before any tokenizer.
-
-    Attributes:
-        text: The characters.
-        origin: What the text goes back to; texts of one origin never stand on both sides of a split.
-    """
+    """A text before any tokenizer, and what it goes back to; texts of one origin are on one side of every split."""
 
     text: str
     origin: str

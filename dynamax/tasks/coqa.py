@@ -6,8 +6,10 @@ question. Scores are those of the official script: F1 and exact match against ev
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from abc import abstractmethod
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import final
 
 from dynamax.errors import at_least
 from dynamax.paths import InputPath
@@ -15,6 +17,7 @@ from dynamax.tasks.base import Example, GenerationTask
 from dynamax.tasks.rows import HubDataset, Row, load, select
 from dynamax.tasks.scores import coqa_exact, coqa_f1, leave_one_out
 
+STOPS = ("\nQ:", "\n\n")
 WANTED = (
     "the official coqa-dev-v1.0.json, with data[] of story, questions[] and answers[] (input_text, turn_id), "
     "and additional_answers{}, which may be missing"
@@ -31,7 +34,50 @@ class Conversation:
     golds: tuple[tuple[str, ...], ...]
 
 
-class CoQA(GenerationTask):
+class ConversationTask(GenerationTask):
+    """Asks questions about passages, one turn after another, with CoQA's prompt and scores.
+
+    Attributes:
+        limit: Turns to use; None for all.
+        offset: Turns to leave out at the start.
+        max_new_tokens: Most tokens of an answer.
+        last_turn_only: Ask only the last question of each passage.
+    """
+
+    headline = "f1"
+    limit: int | None
+    offset: int
+    max_new_tokens: int
+    last_turn_only: bool = False
+
+    @abstractmethod
+    def conversations(self) -> Iterable[Conversation]:
+        """The conversations, in the data set's order."""
+
+    @final
+    def examples(self) -> list[Example]:
+        """The turns, passage by passage, each with the turns before it in the prompt; the references are all golds."""
+        examples: list[Example] = []
+        for each in self.conversations():
+            turns: list[Example] = []
+            prompt = f"{each.passage}\n\n"
+            for turn, (question, golds) in enumerate(zip(each.questions, each.golds, strict=True), 1):
+                prompt += f"Q: {question}\n\nA:"
+                turns.append(Example(f"{each.id}-{turn}", prompt, golds, (), STOPS, self.max_new_tokens))
+                prompt += f" {golds[0]}\n\n"
+            examples += turns[-1:] if self.last_turn_only else turns
+        return select(examples, skip=self.offset, limit=self.limit)
+
+    @final
+    def score(self, example: Example, answer: str) -> dict[str, float]:
+        """``f1`` and ``em``, in [0, 1], of the answer's first line."""
+        line = answer.strip().split("\n")[0]
+        golds = example.references
+        return {"f1": leave_one_out(coqa_f1, golds, line), "em": leave_one_out(coqa_exact, golds, line)}
+
+
+@final
+class CoQA(ConversationTask):
     """Conversational questions; every turn is an example.
 
     Equal golds each count, as in the official script; the harness drops repeats, which lowers its scores.
@@ -47,8 +93,6 @@ class CoQA(GenerationTask):
         UserError: For an option out of range; from ``examples`` for data that cannot be read.
     """
 
-    headline = "f1"
-
     def __init__(
         self,
         path: InputPath | None = None,
@@ -63,40 +107,10 @@ class CoQA(GenerationTask):
         self.path, self.limit, self.offset = path, limit, offset
         self.max_new_tokens, self.last_turn_only = max_new_tokens, last_turn_only
 
-    def examples(self) -> list[Example]:
-        """The turns, passage by passage; the references are all gold answers."""
+    def conversations(self) -> Iterable[Conversation]:
+        """The passages of the data set."""
         hub = HubDataset("EleutherAI/coqa", None, "validation")
-        rows = load(self.path, hub=hub, suffixes=(".json",), wanted=WANTED)
-        examples = []
-        for conversation in map(_conversation, rows):
-            turns = ask(conversation, max_new_tokens=self.max_new_tokens)
-            examples += turns[-1:] if self.last_turn_only else turns
-        return select(examples, skip=self.offset, limit=self.limit)
-
-    def score(self, example: Example, answer: str) -> dict[str, float]:
-        """``f1`` and ``em`` in [0, 1]."""
-        return score(example.references, answer)
-
-
-def ask(conversation: Conversation, *, max_new_tokens: int) -> list[Example]:
-    """One example a turn, with the turns before it in the prompt."""
-    examples = []
-    prompt = f"{conversation.passage}\n\n"
-    for turn, (question, golds) in enumerate(zip(conversation.questions, conversation.golds, strict=True), 1):
-        prompt += f"Q: {question}\n\nA:"
-        examples.append(
-            Example(
-                f"{conversation.id}-{turn}", prompt, golds, stop_strings=("\nQ:", "\n\n"), max_new_tokens=max_new_tokens
-            )
-        )
-        prompt += f" {golds[0]}\n\n"
-    return examples
-
-
-def score(golds: Sequence[str], answer: str) -> dict[str, float]:
-    """F1 and exact match, in [0, 1], of the answer's first line."""
-    line = answer.strip().split("\n")[0]
-    return {"f1": leave_one_out(coqa_f1, golds, line), "em": leave_one_out(coqa_exact, golds, line)}
+        return map(_conversation, load(self.path, hub=hub, suffixes=(".json",), wanted=WANTED))
 
 
 def _conversation(row: Row) -> Conversation:

@@ -5,11 +5,12 @@ They are for demonstrations and smoke tests; a score on them is not a benchmark'
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from importlib.resources import as_file, files
 
 from dynamax.errors import at_least
-from dynamax.tasks import coqa
 from dynamax.tasks.base import Example, GenerationTask
+from dynamax.tasks.coqa import Conversation, ConversationTask
 from dynamax.tasks.rows import Row, load, select
 from dynamax.tasks.scores import contains, triviaqa_f1
 
@@ -57,7 +58,7 @@ class Questions(GenerationTask):
         return {"accuracy": contains(example.references, answer), "f1": triviaqa_f1(example.references, answer)}
 
 
-class Passages(GenerationTask):
+class Passages(ConversationTask):
     """Short passages with turns of questions, prompted and scored like CoQA.
 
     Args:
@@ -69,31 +70,21 @@ class Passages(GenerationTask):
         UserError: For an option out of range.
     """
 
-    headline = "f1"
-
     def __init__(self, *, limit: int | None = None, offset: int = 0, max_new_tokens: int = 48) -> None:
         at_least(self, 1, limit=limit, max_new_tokens=max_new_tokens)
         at_least(self, 0, offset=offset)
         self.limit, self.offset, self.max_new_tokens = limit, offset, max_new_tokens
 
-    def examples(self) -> list[Example]:
-        """The turns, passage by passage."""
-        rows = _rows("passages.jsonl", PASSAGES)
-        examples = []
-        for row in rows:
+    def conversations(self) -> Iterable[Conversation]:
+        """The passages of the file."""
+        for row in _rows("passages.jsonl", PASSAGES):
             turns = row.records("turns")
-            conversation = coqa.Conversation(
+            yield Conversation(
                 id=f"passages-{row.number}",
                 passage=row.text("passage"),
                 questions=tuple(turn.text("question") for turn in turns),
                 golds=tuple((turn.text("answer"),) for turn in turns),
             )
-            examples += coqa.ask(conversation, max_new_tokens=self.max_new_tokens)
-        return select(examples, skip=self.offset, limit=self.limit)
-
-    def score(self, example: Example, answer: str) -> dict[str, float]:
-        """``f1`` and ``em`` in [0, 1]."""
-        return coqa.score(example.references, answer)
 
 
 def _rows(name: str, wanted: str) -> list[Row]:
