@@ -25,8 +25,8 @@ ENDS = ".!?"
 class Answers(Corpus):
     """What a backbone answers to prompts, as text: ``Question: ... Answer: ...``.
 
-    Written once, a batch at a time: a run that was stopped goes on behind the last whole batch, and the
-    texts are those of a run that never was.
+    Written once, a batch at a time. A run that was stopped continues after the last complete batch, and the texts are
+    the same as without the stop.
 
     Args:
         writer: Which backbone writes.

@@ -92,16 +92,9 @@ def text_of(row: Mapping[str, Any], field: str, *, number: int, name: str) -> st
 
 
 class RowText(TextSource, Corpus):
-    """Rows with a text field; 64 rows are a group. Rows of white space alone are passed over.
+    """Rows with a text field; 64 rows are a group. Rows of white space alone are passed over."""
 
-    Attributes:
-        name: What the data set is called in messages.
-        field: The field with the text.
-        length: Most tokens of a document.
-        rows: Read only so many rows; None for all.
-    """
-
-    name: str
+    name: str  # what the data set is called in messages
     field: str
     length: int
     rows: int | None

@@ -175,7 +175,7 @@ class Filler:
             self.writer.write(documents, (shard.first_group, shard.stop_group), number=number)
 
     def extend(self, shard_bytes: int) -> None:
-        """Go on behind the last whole shard, to the end of the source.
+        """Continue after the last whole shard, to the end of the source.
 
         Raises:
             UserError: If the source has no documents.

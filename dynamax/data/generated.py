@@ -27,13 +27,7 @@ from dynamax.paths import InputPath
 
 @dataclass(frozen=True)
 class Question:
-    """A factual question.
-
-    Attributes:
-        question: The question.
-        answers: Right answers; the first is the usual form.
-        topic: One word or two.
-    """
+    """A factual question with its right answers, the usual form first, and a topic of one word or two."""
 
     question: str
     answers: tuple[str, ...]

@@ -23,7 +23,7 @@ from dynamax.errors import UserError, at_least
 Compute = Literal["float32", "bfloat16", "float16"]
 
 
-@dataclass
+@dataclass(eq=False)
 class _Documents(Dataset[HiddenBatch]):
     """Part of a store, asked for a batch of positions at a time."""
 
@@ -38,16 +38,12 @@ class _Documents(Dataset[HiddenBatch]):
 
 @final
 class ResumableLoader:
-    """A loader over ``LengthBuckets`` whose place in an epoch travels with the trainer's checkpoints.
+    """A loader whose place in an epoch is saved in the trainer's checkpoints.
 
-    A run that goes on in the middle of an epoch gets the batches that it would have got next; those before are not
-    read again.
+    A run that resumes in the middle of an epoch gets the next batches of that epoch; earlier ones are not read again.
 
     Args:
-        loader: Its sampler is a ``LengthBuckets``.
-
-    Attributes:
-        sampler: Lightning tells it the epoch.
+        loader: Its sampler is a ``LengthBuckets``; Lightning sets the sampler's epoch.
     """
 
     def __init__(self, loader: DataLoader) -> None:
@@ -71,7 +67,7 @@ class ResumableLoader:
         return {"epoch": self._epoch, "given": self._given}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on behind them, if it is this epoch that goes on."""
+        """Skip those batches, if the run resumes in this epoch."""
         self._epoch, self._behind = state["epoch"], state["given"]
 
 
@@ -79,7 +75,7 @@ class ResumableLoader:
 class HiddenStates(LightningDataModule):
     """Hidden states of a frozen backbone at the exits, from a store that is filled once.
 
-    The backbone is loaded only while something is missing from the store, and let go before training.
+    The backbone is loaded only while something is missing from the store, and is released before training.
     Each training step gets whole documents, since recurrent gates read sequences.
 
     Args:
@@ -133,7 +129,7 @@ class HiddenStates(LightningDataModule):
             self.fill()
 
     def fill(self) -> Store:
-        """Load the backbone, make the store whole, and let the backbone go."""
+        """Load the backbone, complete the store, and release the backbone."""
         device, readout = chosen(self.device), None
         engine = load(self.backbone, dtype=self.compute, device=device)
         if self.compute != "float32":

@@ -38,7 +38,7 @@ class LanguageData(LightningDataModule):
 
     Texts are read and encoded once; a later run with the same corpora finds them on disk. Every batch has the
     same mixture of corpora. Which blocks it holds depends on the seed and on its number alone, so models that
-    are trained with one seed see one text, and a resumed run goes on where it stopped.
+    are trained with one seed see one text, and a resumed run continues where it stopped.
 
     Args:
         portions: The corpora, and the rows of a batch each fills; a batch has as many rows as all together.
@@ -138,7 +138,7 @@ class LanguageData(LightningDataModule):
 
 @final
 class Batches:
-    """Training batches without end; a pass over it is about one pass over the text. Its state is a number.
+    """Endless training batches; one iteration is about one pass over the text. Its state is a number.
 
     Each corpus is cut into blocks, and each pass over the corpus cuts at other places and takes the blocks
     in another order. All of it follows from the seed and the number of the batch.
@@ -178,7 +178,7 @@ class Batches:
         return {"drawn": self.drawn}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on behind the batches that were handed out."""
+        """Continue after the batches that were handed out."""
         self.drawn = state["drawn"]
 
     def _block(self, corpus: int, turn: int) -> Tensor:

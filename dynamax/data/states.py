@@ -19,11 +19,6 @@ from dynamax.errors import UserError
 from dynamax.types import Site
 
 StoreDtype = Literal["float16", "bfloat16", "float32"]
-DTYPES: dict[str, torch.dtype] = {
-    "float16": torch.float16,
-    "bfloat16": torch.bfloat16,
-    "float32": torch.float32,
-}
 POSITIONS = 4096
 """Positions that go through the backbone at a time, padding counted."""
 LOGITS = 1 << 25
@@ -112,7 +107,7 @@ class StateReader:
         for depth, h_BTD in self.backbone.walk(embedded_BTD, [*self.exits, self.backbone.spec.depth]):
             if depth in self.exits:
                 h_ND = h_BTD[live_BT][:, : self.backbone.spec.width]
-                kept_ND = h_ND.to(DTYPES[self.dtype])
+                kept_ND = h_ND.to(getattr(torch, self.dtype))
                 if not h_ND.isfinite().all():
                     raise UserError(
                         f"The backbone's states after {depth} blocks are not finite. Load it in float32 or bfloat16."

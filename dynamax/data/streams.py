@@ -1,6 +1,6 @@
 """Corpora as streams of tokens on disk, with the tokenizer trained on them or given. Knows texts and files, no batches.
 
-A folder of streams is named after all its contents depend on, and appears whole or not at all. In it lie the
+A folder of streams is named after all its contents depend on, and is there complete or not at all. In it lie the
 tokenizer's files, for each corpus ``train-0.npy`` and ``validation-0.npy`` (token ids, one behind the other,
 each text closed by the end of text), and ``streams.json``, which says what went in.
 """

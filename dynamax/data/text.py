@@ -64,7 +64,7 @@ class TextSource(ABC):
 
     @abstractmethod
     def groups(self, engine: Engine, *, skip: int = 0) -> Iterator[list[Document]]:
-        """Yield the groups from number ``skip`` on; those before cost next to nothing.
+        """Yield the groups from number ``skip`` on; skipping costs almost nothing.
 
         Args:
             engine: The model the text is for, with its tokenizer; it may write the text.

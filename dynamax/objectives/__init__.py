@@ -1,4 +1,4 @@
-"""What is trained towards: lenses say the full model's token, gates tell where they do, a whole model says the next."""
+"""What lenses, gates and whole models are trained towards."""
 
 from dynamax.objectives.base import Objective
 from dynamax.objectives.early_exit import LanguageObjective, LayerSkip, NextToken

@@ -27,7 +27,7 @@ Question = Callable[[Site, Tensor, Tensor], Tensor]
 LOGITS = 1 << 24
 """Logits held at a time: 64 MiB of float32."""
 MARGIN = 1e-3
-"""By how much a rival must win for the whole vocabulary not to be asked: more than rounding could change."""
+"""A rival token beats another only by more than this, which is more than rounding can change."""
 
 
 class Objective(ABC):
@@ -128,8 +128,8 @@ def best_token(site: Site, u_ND: Tensor, oracle_N: Tensor) -> Tensor:
 def in_top_k(k: int) -> Question:
     """Whether the full model's token is among the exit's ``k`` most likely ones: fewer than ``k`` tokens beat it.
 
-    Most tokens that are beaten are beaten by a token that the full model says elsewhere in the batch. These are asked
-    first, and the whole vocabulary only where they leave it open.
+    The tokens that beat it are mostly among those that the full model predicts elsewhere in the batch. These are
+    compared first, and the whole vocabulary only where that does not decide.
     """
 
     def question(site: Site, u_ND: Tensor, oracle_N: Tensor) -> Tensor:

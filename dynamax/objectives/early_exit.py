@@ -1,6 +1,6 @@
 """What a language model that starts from nothing is trained towards, with exits in mind or without.
 
-Knows a backbone's verb and tokens; not optimisers. LayerSkip: https://arxiv.org/abs/2404.16710.
+Knows a backbone and tokens; no optimiser. LayerSkip: https://arxiv.org/abs/2404.16710.
 """
 
 from __future__ import annotations

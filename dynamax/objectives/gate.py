@@ -1,4 +1,4 @@
-"""DYNAMAX's objective: each gate learns to tell whether leaving at its exit is right. Knows no policy."""
+"""DYNAMAX's objective: each gate learns whether leaving at its exit is right. Knows no policy."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Lens distillation: each lens learns to say what the full model says, or the text. Knows no gate and no policy."""
+"""Lens distillation: each lens learns the full model's prediction, or the text. Knows no gate and no policy."""
 
 from __future__ import annotations
 

@@ -76,6 +76,8 @@ class Window(NamedTuple):
 class Task(ABC, Generic[E]):
     """A benchmark, whose examples are of one kind.
 
+    A task refuses options out of range when it is built (``UserError``), and bad data when it is asked for examples.
+
     Attributes:
         headline: Name of the score that stands for the task, one of ``aggregate``'s keys.
         higher_is_better: Whether a greater headline is a better one.
@@ -89,7 +91,7 @@ class Task(ABC, Generic[E]):
         """What is asked, in the data set's order.
 
         Raises:
-            UserError: If the data cannot be read, or leave nothing to ask.
+            UserError: If the data cannot be read or leave nothing to ask, or a package that scores need is missing.
         """
 
     def aggregate(self, scores: Sequence[Mapping[str, float]]) -> dict[str, float]:

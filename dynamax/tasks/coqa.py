@@ -35,14 +35,7 @@ class Conversation:
 
 
 class ConversationTask(GenerationTask):
-    """Asks questions about passages, one turn after another, with CoQA's prompt and scores.
-
-    Attributes:
-        limit: Turns to use; None for all.
-        offset: Turns to leave out at the start.
-        max_new_tokens: Most tokens of an answer.
-        last_turn_only: Ask only the last question of each passage.
-    """
+    """Asks questions about passages, one turn after another, with CoQA's prompt and scores."""
 
     headline = "f1"
     limit: int | None
@@ -88,9 +81,6 @@ class CoQA(ConversationTask):
         offset: Turns to leave out at the start.
         max_new_tokens: Most tokens of an answer.
         last_turn_only: Ask only the last question of each passage (the harness up to 0.4.13, and DYNAMAX).
-
-    Raises:
-        UserError: For an option out of range; from ``examples`` for data that cannot be read.
     """
 
     def __init__(

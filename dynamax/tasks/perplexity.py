@@ -25,9 +25,6 @@ class Perplexity(TextTask):
         characters: Use only this many characters from the start of each document; all if left out.
         window: Most tokens a window holds; no more than the model's context.
         stride: Tokens from one window's start to the next; less than ``window``.
-
-    Raises:
-        UserError: For an option out of range; from ``examples`` for data that cannot be read.
     """
 
     def __init__(

@@ -30,7 +30,7 @@ class HubDataset(NamedTuple):
 
 @dataclass(frozen=True)
 class Row:
-    """One row, which knows where it stands.
+    """One row, and where it is from.
 
     Attributes:
         values: Its fields.

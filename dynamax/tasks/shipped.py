@@ -26,9 +26,6 @@ class Questions(GenerationTask):
         offset: Questions to leave out at the start, after the shots; for instance those that heads were trained on.
         max_new_tokens: Most tokens of an answer.
         shots: Solved questions before each question: the first of the file, which are then not asked.
-
-    Raises:
-        UserError: For an option out of range.
     """
 
     headline = "accuracy"
@@ -65,9 +62,6 @@ class Passages(ConversationTask):
         limit: Turns to use; all if left out.
         offset: Turns to leave out at the start.
         max_new_tokens: Most tokens of an answer.
-
-    Raises:
-        UserError: For an option out of range.
     """
 
     def __init__(self, *, limit: int | None = None, offset: int = 0, max_new_tokens: int = 48) -> None:

@@ -46,9 +46,6 @@ class TriviaQA(GenerationTask):
         offset: Questions to leave out at the start, after those that serve as shots.
         max_new_tokens: Most tokens of an answer.
         shots: Solved questions before each question: the first rows of the data, which are then not asked.
-
-    Raises:
-        UserError: For an option out of range; from ``examples`` for data that cannot be read.
     """
 
     headline = "em"

@@ -54,9 +54,6 @@ class TruthfulQA(GenerationTask):
         limit: Questions to use; all if left out.
         offset: Questions to leave out at the start.
         max_new_tokens: Most tokens of an answer.
-
-    Raises:
-        UserError: For an option out of range; from ``examples`` for data that cannot be read or a missing extra.
     """
 
     headline = "bleu_max"
@@ -115,9 +112,6 @@ class TruthfulQAMC(ChoiceTask):
         path: A local TruthfulQA.csv or mc_task.json; without it, ``truthfulqa/truthful_qa`` from the Hub.
         limit: Questions to use; all if left out.
         offset: Questions to leave out at the start.
-
-    Raises:
-        UserError: For an option out of range; from ``examples`` for data that cannot be read.
     """
 
     headline = "mc2"
