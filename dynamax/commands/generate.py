@@ -12,12 +12,13 @@ from dynamax.backbones.sources import SmolLM2, Source
 from dynamax.commands.colors import DepthColors, coloured
 from dynamax.commands.parsing import Parser, prepare
 from dynamax.decoding.base import DecoderFactory
-from dynamax.engine import Answer, Engine, Stream, load
+from dynamax.engine import Engine, load
 from dynamax.errors import UserError
 from dynamax.heads.bank import Exit
 from dynamax.heads.saved import RECORD
 from dynamax.paths import InputPath
 from dynamax.policies.base import TerminationPolicy
+from dynamax.stream import Answer, Stream
 
 DEMO = "runs/demo/heads"
 WITHOUT_HEADS = "--exits '{2: {}, 4: {}}' --policy MaxProb --policy.threshold 0.5"
