@@ -300,6 +300,8 @@ def load(
     heads = own_heads if heads is None and exits is None else heads
     if heads is not None and exits is not None:
         raise UserError(f"load was given heads: {heads} and exits: {exits}; give one of the two.")
+    if heads is not None:
+        read_record(Path(heads))  # before the model, which takes longer
     place = chosen(device)
     backbone = source.load(dtype=dtype, device=place)
     bank: ExitBank | None = None

@@ -70,8 +70,8 @@ class Sampled(Sampler):
     ) -> None:
         if not 0 < temperature < torch.inf:
             raise UserError(
-                f"temperature is {temperature}; it must be above 0, and finite. For the most likely token, leave it out "
-                f"(in Python, use Greedy)."
+                f"temperature is {temperature}; it must be above 0, and finite. For the most likely token, leave it "
+                f"out (in Python, use Greedy)."
             )
         if top_k is not None and top_k < 1:
             raise UserError(f"top_k is {top_k}; it must be at least 1, or left out to keep all tokens.")

@@ -264,8 +264,8 @@ def new_evaluation(
         UserError: If an option was given that would change nothing.
     """
     if isinstance(task, GenerationTask):
-        own = engine.options(sampler=sampler).sampler
-        return Generation(task, engine, full, points, sampler=own, chat=bool(chat), timed=timed, probes=probes)
+        drawn = full.decoder.sampler  # the very one that all decoders draw with, so that restarting it restarts them
+        return Generation(task, engine, full, points, sampler=drawn, chat=bool(chat), timed=timed, probes=probes)
     assert isinstance(task, ChoiceTask | TextTask), f"{type(task).__name__} is of no known kind"
     given = {"chat": chat, "sampler": sampler, "timed": timed}
     idle = [name for name, value in given.items() if value not in (None, False)]
