@@ -106,7 +106,7 @@ class SelfGenerated(TextSource):
     def groups(self, engine: Engine, *, skip: int = 0) -> Iterator[list[Document]]:
         """See ``TextSource.groups``."""
         for group in self.answers(engine, skip=skip):
-            yield [Document(asked.tokens + answer, len(asked.tokens), asked.prompt.origin) for asked, answer, _ in group]
+            yield [Document(a.asked.tokens + a.answer, len(a.asked.tokens), a.asked.prompt.origin) for a in group]
 
     def answers(self, engine: Engine, *, skip: int = 0) -> Iterator[list[Answered]]:
         """The groups again, with each document's prompt; see ``TextSource.groups``."""
