@@ -320,8 +320,9 @@ def _find(model: str | Path | Source) -> tuple[Source, Path | None]:
         return model, None
     path = Path(model).expanduser()
     if (path / RECORD).is_file():
-        recipe = read_record(path).get("source")
-        if recipe is None:
+        record: object = read_record(path)
+        recipe = record.get("source") if isinstance(record, dict) else None
+        if not (isinstance(recipe, dict) and {"class", "options"} <= set(recipe)):
             raise UserError(
                 f"The heads in {path} do not say where their model comes from. Give it: "
                 f"dynamax.load(MODEL, heads={str(path)!r})."

@@ -48,7 +48,7 @@ def main(arguments: Sequence[str]) -> None:
 
 def generate(
     prompt: str,
-    policy: TerminationPolicy,
+    policy: TerminationPolicy | None,
     *,
     backbone: Source | None = None,
     heads: InputPath | None = None,
@@ -69,7 +69,7 @@ def generate(
 
     Args:
         prompt: What to answer.
-        policy: When to leave; --threshold is short for --policy.threshold.
+        policy: When to leave; --threshold is short for --policy.threshold. Full decodes without: null.
         backbone: Where the model comes from; left out, the model that the heads were trained for.
         heads: Folder of trained heads, as fit leaves it; where neither these nor exits are given, runs/demo/heads.
         exits: Untrained exits in place of heads, such as '{20: {lens: LogitLens}}'; of SmolLM2 where no backbone is

@@ -15,7 +15,7 @@ from dynamax.decoding.probe import Probe
 from dynamax.decoding.sampling import Sampler
 from dynamax.heads.bank import ExitBank
 from dynamax.policies.base import TerminationPolicy
-from dynamax.types import Evidence, Span, Step
+from dynamax.types import Evidence, Step
 
 
 class Arrival(NamedTuple):
@@ -160,8 +160,9 @@ class Session:
 
         Recurrent gates on the way read them, whether or not anybody asks.
         """
-        h_BTD, above = arrival.h_BTD, [depth for depth in self._recurrent if depth > arrival.depth]
-        for depth, h_BTD in self.backbone.walk(h_BTD, [*above, self.total], self.cache, start=arrival.depth):
+        h_BTD = arrival.h_BTD
+        depths = [*(depth for depth in self._recurrent if depth > arrival.depth), self.total]
+        for depth, h_BTD in self.backbone.walk(arrival.h_BTD, depths, self.cache, start=arrival.depth):
             self._read_on(depth, h_BTD)
         return self.backbone.unembed(h_BTD[:, -1:])[:, 0]
 

@@ -152,6 +152,17 @@ def test_heads_that_do_not_say_whose_they_are_need_a_model(tiny_folder: Path, tm
     assert engine.exits.depths == (2,)
 
 
+@pytest.mark.parametrize("content", ["[]", "3", '{"source": 3}', '{"source": {"class": "Folder"}}'])
+def test_a_damaged_record_of_heads_names_no_model(heads: Path, tmp_path: Path, content: str) -> None:
+    folder = shutil.copytree(heads, tmp_path / "heads")
+    (folder / "heads.json").write_text(content)
+    with pytest.raises(UserError, match="do not say where their model comes from"):
+        dynamax.load(folder)
+    (folder / "heads.json").write_text("{")
+    with pytest.raises(UserError, match="damaged"):
+        dynamax.load(folder)
+
+
 def test_heads_and_exits_are_one_too_many(tiny_folder: Path, heads: Path) -> None:
     with pytest.raises(UserError, match="one of the two"):
         dynamax.load(tiny_folder, heads=heads, exits=[2])

@@ -1,4 +1,4 @@
-"""A policy from outside: an answer begins early and goes on at full depth."""
+"""A policy from outside: an answer begins at full depth and goes on early."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from dynamax.policies.base import CountPolicy
 from dynamax.types import Evidence
 
 
-class FirstTokens(CountPolicy):
-    """Leaves at the first exit while an answer is short.
+class LaterTokens(CountPolicy):
+    """Leaves at the first exit once an answer is under way.
 
     Args:
-        tokens: How many tokens an answer has when this ends.
+        tokens: How many tokens an answer has when this begins.
     """
 
     gates = ()
@@ -22,6 +22,6 @@ class FirstTokens(CountPolicy):
         super().__init__(tokens)
 
     def __call__(self, evidence: Evidence) -> Tensor:
-        """Whether fewer tokens have been generated."""
+        """Whether enough tokens have been generated."""
         step = torch.as_tensor(evidence.step, device=evidence.hidden.device)
-        return (step < self.count).expand(evidence.hidden.shape[:1])
+        return (step >= self.count).expand(evidence.hidden.shape[:1])
