@@ -94,9 +94,9 @@ class Answers(Corpus):
             write_atomically(file, json.dumps(texts).encode())
 
     def _text(self, answered: Answered) -> Text:
-        end = self._tokenizer.eos_token_id
-        answer = str(self._tokenizer.decode(answered.answer, skip_special_tokens=True)).strip()
-        if answered.answer[-1] != end:
+        tokens = answered.answer[:-1] if answered.ended else answered.answer  # an end token need not be a special one
+        answer = str(self._tokenizer.decode(tokens, skip_special_tokens=True)).strip()
+        if not answered.ended:
             answer = whole(answer)
         return Text(f"{opening(answered.asked.prompt)} {answer}", answered.asked.prompt.origin)
 

@@ -28,10 +28,17 @@ class Encoded(NamedTuple):
 
 
 class Answered(NamedTuple):
-    """A prompt in tokens and the tokens of its answer, the one that ended it included."""
+    """A prompt in tokens and the tokens of its answer.
+
+    Attributes:
+        asked: The prompt.
+        answer: The answer, the token that ended it included.
+        ended: Whether an end token ended it; else it ran out of room.
+    """
 
     asked: Encoded
     answer: list[int]
+    ended: bool
 
 
 @final
@@ -99,7 +106,7 @@ class SelfGenerated(TextSource):
     def groups(self, engine: Engine, *, skip: int = 0) -> Iterator[list[Document]]:
         """See ``TextSource.groups``."""
         for group in self.answers(engine, skip=skip):
-            yield [Document(asked.tokens + answer, len(asked.tokens), asked.prompt.origin) for asked, answer in group]
+            yield [Document(a.asked.tokens + a.answer, len(a.asked.tokens), a.asked.prompt.origin) for a in group]
 
     def answers(self, engine: Engine, *, skip: int = 0) -> Iterator[list[Answered]]:
         """The groups again, with each document's prompt; see ``TextSource.groups``."""
@@ -149,7 +156,8 @@ class SelfGenerated(TextSource):
         )
         answers = torch.stack([step.token_B for step in steps], 1).tolist()
         ends = options.eos_token_id
-        return [Answered(asked, until(answer, ends)) for asked, answer in zip(batch, answers, strict=True)]
+        answers = [until(answer, ends) for answer in answers]
+        return [Answered(asked, answer, answer[-1] in ends) for asked, answer in zip(batch, answers, strict=True)]
 
 
 def until(tokens: list[int], stop: Sequence[int]) -> list[int]:

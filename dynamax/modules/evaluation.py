@@ -20,12 +20,13 @@ from dynamax.decoding.early_exit import EarlyExit
 from dynamax.decoding.probe import Probe, Together, clock
 from dynamax.decoding.sampling import Greedy, Sampler
 from dynamax.decoding.teacher_forced import TeacherForcedPass
-from dynamax.engine import Answer, Engine
+from dynamax.engine import Engine
 from dynamax.errors import UserError
 from dynamax.heads.bank import ExitBank
 from dynamax.modules.results import ExitStats, PolicyStats
 from dynamax.policies.base import TerminationPolicy
 from dynamax.policies.schedule import AtDepth
+from dynamax.stream import Answer
 from dynamax.tasks.base import ChoiceExample, ChoiceTask, Example, GenerationTask, TextExample, TextTask
 from dynamax.types import Step
 
