@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from dynamax.decoding.full import Full
     from dynamax.decoding.sampling import Greedy, Sampled
     from dynamax.decoding.speculative import SelfSpeculative
-    from dynamax.engine import Answer, Engine, Stream, load
+    from dynamax.engine import Engine, load
     from dynamax.heads.bank import Exit, ExitBank
     from dynamax.policies import (
         AllOf,
@@ -39,11 +39,13 @@ if TYPE_CHECKING:
         Patience,
         Saturation,
     )
+    from dynamax.stream import Answer, Stream
 
 __version__ = "0.1.0"
 
 _PLACES = {
-    **dict.fromkeys(("Answer", "Engine", "Stream", "load"), "dynamax.engine"),
+    **dict.fromkeys(("Engine", "load"), "dynamax.engine"),
+    **dict.fromkeys(("Answer", "Stream"), "dynamax.stream"),
     **dict.fromkeys(("Folder", "GGUF", "Hub", "SmolLM2"), "dynamax.backbones.sources"),
     **dict.fromkeys(("CopyLayer", "CopyToken", "Exact", "Propagate", "Skip"), "dynamax.backbones.skipped_state"),
     **dict.fromkeys(("Exit", "ExitBank"), "dynamax.heads.bank"),

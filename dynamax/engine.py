@@ -9,12 +9,11 @@ True
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Literal, final, overload
+from typing import Any, Literal, cast, final, overload
 
 import torch
 from torch import Tensor
@@ -23,7 +22,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from dynamax.backbones.base import Backbone
 from dynamax.backbones.sources import GGUF, Folder, Hub, Source, source_from
 from dynamax.decoding.base import Decoder, DecoderFactory
-from dynamax.decoding.cost import FREE, Cost, CostModel
+from dynamax.decoding.cost import CostModel
 from dynamax.decoding.early_exit import EarlyExit
 from dynamax.decoding.full import Full
 from dynamax.decoding.probe import Probe
@@ -31,74 +30,15 @@ from dynamax.decoding.sampling import Sampler
 from dynamax.decoding.teacher_forced import TeacherForcedPass
 from dynamax.device import chosen
 from dynamax.errors import UserError
-from dynamax.generation import Chat, GenerationOptions, TextStream, encode, generation_options
+from dynamax.generation import Chat, GenerationOptions, encode, generation_options
 from dynamax.heads.bank import Exit, ExitBank
 from dynamax.heads.saved import RECORD, read_record
 from dynamax.policies.base import TerminationPolicy
 from dynamax.registry import SOURCES
-from dynamax.types import Step
+from dynamax.stream import Answer, Stream
 
 Prompt = str | Chat
 Exits = Mapping[int, Exit] | Sequence[int]
-
-
-@dataclass(frozen=True)
-class Token:
-    """One token of a stream.
-
-    Attributes:
-        text: What can be shown now: whole characters; empty while a character or a stop string may be incomplete.
-        token: Its id; None for the text that was held back until the end.
-        depth: Blocks it ran through.
-    """
-
-    text: str
-    token: int | None
-    depth: int
-
-
-@dataclass(frozen=True)
-class AnswerCost:
-    """What an answer cost beside full decoding of the same tokens; the prompt's own pass is left out.
-
-    Attributes:
-        tokens: Decoded tokens, the first one left out.
-        blocks_per_token: Block calls a token.
-        total: Blocks of the model.
-        cost: FLOPs and bytes of all of them.
-        full: The same of full decoding.
-    """
-
-    tokens: int
-    blocks_per_token: float
-    total: int
-    cost: Cost
-    full: Cost
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What a model answered.
-
-    Attributes:
-        text: The text, cut at the first stop string; no end token in it.
-        tokens: Token ids, the end token included.
-        depths: Blocks that each token ran through; the first comes from the prompt's own pass, at full depth.
-        finish_reason: ``eos``, ``stop_string`` or ``length``.
-        cost: What was saved.
-        seconds: Wall time of the whole answer.
-        first_token_seconds: Wall time until the first token.
-        steps: All that was counted, step by step.
-    """
-
-    text: str
-    tokens: list[int]
-    depths: list[int]
-    finish_reason: str
-    cost: AnswerCost
-    seconds: float
-    first_token_seconds: float
-    steps: list[Step]
 
 
 @dataclass(frozen=True)
@@ -191,51 +131,34 @@ class Engine:
         return encode(self.tokenizer, prompt, chat=chat, device=self.device)
 
     @overload
-    def generate(self, prompt: str, policy: TerminationPolicy | None = ..., **options: Any) -> Answer: ...  # noqa: ANN401
+    def generate(self, prompt: Prompt, policy: TerminationPolicy | None = ..., **options: Any) -> Answer: ...  # noqa: ANN401
     @overload
     def generate(
         self,
-        prompt: Sequence[Any],
+        prompt: list[str] | list[Chat],
         policy: TerminationPolicy | None = ...,
         **options: Any,  # noqa: ANN401
-    ) -> Any: ...  # noqa: ANN401
+    ) -> list[Answer]: ...
 
     def generate(
         self,
         prompt: Prompt | Sequence[Prompt],
         policy: TerminationPolicy | None = None,
-        *,
-        decoder: DecoderFactory | None = None,
-        chat: bool | None = None,
-        sampler: Sampler | None = None,
-        **options: Any,
+        **options: Any,  # noqa: ANN401
     ) -> Answer | list[Answer]:
-        """Answer a prompt, or several, one after the other.
+        """Answer a prompt, or several, one after the other, each as if it were alone.
 
         Args:
             prompt: Text; the turns of a conversation, ``[{"role": "user", "content": ...}]``; or a list of either.
             policy: When to leave; left out, every token runs at full depth.
-            decoder: As for ``decoder``.
-            chat: Whether text is wrapped as a user's turn in the chat template; left out, where there is one.
-            sampler: How tokens are drawn, in place of ``do_sample`` and the like.
-            **options: ``max_new_tokens``, ``do_sample``, ``temperature``, ``top_k``, ``top_p``, ``seed``,
-                ``stop_strings``, ``eos_token_id``; what is left out is as the model's ``generation_config`` says.
+            **options: As for ``stream``.
 
         Raises:
             UserError: If an option is unknown, or prompt and answer do not fit the context.
         """
-        if not isinstance(prompt, str) and not (prompt and isinstance(prompt[0], Mapping)):
-            several = {"decoder": decoder, "chat": chat, "sampler": sampler, **options}
-            return [self.generate(each, policy, **several) for each in prompt]  # type: ignore[call-overload]
-        said = self.options(sampler=sampler, **options)
-        made = self.decoder(policy, decoder, sampler=said.sampler)
-        return self.answer(made, self.encode(prompt, chat=chat), said)  # type: ignore[arg-type]
-
-    def answer(
-        self, decoder: Decoder, prompt_1T: Tensor, options: GenerationOptions, *, probe: Probe | None = None
-    ) -> Answer:
-        """Answer one encoded prompt with a decoder of this engine."""
-        return Stream(self, decoder, prompt_1T, options, probe).answer()
+        if isinstance(prompt, list | tuple) and not (prompt and isinstance(prompt[0], Mapping)):
+            return [self.stream(cast(Prompt, each), policy, **options).answer() for each in prompt]
+        return self.stream(cast(Prompt, prompt), policy, **options).answer()
 
     def stream(
         self,
@@ -245,16 +168,40 @@ class Engine:
         decoder: DecoderFactory | None = None,
         chat: bool | None = None,
         sampler: Sampler | None = None,
-        **options: Any,  # noqa: ANN401 - as for generate
+        **options: Any,  # noqa: ANN401 - entries of transformers' GenerationConfig
     ) -> Stream:
-        """Answer a prompt token by token; arguments as for ``generate``.
+        """Answer a prompt token by token.
+
+        Args:
+            prompt: Text, or the turns of a conversation.
+            policy: When to leave; left out, every token runs at full depth.
+            decoder: As for ``decoder``.
+            chat: Whether text is wrapped as a user's turn in the chat template; left out, where there is one.
+            sampler: How tokens are drawn, in place of ``do_sample`` and the like.
+            **options: ``max_new_tokens``, ``do_sample``, ``temperature``, ``top_k``, ``top_p``, ``seed``,
+                ``stop_strings``, ``eos_token_id``; what is left out is as the model's ``generation_config`` says.
 
         Returns:
             An iterator of ``Token``; once it has ended, its ``answer()`` has everything.
+
+        Raises:
+            UserError: If an option is unknown; at the first token, if prompt and answer do not fit the context.
         """
         said = self.options(sampler=sampler, **options)
         made = self.decoder(policy, decoder, sampler=said.sampler)
-        return Stream(self, made, self.encode(prompt, chat=chat), said)
+        prompt_1T = self.encode(prompt, chat=chat)
+        assert self.tokenizer is not None, "the prompt has been encoded"
+        return Stream(made, self.tokenizer, prompt_1T, said)
+
+    def answer(
+        self, decoder: Decoder, prompt_1T: Tensor, options: GenerationOptions, *, probe: Probe | None = None
+    ) -> Answer:
+        """Answer one encoded prompt with a decoder of this engine."""
+        if self.tokenizer is None:
+            raise UserError(
+                "This engine has no tokenizer, so it writes no text. Use decoder.decode, which gives tokens."
+            )
+        return Stream(decoder, self.tokenizer, prompt_1T.to(self.device), options, probe).answer()
 
     @cached_property
     def costs(self) -> CostModel:
@@ -324,85 +271,6 @@ class Engine:
         return tokens_1T if tokens_1T[0, 0] == first else torch.cat([tokens_1T.new_tensor([[first]]), tokens_1T], 1)
 
 
-@final
-class Stream(Iterator[Token]):
-    """An answer on its way; iterate over its tokens.
-
-    Args:
-        engine: The model.
-        decoder: What decodes.
-        prompt_1T: The prompt.
-        options: When it ends.
-        probe: A clock.
-    """
-
-    def __init__(
-        self,
-        engine: Engine,
-        decoder: Decoder,
-        prompt_1T: Tensor,
-        options: GenerationOptions,
-        probe: Probe | None = None,
-    ) -> None:
-        self._engine, self._decoder, self._prompt = engine, decoder, prompt_1T.shape[1]
-        assert engine.tokenizer is not None, "the prompt has been encoded"
-        self._text = TextStream(engine.tokenizer, options)
-        self._steps: list[Step] = []
-        self._began = time.perf_counter()
-        self._first = self._last = self._began
-        self._decoded = decoder.decode(
-            prompt_1T,
-            max_new_tokens=options.room(self._prompt, engine.backbone.spec.context),
-            eos_token_id=options.eos_token_id,
-            probe=probe,
-        )
-        self._tokens = self._run()
-
-    def __next__(self) -> Token:
-        return next(self._tokens)
-
-    def _run(self) -> Iterator[Token]:
-        depth = 0
-        for step in self._decoded:
-            self._last = time.perf_counter()
-            self._first = self._last if not self._steps else self._first
-            self._steps.append(step)
-            token, depth = int(step.token_B[0]), step.depth
-            yield Token(self._text.add(token), token, depth)
-            if self._text.stopped is not None:
-                return
-        if rest := self._text.rest():
-            yield Token(rest, None, depth)
-
-    def answer(self) -> Answer:
-        """All of the answer, once the stream has ended; what is left of it is decoded now."""
-        for _ in self:
-            pass
-        return Answer(
-            self._text.text,
-            [int(step.token_B[0]) for step in self._steps],
-            [step.depth for step in self._steps],
-            self._text.stopped or "length",
-            self._cost(),
-            self._last - self._began,
-            self._first - self._began,
-            self._steps,
-        )
-
-    def _cost(self) -> AnswerCost:
-        decoder, full = self._decoder, self._engine.costs
-        costs = full if decoder.exits is None else CostModel(self._engine.backbone, decoder.exits)
-        steps = [step for step in self._steps if not step.prefill]
-        places = range(self._prompt, self._prompt + len(steps))
-        return AnswerCost(
-            len(steps),
-            sum(sum(step.work.calls) for step in steps) / max(1, len(steps)),
-            full.spec.depth,
-            sum((costs.step(step, place) for step, place in zip(steps, places, strict=True)), FREE),
-            sum((full.full(place) for place in places), FREE),
-        )
-
-
 def load(
     model: str | Path | Source,
     *,
@@ -432,6 +300,8 @@ def load(
     heads = own_heads if heads is None and exits is None else heads
     if heads is not None and exits is not None:
         raise UserError(f"load was given heads: {heads} and exits: {exits}; give one of the two.")
+    if heads is not None:
+        read_record(Path(heads))  # before the model, which takes longer
     place = chosen(device)
     backbone = source.load(dtype=dtype, device=place)
     bank: ExitBank | None = None
@@ -450,8 +320,9 @@ def _find(model: str | Path | Source) -> tuple[Source, Path | None]:
         return model, None
     path = Path(model).expanduser()
     if (path / RECORD).is_file():
-        recipe = read_record(path).get("source")
-        if recipe is None:
+        record: object = read_record(path)
+        recipe = record.get("source") if isinstance(record, dict) else None
+        if not (isinstance(recipe, dict) and {"class", "options"} <= set(recipe)):
             raise UserError(
                 f"The heads in {path} do not say where their model comes from. Give it: "
                 f"dynamax.load(MODEL, heads={str(path)!r})."

@@ -1,15 +1,15 @@
-"""Between text and tokens: prompts in, text out, and what the model's makers and the caller ask of generation.
+"""Prompts to tokens, and what the model's makers and the caller ask of generation.
 
-The only place that knows end tokens, stop strings, chat templates and ``generation_config``. Names and defaults are
-those of transformers' ``generate``.
+The only place that knows chat templates and ``generation_config``. Names and defaults are those of transformers'
+``generate``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from os.path import commonprefix
-from typing import Any, final
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from dynamax.decoding.sampling import Greedy, Sampled, Sampler
 from dynamax.errors import UserError
+from dynamax.registry import near
 
 Chat = Sequence[Mapping[str, str]]
 """Turns of a conversation: ``[{"role": "user", "content": "..."}]``."""
@@ -24,45 +25,65 @@ Chat = Sequence[Mapping[str, str]]
 MAX_NEW_TOKENS = 64
 """Where nobody says otherwise."""
 SAMPLING = ("temperature", "top_k", "top_p", "seed")
-OBEYED = {"max_new_tokens", "max_length", "eos_token_id", "stop_strings", "do_sample", *SAMPLING}
+WHOLE = ("a whole number", lambda value: type(value) is int)
+NUMBER = ("a number", lambda value: type(value) in (int, float))
+OBEYED: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    **dict.fromkeys(("max_new_tokens", "max_length", "top_k", "seed"), WHOLE),
+    **dict.fromkeys(("temperature", "top_p"), NUMBER),
+    "do_sample": ("true or false", lambda value: type(value) is bool),
+    "eos_token_id": (
+        "a token id, or a list of them",
+        lambda value: all(type(token) is int and token >= 0 for token in _listed(value)),
+    ),
+    "stop_strings": (
+        "one or more strings that are not empty",
+        lambda value: all(isinstance(string, str) and string for string in _listed(value)),
+    ),
+}
+"""Entries that are followed: what they may be, in words and as a test."""
 NEUTRAL: dict[str, Sequence[object]] = {
-    "min_length": (0,),
-    "min_new_tokens": (0,),
-    "num_beams": (1,),
-    "num_beam_groups": (1,),
-    "num_return_sequences": (1,),
-    "repetition_penalty": (1.0,),
-    "encoder_repetition_penalty": (1.0,),
-    "no_repeat_ngram_size": (0,),
-    "encoder_no_repeat_ngram_size": (0,),
-    "diversity_penalty": (0.0,),
-    "penalty_alpha": (0.0,),
-    "guidance_scale": (1.0,),
-    "renormalize_logits": (False,),
-    "remove_invalid_values": (False,),
-    "token_healing": (False,),
-    "bad_words_ids": (),
-    "force_words_ids": (),
-    "constraints": (),
-    "forced_bos_token_id": (),
-    "forced_eos_token_id": (),
-    "suppress_tokens": ([],),
-    "begin_suppress_tokens": ([],),
-    "sequence_bias": (),
-    "exponential_decay_length_penalty": (),
-    "watermarking_config": (),
-    "dola_layers": (),
-    "max_time": (),
+    **dict.fromkeys(("min_length", "min_new_tokens", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size"), (0,)),
+    **dict.fromkeys(("num_beams", "num_beam_groups", "num_return_sequences", "guidance_scale"), (1,)),
+    **dict.fromkeys(("repetition_penalty", "encoder_repetition_penalty"), (1,)),
+    **dict.fromkeys(("diversity_penalty", "penalty_alpha"), (0,)),
+    **dict.fromkeys(("remove_invalid_values", "token_healing"), (False,)),
+    **dict.fromkeys(("suppress_tokens", "begin_suppress_tokens"), ([],)),
+    **dict.fromkeys(("bad_words_ids", "force_words_ids", "constraints", "sequence_bias", "watermarking_config"), ()),
+    **dict.fromkeys(("forced_bos_token_id", "forced_eos_token_id", "exponential_decay_length_penalty"), ()),
+    **dict.fromkeys(("dola_layers", "max_time"), ()),
+    "renormalize_logits": (False, True),  # a softmax of what is normalised already
+    "cache_implementation": (  # all but a quantised one
+        *("dynamic", "static", "sliding_window", "hybrid", "hybrid_chunked"),
+        *("offloaded", "offloaded_static", "offloaded_hybrid", "offloaded_hybrid_chunked"),
+    ),
 }
 """Entries that change which tokens come out and are not followed here, with the values at which they change nothing."""
 NEUTRAL_IN_SAMPLING: dict[str, Sequence[object]] = {
-    "typical_p": (1.0,),
-    "min_p": (0.0,),
+    "typical_p": (1,),
+    "min_p": (0,),
     "top_h": (),
-    "epsilon_cutoff": (0.0,),
-    "eta_cutoff": (0.0,),
+    "epsilon_cutoff": (0,),
+    "eta_cutoff": (0,),
 }
 """The same, of entries that only sampling heeds."""
+NO_EFFECT: dict[str, Sequence[str]] = {
+    "What generate returns beside tokens.": (
+        *("output_attentions", "output_hidden_states", "output_scores", "output_logits", "return_dict_in_generate"),
+    ),
+    "How transformers keeps state, compiles and splits the work.": (
+        *("use_cache", "cache_config", "max_cache_len", "compile_config", "disable_compile", "low_memory"),
+        *("continuous_batching_config", "prefill_chunk_size"),
+    ),
+    "Of beam search, which num_beams asks for.": ("early_stopping", "length_penalty"),
+    "Of drafts that the model verifies: the tokens are the same without.": (
+        *("use_mtp", "speculation_type", "prompt_lookup_num_tokens", "max_matching_ngram_size", "is_assistant"),
+        *("num_assistant_tokens", "num_assistant_tokens_schedule", "assistant_confidence_threshold"),
+        *("assistant_early_exit", "assistant_lookbehind", "target_lookbehind", "assistant_ensemble_weight"),
+    ),
+    "Of a batch with padding, or without any prompt.": ("pad_token_id", "bos_token_id", "decoder_start_token_id"),
+    "Where the entries come from.": ("_from_model_config", "transformers_version"),
+}
+"""Entries of the model's own that change no token of one answer to one prompt, by the reason."""
 
 
 @dataclass(frozen=True)
@@ -116,83 +137,76 @@ def generation_options(
         config: The model's own rules.
         sampler: Draws tokens; left out, ``do_sample``, ``temperature``, ``top_k`` and ``top_p`` decide.
         **given: Entries by transformers' names, and ``seed``. None means not given. Giving ``temperature``, ``top_k``
-            or ``top_p`` means sampling, unless ``do_sample`` says no.
+            or ``top_p`` means sampling.
 
     Raises:
-        UserError: If an entry is unknown, or asks for something that is not done here, such as a repetition penalty.
+        UserError: If an entry is unknown, or asks for something that is not done here, such as a repetition penalty;
+            if options of sampling are given beside ``do_sample`` false or a sampler.
     """
     said = {name: value for name, value in given.items() if value is not None}
-    known = GenerationConfig().to_dict()
     for name in said:
-        if name not in known and name not in OBEYED:
+        if name not in OBEYED and name not in NEUTRAL and name not in NEUTRAL_IN_SAMPLING:
             raise UserError(
-                f"There is no generation option {name}. Options: {', '.join(sorted(OBEYED))}; other entries of "
-                f"transformers' GenerationConfig can be given to switch off what the model's own says."
+                f"There is no generation option {name}.{near(name, OBEYED)} Options: {', '.join(sorted(OBEYED))}; what "
+                f"else the model's generation_config asks for can be switched off by its name."
             )
-    rules = {} if config is None else {k: v for k, v in config.to_dict().items() if v is not None}
-    merged = {**rules, **said}
-    if "max_new_tokens" in said:
-        merged.pop("max_length", None)
+    own = {} if config is None else {name: value for name, value in config.to_dict().items() if value is not None}
+    merged = {**own, **said}
+    for name, other in (("max_new_tokens", "max_length"), ("max_length", "max_new_tokens")):
+        if name in said:
+            merged.pop(other, None)
+    if "max_new_tokens" in said and "max_length" in said:
+        raise UserError("max_new_tokens and max_length were both given; they limit the same. Leave one of them out.")
+    implied = any(name in said for name in SAMPLING if name != "seed")
+    do_sample = merged.get("do_sample", False) if "do_sample" in said or not implied else True
     asked = [name for name in SAMPLING if name in said]
-    do_sample = said.get("do_sample", bool(asked) or bool(rules.get("do_sample")))
     if sampler is not None and (asked or "do_sample" in said):
         raise UserError(f"A sampler was given beside {', '.join(asked) or 'do_sample'}. Leave one of them out.")
     if asked and not do_sample:
         raise UserError(
             f"{' and '.join(asked)} would change nothing, because do_sample is off: the most likely token is taken. "
-            f"Set do_sample to true, or leave them out."
+            f"Set do_sample to true, or leave {'it' if len(asked) == 1 else 'them'} out."
         )
-    sampling = do_sample and not isinstance(sampler, Greedy)
-    _refuse_unfollowed(merged, {**NEUTRAL, **(NEUTRAL_IN_SAMPLING if sampling else {})}, said)
+    _check_entries(merged, said, sampling=do_sample if sampler is None else not isinstance(sampler, Greedy))
     if sampler is None:
-        sampler = _sampler(merged) if do_sample else Greedy()
+        sampler = Greedy()
+        if do_sample:
+            top_k = merged.get("top_k", 50)  # transformers' own default; 0 is none
+            temperature, top_p = float(merged.get("temperature", 1)), float(merged.get("top_p", 1))
+            sampler = Sampled(temperature, top_k=top_k or None, top_p=top_p, seed=merged.get("seed", 0))
+    ends = merged.get("eos_token_id")
+    if ends is None and tokenizer is not None:
+        ends = tokenizer.eos_token_id
     return GenerationOptions(
         sampler,
-        _end_tokens(merged.get("eos_token_id"), tokenizer),
-        _strings(merged.get("stop_strings", ())),
+        tuple([] if ends is None else _listed(ends)),
+        tuple(_listed(merged.get("stop_strings", []))),
         merged.get("max_new_tokens", merged.get("max_length", MAX_NEW_TOKENS)),
         merged.get("max_length") if "max_new_tokens" not in merged else None,
         "max_new_tokens" in said,
     )
 
 
-def _refuse_unfollowed(
-    merged: Mapping[str, Any], neutral: Mapping[str, Sequence[object]], said: Mapping[str, Any]
-) -> None:
+def _listed(value: Any) -> list[Any]:  # noqa: ANN401 - as in JSON
+    return list(value) if isinstance(value, list | tuple) else [value]
+
+
+def _check_entries(merged: Mapping[str, Any], said: Mapping[str, Any], *, sampling: bool) -> None:
+    """Refuse entries of the wrong type, and those that ask for what is not done here."""
     for name, value in merged.items():
-        if name in neutral and value not in neutral[name]:
-            origin = "was given" if name in said else "stands in the model's generation_config"
-            off = next(iter(neutral[name]), None)
-            remedy = f"Give {name}={off!r} to do without" if off is not None else "Remove it there"
-            raise UserError(
-                f"{name}={value!r} {origin}; it changes which tokens come out, and is not done here. {remedy}."
-            )
-
-
-def _sampler(merged: Mapping[str, Any]) -> Sampler:
-    top_k = merged.get("top_k", 50)  # transformers' own default
-    return Sampled(
-        float(merged.get("temperature", 1.0)),
-        top_k=top_k or None,
-        top_p=float(merged.get("top_p", 1.0)),
-        seed=int(merged.get("seed", 0)),
-    )
-
-
-def _end_tokens(given: Any, tokenizer: PreTrainedTokenizerBase | None) -> tuple[int, ...]:  # noqa: ANN401 - as in JSON
-    if given is None:
-        given = [] if tokenizer is None or tokenizer.eos_token_id is None else tokenizer.eos_token_id
-    ids = [given] if isinstance(given, int) else list(given)
-    if not all(isinstance(token, int) and not isinstance(token, bool) and token >= 0 for token in ids):
-        raise UserError(f"eos_token_id is {given!r}; wanted: a token id, or a list of them. Correct it.")
-    return tuple(ids)
-
-
-def _strings(given: str | Sequence[str]) -> tuple[str, ...]:
-    strings = (given,) if isinstance(given, str) else tuple(given)
-    if not all(isinstance(string, str) and string for string in strings):
-        raise UserError(f"stop_strings is {given!r}; wanted: one or more strings that are not empty. Correct it.")
-    return strings
+        origin = "was given" if name in said else "stands in the model's generation_config"
+        if name in OBEYED:
+            wanted, is_right = OBEYED[name]
+            if not is_right(value):
+                raise UserError(f"{name}={value!r:.80} {origin}; wanted: {wanted}. Correct it.")
+        elif any(name in names for names in NO_EFFECT.values()):
+            continue
+        elif name in said or sampling or name not in NEUTRAL_IN_SAMPLING:
+            neutral = {**NEUTRAL, **NEUTRAL_IN_SAMPLING}.get(name)
+            if value not in (neutral or ()):
+                does = "it is not known here" if neutral is None else "it changes which tokens come out"
+                off = f"Give {name}={neutral[0]!r} to do without" if neutral else "Remove it there"
+                raise UserError(f"{name}={value!r:.80} {origin}; {does}, and is not done here. {off}.")
 
 
 def encode(
@@ -217,85 +231,37 @@ def encode(
         raise UserError(
             "This engine has no tokenizer, so it reads no text. Give token ids to engine.decoder(...).decode."
         )
+    turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    if not isinstance(turns, Sequence) or not all(
+        isinstance(turn, Mapping) and isinstance(turn.get("role"), str) and isinstance(turn.get("content"), str)
+        for turn in turns
+    ):
+        raise UserError(
+            f"The prompt is {prompt!r:.80}; wanted: text, or the turns of a conversation, each of the form "
+            f'{{"role": "user", "content": "..."}}. A list of such prompts goes to generate.'
+        )
     if not prompt:
         raise UserError("The prompt is empty. Give at least one character.")
-    turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [dict(turn) for turn in prompt]
+    if any(re.search("[\ud800-\udfff]", turn["content"]) for turn in turns):
+        raise UserError(f"The prompt {prompt!r:.80} is not valid Unicode: part of a character is missing. Correct it.")
     if isinstance(prompt, str) and not (bool(tokenizer.chat_template) if chat is None else chat):
         ids = tokenizer(prompt)["input_ids"]
     else:
         if not tokenizer.chat_template:
             raise UserError(
-                "chat is on, but this model's tokenizer has no chat template. Set chat to false, and give the "
+                "A chat is wanted, but this model's tokenizer has no chat template. Set chat to false, and give the "
                 "prompt as text."
             )
-        text = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+        try:
+            text = tokenizer.apply_chat_template(
+                [dict(turn) for turn in turns], add_generation_prompt=True, tokenize=False
+            )
+        except Exception as error:  # a template is the model's own program, and may raise anything
+            raise UserError(
+                f"The model's chat template refuses this conversation: {error}. Give the turns that it wants, or plain "
+                f"text with chat set to false."
+            ) from error
         ids = tokenizer(str(text), add_special_tokens=False)["input_ids"]
     if not ids:
         raise UserError(f"The tokenizer makes no tokens of the prompt {prompt!r:.80}. Give another prompt.")
     return torch.tensor([ids], device=device)
-
-
-def cut(text: str, stop_strings: Sequence[str]) -> str:
-    r"""``text`` up to the earliest of the stop strings; all of it if none occurs.
-
-    >>> cut(" Paris.\nQ: And", (".", "\n"))
-    ' Paris'
-    """
-    ends = [end for end in map(text.find, stop_strings) if end >= 0]
-    return text[: min(ends)] if ends else text
-
-
-@final
-class TextStream:
-    """The text of tokens as they come: whole characters only, and nothing from a stop string on.
-
-    Args:
-        tokenizer: The model's.
-        options: End tokens and stop strings.
-
-    Attributes:
-        text: All text so far, cut at the first stop string.
-        stopped: Why nothing follows: ``eos`` or ``stop_string``; None while it may go on.
-    """
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, options: GenerationOptions) -> None:
-        self.text = ""
-        self.stopped: str | None = None
-        self._tokenizer = tokenizer
-        self._options = options
-        self._tokens: list[int] = []
-        self._shown = ""
-
-    def add(self, token: int) -> str:
-        """Take one more token; the text that can be shown now, which may be empty."""
-        if token in self._options.eos_token_id:
-            self.stopped = "eos"
-            return self.rest()
-        self._tokens.append(token)
-        whole = str(self._tokenizer.decode(self._tokens))
-        self.text = cut(whole, self._options.stop_strings)
-        if self.text != whole:
-            self.stopped = "stop_string"
-            return self.rest()
-        if whole.endswith("\ufffd"):  # part of a character; the next token completes it
-            return ""
-        return self._show(whole[: len(whole) - self._held(whole)])
-
-    def rest(self) -> str:
-        """What was held back; for the end."""
-        return self._show(self.text)
-
-    def _held(self, text: str) -> int:
-        """Characters at the end that may turn out to begin a stop string."""
-        lengths = [
-            length
-            for stop in self._options.stop_strings
-            for length in range(1, len(stop))
-            if text.endswith(stop[:length])
-        ]
-        return max(lengths, default=0)
-
-    def _show(self, text: str) -> str:
-        new = text[len(commonprefix([self._shown, text])) :]
-        self._shown = text
-        return new

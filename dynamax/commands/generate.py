@@ -12,12 +12,13 @@ from dynamax.backbones.sources import SmolLM2, Source
 from dynamax.commands.colors import DepthColors, coloured
 from dynamax.commands.parsing import Parser, prepare
 from dynamax.decoding.base import DecoderFactory
-from dynamax.engine import Answer, Engine, Stream, load
+from dynamax.engine import Engine, load
 from dynamax.errors import UserError
 from dynamax.heads.bank import Exit
 from dynamax.heads.saved import RECORD
 from dynamax.paths import InputPath
 from dynamax.policies.base import TerminationPolicy
+from dynamax.stream import Answer, Stream
 
 DEMO = "runs/demo/heads"
 WITHOUT_HEADS = "--exits '{2: {}, 4: {}}' --policy MaxProb --policy.threshold 0.5"
@@ -51,7 +52,7 @@ def main(arguments: Sequence[str]) -> None:
 
 def generate(
     prompt: str,
-    policy: TerminationPolicy,
+    policy: TerminationPolicy | None,
     *,
     backbone: Source | None = None,
     heads: InputPath | None = None,
@@ -72,7 +73,7 @@ def generate(
 
     Args:
         prompt: What to answer.
-        policy: When to leave; --threshold is short for --policy.threshold.
+        policy: When to leave; --threshold is short for --policy.threshold. Full decodes without: null.
         backbone: Where the model comes from; left out, the model that the heads were trained for.
         heads: Folder of trained heads, as fit leaves it; where neither these nor exits are given, runs/demo/heads.
         exits: Untrained exits in place of heads, such as '{20: {lens: LogitLens}}'; of SmolLM2 where no backbone is

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from dynamax.backbones.sources import Source
 from dynamax.data.fill import locked, tokenizer_hash
-from dynamax.data.generated import Prompt, SelfGenerated
+from dynamax.data.generated import Answered, Prompt, SelfGenerated
 from dynamax.data.store import fingerprint
 from dynamax.data.text import Corpus, Text
 from dynamax.device import chosen
@@ -73,19 +73,20 @@ class Answers(Corpus):
                 batches = self.text.answers(engine, skip=done)
                 missing = zip(files[done:], batches, strict=True)
                 for file, batch in tqdm(missing, desc="answers", total=total, initial=done):
-                    texts = [_text(engine, prompt, tokens) for prompt, _, tokens in batch]
+                    texts = [_text(engine, answered) for answered in batch]
                     write_atomically(file, json.dumps(texts).encode())
         for file in files:
             for text, origin in json.loads(file.read_text("utf-8")):
                 yield Text(text, origin)
 
 
-def _text(engine: Engine, prompt: Prompt, tokens: list[int]) -> Text:
+def _text(engine: Engine, answered: Answered) -> Text:
     assert engine.tokenizer is not None, "a source has a tokenizer"
+    tokens = answered.answer[:-1] if answered.ended else answered.answer  # an end token need not be a special one
     answer = str(engine.tokenizer.decode(tokens, skip_special_tokens=True)).strip()
-    if tokens[-1] != engine.tokenizer.eos_token_id:
+    if not answered.ended:
         answer = whole(answer)
-    return Text(f"{opening(prompt)} {answer}", prompt.origin)
+    return Text(f"{opening(answered.prompt)} {answer}", answered.prompt.origin)
 
 
 def opening(prompt: Prompt) -> str:

@@ -116,11 +116,19 @@ def _rows(name: str) -> list[dict]:
 
 
 class Answered(NamedTuple):
-    """A prompt, its tokens, and the tokens of its answer, the one that ended it included."""
+    """A prompt and its answer in tokens.
+
+    Attributes:
+        prompt: The prompt.
+        asked: Its tokens.
+        answer: The answer's tokens, the one that ended it included.
+        ended: Whether an end token ended it; else it reached ``max_new_tokens``.
+    """
 
     prompt: Prompt
     asked: list[int]
     answer: list[int]
+    ended: bool
 
 
 @final
@@ -188,7 +196,7 @@ class SelfGenerated(TextSource):
     def groups(self, engine: Engine, *, skip: int = 0) -> Iterator[list[Document]]:
         """See ``TextSource.groups``."""
         for group in self.answers(engine, skip=skip):
-            yield [Document(asked + answer, len(asked), prompt.origin) for prompt, asked, answer in group]
+            yield [Document(each.asked + each.answer, len(each.asked), each.prompt.origin) for each in group]
 
     def answers(self, engine: Engine, *, skip: int = 0) -> Iterator[list[Answered]]:
         """The groups again, with each document's prompt; see ``TextSource.groups``."""
@@ -238,9 +246,9 @@ class SelfGenerated(TextSource):
             eos_token_id=options.eos_token_id,
             pad_B=torch.tensor(pads, device=engine.device) if any(pads) else None,
         )
-        answers = torch.stack([step.token_B for step in steps], 1).tolist()
         ends = options.eos_token_id
-        return [Answered(*asked, until(answer, ends)) for asked, answer in zip(batch, answers, strict=True)]
+        answers = [until(tokens, ends) for tokens in torch.stack([step.token_B for step in steps], 1).tolist()]
+        return [Answered(*asked, answer, answer[-1] in ends) for asked, answer in zip(batch, answers, strict=True)]
 
 
 def until(tokens: list[int], stop: Sequence[int]) -> list[int]:

@@ -68,8 +68,11 @@ class Sampled(Sampler):
     def __init__(
         self, temperature: float = 1.0, *, top_k: int | None = None, top_p: float = 1.0, seed: int = 0
     ) -> None:
-        if temperature <= 0:
-            raise UserError(f"temperature is {temperature}; it must be above 0. For the most likely token use Greedy.")
+        if not 0 < temperature < torch.inf:
+            raise UserError(
+                f"temperature is {temperature}; it must be above 0, and finite. For the most likely token, leave it "
+                f"out (in Python, use Greedy)."
+            )
         if top_k is not None and top_k < 1:
             raise UserError(f"top_k is {top_k}; it must be at least 1, or left out to keep all tokens.")
         if not 0 < top_p <= 1:

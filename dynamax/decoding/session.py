@@ -15,7 +15,7 @@ from dynamax.decoding.probe import Probe
 from dynamax.decoding.sampling import Sampler
 from dynamax.heads.bank import ExitBank
 from dynamax.policies.base import TerminationPolicy
-from dynamax.types import Evidence, Span, Step
+from dynamax.types import Evidence, Step
 
 
 class Arrival(NamedTuple):
@@ -97,11 +97,9 @@ class Session:
     def prefill(self) -> Step:
         """Run the prompt at full depth; the first token."""
         self.probe.begin(prefill=True)
-        h_BTD = embedded_BTD = self.backbone.embed(self.prompt_BT, self.cache)
-        for depth, h_BTD in self.backbone.walk(embedded_BTD, [*self._recurrent, self.total], self.cache):
-            self._read_on(depth, h_BTD)
-        logits_BV = self.backbone.unembed(h_BTD[:, -1:])[:, 0]
-        return self.step(Arrival(h_BTD, self.total), logits_BV, self.sampler(logits_BV), prefill=True)
+        arrival = Arrival(self.backbone.embed(self.prompt_BT, self.cache), 0)
+        logits_BV = self.run_to_top(arrival)
+        return self.step(arrival, logits_BV, self.sampler(logits_BV), prefill=True)
 
     def embed(self, token_B: Tensor | None = None) -> Arrival:
         """Begin a step: one position a row, before block 0.
@@ -158,9 +156,15 @@ class Session:
         return logits_BV
 
     def run_to_top(self, arrival: Arrival) -> Tensor:
-        """Run the step's positions through the blocks that are left; the model's logits."""
-        h_BTD = self.backbone.run(arrival.h_BTD, Span(arrival.depth, self.total), self.cache)
-        return self.backbone.unembed(h_BTD)[:, 0]
+        """Run the step's positions through the blocks that are left; the model's logits of the newest one.
+
+        Recurrent gates on the way read them, whether or not anybody asks.
+        """
+        h_BTD = arrival.h_BTD
+        depths = [*(depth for depth in self._recurrent if depth > arrival.depth), self.total]
+        for depth, h_BTD in self.backbone.walk(arrival.h_BTD, depths, self.cache, start=arrival.depth):
+            self._read_on(depth, h_BTD)
+        return self.backbone.unembed(h_BTD[:, -1:])[:, 0]
 
     def settle(self) -> Tensor:
         """Pay all debts: every owed position goes to the top; recurrent gates on the way read them.
@@ -170,8 +174,7 @@ class Session:
         """
         h_BTD: Tensor | None = None
         for depth, h_BTD in self.backbone.walk(None, [*self._recurrent, self.total], self.cache):
-            if depth in self._recurrent:
-                self._read_on(depth, h_BTD)
+            self._read_on(depth, h_BTD)
         assert h_BTD is not None, "a decoder settles what it owes"
         return h_BTD
 

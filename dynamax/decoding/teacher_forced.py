@@ -65,7 +65,17 @@ class TeacherForcedPass:
 
     @torch.inference_mode()
     def apply_policy(self, policy: TerminationPolicy | None) -> PolicyPath:
-        """Follow a policy along the text; None never leaves."""
+        """Follow a policy along the text; None never leaves.
+
+        Raises:
+            UserError: If there are no exits, or the policy does not fit them.
+        """
+        if policy is not None:
+            if not self.exits:
+                raise UserError(
+                    f"The policy {policy.label} was given, but there are no exits. Load the model with some."
+                )
+            policy.validate([evidence.depth for evidence in self.exits])
         logits_TV = self.logits_TV.clone()
         depth_T = torch.full(logits_TV.shape[:1], self.total, device=logits_TV.device)
         stays_T = torch.ones_like(depth_T, dtype=torch.bool)

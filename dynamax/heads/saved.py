@@ -159,12 +159,7 @@ def read(folder: Path, spec: Spec) -> tuple[dict[str, Any], dict[str, Tensor]]:
     Raises:
         UserError: If a file is missing or damaged, the two differ, the format is another, or the backbone is.
     """
-    for path in (folder / WEIGHTS, folder / RECORD):
-        if not path.is_file():
-            raise UserError(
-                f"There are no saved heads in {folder}: {path.name} is missing. Wanted: a folder written by fit, with "
-                f"{WEIGHTS} and {RECORD}. Give that folder, or run fit."
-            )
+    outer = read_record(folder)
     try:
         with safetensors.safe_open(folder / WEIGHTS, "pt") as file:
             inner = json.loads((file.metadata() or {}).get("record", "null"))
@@ -172,7 +167,6 @@ def read(folder: Path, spec: Spec) -> tuple[dict[str, Any], dict[str, Tensor]]:
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 - not a mapping
     except (safetensors.SafetensorError, ValueError) as error:
         raise UserError(f"The heads in {folder} are damaged: {error}. Copy them again, or run fit again.") from error
-    outer = read_record(folder)
     check(folder, inner, outer, spec)
     return outer, tensors
 
@@ -181,8 +175,14 @@ def read_record(folder: Path) -> dict[str, Any]:
     """What is said of the heads in a folder: their backbone, where it comes from, and each head's class and options.
 
     Raises:
-        UserError: If it is missing or damaged.
+        UserError: If it or the weights are missing, or it is damaged.
     """
+    for path in (folder / WEIGHTS, folder / RECORD):
+        if not path.is_file():
+            raise UserError(
+                f"There are no saved heads in {folder}: {path.name} is missing. Wanted: a folder written by fit, with "
+                f"{WEIGHTS} and {RECORD}. Give that folder, or run fit."
+            )
     try:
         return json.loads((folder / RECORD).read_text("utf-8"))
     except (OSError, ValueError) as error:

@@ -15,7 +15,7 @@ from dynamax.data.tasks import TaskData
 from dynamax.decoding.base import DecoderFactory
 from dynamax.decoding.cost import CostModel
 from dynamax.decoding.probe import Probe
-from dynamax.decoding.sampling import Sampler
+from dynamax.decoding.sampling import Greedy, Sampler
 from dynamax.engine import Engine, load
 from dynamax.errors import UserError
 from dynamax.heads.bank import Exit
@@ -132,21 +132,21 @@ class DecodingModule(LightningModule):
             UserError: If the task needs exact state and a decoder has none, or the model asks for what is not done.
         """
         probes, self._probes = self._probes, []
-        sampler = self.engine.options(sampler=self.sampler).sampler
-        full = OperatingPoint(self.engine.decoder(sampler=sampler), self.engine.costs, PolicyStats("Full", None), None)
-        points = [self._point(policy, sampler) for policy in self.policies]
-        task, engine, chat = self._task, self.engine, bool(self.chat)
-        if isinstance(task, GenerationTask):
-            options = {"sampler": sampler, "chat": chat, "timed": self.timed, "probes": probes}
+        task, engine = self._task, self.engine
+        generates = isinstance(task, GenerationTask)
+        sampler = engine.options(sampler=self.sampler).sampler if generates else Greedy()
+        points = []
+        for policy in self.policies:
+            decoder = engine.decoder(policy, self.decoder, sampler=sampler)
+            stats = PolicyStats(policy.label, policy.threshold, drafts=decoder.drafts)
+            points.append(OperatingPoint(decoder, CostModel(engine.backbone, decoder.exits), stats, policy))
+        full = OperatingPoint(engine.decoder(sampler=sampler), engine.costs, PolicyStats("Full", None), None)
+        if generates:
+            options = {"sampler": sampler, "chat": bool(self.chat), "timed": self.timed, "probes": probes}
             self._evaluation = Generation(task, engine, full, points, **options)
         else:
             assert isinstance(task, ChoiceTask | TextTask), "setup has refused other tasks"
             self._evaluation = Likelihood(task, engine, full, points)
-
-    def _point(self, policy: TerminationPolicy, sampler: Sampler) -> OperatingPoint:
-        decoder = self.engine.decoder(policy, self.decoder, sampler=sampler)
-        stats = PolicyStats(policy.label, policy.threshold, drafts=decoder.drafts)
-        return OperatingPoint(decoder, CostModel(self.engine.backbone, decoder.exits), stats, policy)
 
     def test_step(self, example: Any, index: int) -> None:  # noqa: ANN401 - each task has its own class of example
         """Put one example to the full model and to every policy."""

@@ -20,12 +20,13 @@ from dynamax.decoding.early_exit import EarlyExit
 from dynamax.decoding.probe import Probe, Together, clock
 from dynamax.decoding.sampling import Greedy, Sampler
 from dynamax.decoding.teacher_forced import TeacherForcedPass
-from dynamax.engine import Answer, Engine
+from dynamax.engine import Engine
 from dynamax.errors import UserError
 from dynamax.heads.bank import ExitBank
 from dynamax.modules.results import ExitStats, PolicyStats
 from dynamax.policies.base import TerminationPolicy
 from dynamax.policies.schedule import AtDepth
+from dynamax.stream import Answer
 from dynamax.tasks.base import ChoiceExample, ChoiceTask, Example, GenerationTask, TextExample, TextTask
 from dynamax.types import Step
 
@@ -114,13 +115,13 @@ class Generation(Evaluation):
         """Answer in full, follow every point along that answer, and let it answer on its own."""
         prompt_1T = self.engine.encode(example.prompt, chat=self.chat)
         whole = self._answer(self.full, example, prompt_1T)
-        self._count(self.full.stats, example, whole, whole)
         target_1T = torch.stack([step.token_B for step in whole.steps], 1)
         top_T = torch.cat([step.logits_BV.argmax(-1) for step in whole.steps])
         self.full.stats.add_steps(whole.steps[1:], top_T[1:])
         start = prompt_1T.shape[1] - 1
         read = self._read(torch.cat([prompt_1T, target_1T[:, :-1]], 1), start, top_T)
         timed = self.examples < self.timed
+        answers = [(self.full, whole)]
         for point in self.points:
             if timed or not point.decoder.teacher_forced:
                 if timed:
@@ -131,7 +132,10 @@ class Generation(Evaluation):
                 point.stats.add_steps(steps, top_T[1:] if comparable else None)
             else:
                 point.stats.add_path(read.apply_policy(point.policy), top_T)
-            self._count(point.stats, example, self._answer(point, example, prompt_1T), whole)
+            answers.append((point, self._answer(point, example, prompt_1T)))
+        for point, answer in answers:
+            point.stats.scores.append(self.task.score(example, answer.text))
+            point.stats.answers.update([answer.text], [whole.text])
         for depth, stats in self.exits.items() if timed else ():
             watch = clock(self.engine.device)
             decoder = EarlyExit(self.engine.backbone, self.bank, AtDepth(depth))
@@ -145,10 +149,6 @@ class Generation(Evaluation):
             sampler=self.sampler, max_new_tokens=example.max_new_tokens, stop_strings=example.stop_strings or None
         )
         return self.engine.answer(point.decoder, prompt_1T, options)
-
-    def _count(self, stats: PolicyStats, example: Example, answer: Answer, whole: Answer) -> None:
-        stats.scores.append(self.task.score(example, answer.text))
-        stats.answers.update([answer.text], [whole.text])
 
     def _along(self, point: OperatingPoint, prompt_1T: Tensor, target_1T: Tensor, *, timed: bool) -> list[Step]:
         """Decode along known tokens; a decoder that drafts decodes as many tokens of its own.

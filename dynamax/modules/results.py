@@ -266,9 +266,7 @@ class ExitStats:
 
     def row(self, lens: ExitHead, gates: Mapping[str, ExitHead]) -> ExitRow:
         """One line of the exits."""
-        p50, p95 = None, None
-        if self.times_ms:
-            p50, p95 = torch.tensor(self.times_ms).quantile(torch.tensor([0.5, 0.95])).tolist()
+        p50, p95 = percentiles(self.times_ms) if self.times_ms else (None, None)
         return ExitRow(
             self.depth,
             _computed(self.agreement),
@@ -277,6 +275,17 @@ class ExitStats:
             _head_row(lens),
             [_head_row(gate) for gate in gates.values()],
         )
+
+
+def percentiles(times_ms: Sequence[float]) -> tuple[float, float]:
+    """Median and 95th percentile, interpolated linearly.
+
+    >>> percentiles([1.0, 2.0, 3.0])
+    (2.0, 2.9)
+    """
+    shares = torch.tensor([0.5, 0.95], dtype=torch.float64)
+    p50, p95 = torch.tensor(times_ms, dtype=torch.float64).quantile(shares).tolist()
+    return round(p50, 9), round(p95, 9)  # of what a clock can tell
 
 
 def _head_row(head: ExitHead) -> HeadRow:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import shlex
 from collections.abc import Callable
@@ -12,33 +13,34 @@ import torch
 
 from dynamax.backbones.sources import Folder
 from dynamax.commands.colors import DepthColors, coloured
-from dynamax.commands.generate import WITHOUT_HEADS, balance, pieces
-from dynamax.decoding.cost import CostModel
+from dynamax.commands.generate import WITHOUT_HEADS, balance
 from dynamax.decoding.full import Full
-from dynamax.types import Step
-from tests.folders import byte_tokenizer
+from dynamax.engine import load
 
 Run = Callable[..., int]
-ASK = ("generate", "Who?", "--backbone", "parts/backbone.yaml", "--exits={2: {}, 4: {}}", "--chat=false", "--limit=12")
+ASK = ("generate", "Who?", "--backbone", "parts/backbone.yaml", "--exits={2: {}, 4: {}}", "--chat=false")
+LIMIT = "--max_new_tokens=12"
 PAINT = re.compile("\x1b\\[[0-9;]*m")
 
 
 def answer(shown: str) -> str:
-    return shown[: shown.rindex("\n\n")]
+    end = re.search(r"\n\n(?:\x1b\[[0-9;]*m)?(?: exit 2|The first token comes)", shown)
+    assert end is not None
+    return shown[: end.start()]
 
 
 def spoken(folder: Path) -> str:
     source = Folder(str(folder))
     tokenizer = source.tokenizer()
     prompt_1T = torch.tensor([tokenizer("Who?")["input_ids"]])
-    tokens = [int(step.token_B) for step in Full(source.load()).decode(prompt_1T, limit=12, stop=[0])]
+    tokens = [int(step.token_B) for step in Full(source.load()).decode(prompt_1T, max_new_tokens=12, eos_token_id=[0])]
     return tokenizer.decode(tokens, skip_special_tokens=True)
 
 
 def test_never_leaving_says_what_the_model_says(
     run: Run, tiny_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run(*ASK, "--policy", "Never") == 0
+    assert run(*ASK, LIMIT, "--policy", "Never") == 0
     shown = capsys.readouterr().out
     wanted = spoken(tiny_folder)
     assert answer(shown) == wanted[: len(answer(shown))]
@@ -52,17 +54,17 @@ def test_tokens_are_painted_by_depth(
     run: Run, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FORCE_COLOR", "1")
-    assert run(*ASK, "--policy", "AtDepth", "--policy.depth", "2") == 0
+    assert run(*ASK, LIMIT, "--policy", "AtDepth", "--policy.depth", "2") == 0
     shown = capsys.readouterr().out
     assert len(PAINT.findall(answer(shown))) >= 2
     assert "blocks a token: 2.0 of 6, 67% saved" in shown
     monkeypatch.setenv("NO_COLOR", "1")
-    assert run(*ASK, "--policy", "AtDepth", "--policy.depth", "2") == 0
+    assert run(*ASK, LIMIT, "--policy", "AtDepth", "--policy.depth", "2") == 0
     assert PAINT.sub("", shown).splitlines()[:-1] == capsys.readouterr().out.splitlines()[:-1]
 
 
 def test_lossless_says_what_the_model_says(run: Run, tiny_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(*ASK, "--policy", "MaxProb", "--threshold", "0.02", "--mode", "lossless") == 0
+    assert run(*ASK, LIMIT, "--policy", "MaxProb", "--threshold", "0.02", "--decoder", "SelfSpeculative") == 0
     shown = answer(capsys.readouterr().out)
     assert shown == spoken(tiny_folder)[: len(shown)]
 
@@ -70,20 +72,20 @@ def test_lossless_says_what_the_model_says(run: Run, tiny_folder: Path, capsys: 
 def test_sampling_depends_on_its_seed_alone(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     said = []
     for seed in ("1", "1", "2"):
-        assert run(*ASK, "--policy", "Never", "--temperature", "2.0", "--seed", seed) == 0
+        assert run(*ASK, LIMIT, "--policy", "Never", "--temperature", "2.0", "--seed", seed) == 0
         said.append(answer(capsys.readouterr().out))
     assert said[0] == said[1] != said[2]
 
 
 def test_one_token_saves_nothing(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(*ASK, "--policy", "Never", "--limit", "1") == 0
+    assert run(*ASK, "--policy", "Never", "--max_new_tokens", "1") == 0
     shown = capsys.readouterr().out
     assert "nothing could be saved" in shown
     assert "exit 2" not in shown
 
 
 def test_the_first_token_is_counted_apart(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(*ASK, "--policy", "MaxProb", "--threshold", "0", "--limit", "2") == 0
+    assert run(*ASK, "--policy", "MaxProb", "--threshold", "0", "--max_new_tokens", "2") == 0
     shown = capsys.readouterr().out
     assert "exit 2  100%" in shown
     assert "2 tokens in" in shown
@@ -91,50 +93,112 @@ def test_the_first_token_is_counted_apart(run: Run, capsys: pytest.CaptureFixtur
 
 
 def test_options_may_come_from_a_file(run: Run, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    options = "backbone: parts/backbone.yaml\nexits: {2: {}}\npolicy: Never\nchat: false\nlimit: 3\n"
+    options = "backbone: parts/backbone.yaml\nexits: {2: {}}\npolicy: Never\nchat: false\nmax_new_tokens: 3\n"
     (place / "generate.yaml").write_text(options)
-    assert run("generate", "Who?", "-c", "generate.yaml", "--limit", "4") == 0
+    assert run("generate", "Who?", "-c", "generate.yaml", "--max_new_tokens", "4") == 0
     assert "4 tokens in" in capsys.readouterr().out
 
 
-def step(token: int, depth: int) -> Step:
-    return Step(torch.tensor([token]), depth, torch.zeros(1, 1))
-
-
-def test_half_a_character_waits_for_its_other_half() -> None:
-    tokenizer = byte_tokenizer()
-    tokens = tokenizer("aé!")["input_ids"]
-    assert len(tokens) == 4
-    steps = iter([step(token, depth) for depth, token in enumerate(tokens)])
-    assert list(pieces(steps, tokenizer, [0])) == [("a", 0), ("é", 2), ("!", 3)]
-
-
-def test_an_answer_that_ends_within_a_character_shows_what_there_is() -> None:
-    tokenizer = byte_tokenizer()
-    steps = iter([step(token, depth) for depth, token in enumerate(tokenizer("aé")["input_ids"][:2])])
-    assert list(pieces(steps, tokenizer, [0])) == [("a", 0), ("\ufffd", 1)]
-
-
-def test_text_that_changes_behind_us_is_not_cut_by_its_length(monkeypatch: pytest.MonkeyPatch) -> None:
-    tokenizer = byte_tokenizer()
-    said = {1: "a ", 2: "a, b"}
-    monkeypatch.setattr(tokenizer, "decode", lambda tokens: said[len(tokens)])
-    assert [piece for piece, _ in pieces(iter([step(1, 2), step(2, 4)]), tokenizer, [0])] == ["a ", ", b"]
-
-
-@pytest.mark.parametrize("options", [["--top_k", "3"], ["--top_p", "1.0"], ["--seed", "0", "--top_k=2"]])
-def test_options_of_sampling_need_a_temperature(
+@pytest.mark.parametrize("options", [["--temperature=0.9"], ["--top_k", "3"], ["--top_p", "0.9"]])
+def test_an_option_of_sampling_is_enough_to_sample(
     run: Run, capsys: pytest.CaptureFixture[str], options: list[str]
 ) -> None:
-    assert run(*ASK, "--policy", "Never", *options) == 2
-    message = capsys.readouterr().err
-    assert all(option.lstrip("-").split("=")[0] in message for option in options if option.startswith("--"))
-    assert "Add --temperature" in message
+    assert run(*ASK, LIMIT, "--policy", "Never") == 0
+    greedy = answer(capsys.readouterr().out)
+    assert run(*ASK, LIMIT, "--policy", "Never", *options, "--seed=3") == 0
+    assert answer(capsys.readouterr().out) != greedy
+    assert run(*ASK, LIMIT, "--policy", "Never", *options, "--do_sample=false") == 2
+    assert "would change nothing, because do_sample is off" in capsys.readouterr().err
+
+
+def test_a_seed_alone_is_refused(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(*ASK, "--policy", "Never", "--seed", "1") == 2
+    assert "seed would change nothing" in capsys.readouterr().err
+
+
+def test_a_stop_string_ends_the_answer(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    ask = [*ASK, "--policy", "Never", "--max_new_tokens=60"]
+    assert run(*ask) == 0
+    whole = answer(capsys.readouterr().out)
+    stop = next(sign for sign in whole if sign.isascii() and sign.isalnum())
+    for stops in (stop, f"[nowhere, '{stop}']"):
+        assert run(*ask, f"--stop_strings={stops}") == 0
+        assert answer(capsys.readouterr().out) == whole[: whole.index(stop)]
+
+
+def test_full_decoding_needs_no_policy(run: Run, tiny_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(*ASK, LIMIT, "--policy", "null", "--decoder", "Full") == 0
+    shown = answer(capsys.readouterr().out)
+    assert shown == spoken(tiny_folder)[: len(shown)]
+
+
+PROMPTS = [
+    '"Hello" she said',
+    "[INST] hi",
+    "foo: bar: baz",
+    "*bold* word",
+    "@alice hi",
+    "a\ttab",
+    "\tbegins with a tab",
+    "{1: 2, 1: 3}",
+    "{'a': 'b'}",
+    "[1, 2",
+    "!important",
+    "!!python/object:os.system",
+    "%TAG",
+    "# heading",
+    "- item",
+    "? what",
+    "| pipe",
+    "> quote",
+    "&anchor",
+    "'half a quote",
+    '"half a quote',
+    "null",
+    "~",
+    "true",
+    "007",
+    "1e5",
+    "2020-01-01",
+    "two\nlines: here",
+    "ends with a colon:",
+    "prompt.yaml",
+    "/etc/passwd",
+    "dynamax.Never",
+    "naïve 🙂",
+    " ",
+    "\\",
+    "$HOME `ls`",
+]
+
+
+@pytest.mark.parametrize("prompt", PROMPTS)
+def test_a_prompt_is_text_whatever_it_looks_like(
+    run: Run, prompt: str, tiny_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ask = ["generate", prompt, *ASK[2:], "--policy", "Never", "--max_new_tokens", "3"]
+    assert run(*ask) == 0
+    shown = answer(capsys.readouterr().out)
+    assert shown == load(tiny_folder, device="cpu").generate(prompt, chat=False, max_new_tokens=3).text
+
+
+@pytest.mark.parametrize("prompt", ["-- dashes", "--help me", "-c"])
+def test_a_prompt_that_begins_with_a_dash_stands_behind_two(
+    run: Run, prompt: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("generate", *ASK[2:], "--policy", "Never", "--max_new_tokens", "3", "--", prompt) == 0
+    assert "3 tokens in" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("prompt", ["", "caf\udce9"])
+def test_what_is_no_text_is_told(run: Run, prompt: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("generate", prompt, *ASK[2:], "--policy", "Never") == 2
+    assert "rompt" in capsys.readouterr().err
 
 
 def test_heads_beside_exits_are_refused(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(*ASK, "--policy", "Never", "--heads", "somewhere") == 2
-    assert "exactly one of the two" in capsys.readouterr().err
+    assert run(*ASK, LIMIT, "--policy", "Never", "--heads", "somewhere") == 2
+    assert "give one of the two" in capsys.readouterr().err
 
 
 def test_a_gate_that_no_exit_has_is_told_before_anything_is_said(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
@@ -157,14 +221,9 @@ def test_heads_that_are_not_there_are_told_with_what_goes_without(
     assert run(*ask, *shlex.split(WITHOUT_HEADS)) == 0
 
 
-def test_the_end_is_not_printed() -> None:
-    assert list(pieces(iter([step(0, 1)]), byte_tokenizer(), [0])) == []
-
-
 def test_the_balance_counts_blocks_and_flops(tiny_folder: Path) -> None:
-    backbone = Folder(str(tiny_folder)).load()
-    steps = list(Full(backbone).decode(torch.tensor([[1, 2, 3]]), limit=5))
-    assert balance(CostModel(backbone), steps, 3, 2.0) == (
+    answered = load(tiny_folder, device="cpu").generate("abc", chat=False, max_new_tokens=5, eos_token_id=[])
+    assert balance(dataclasses.replace(answered, seconds=2.0)) == (
         "5 tokens in 2.0 s: 1 from the prompt's own pass, at full depth, and 4 as shared out above. Of these, blocks a "
         "token: 6.0 of 6, 0% saved; FLOPs: 0% saved."
     )

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 
+from dynamax.decoding.base import Decoder
 from dynamax.decoding.early_exit import EarlyExit
 from dynamax.decoding.full import Full
 from dynamax.decoding.probe import Together, WallClock
 from dynamax.decoding.sampling import Sampled
+from dynamax.decoding.session import Session
 from dynamax.decoding.speculative import SelfSpeculative
+from dynamax.decoding.teacher_forced import TeacherForcedPass
 from dynamax.heads.bank import Exit, ExitBank
 from dynamax.heads.base import Gate
 from dynamax.heads.gates import AttentionGate, LinearGate, MambaGate
 from dynamax.policies.base import TerminationPolicy
 from dynamax.policies.learned import GateConfidence
 from dynamax.policies.schedule import AtDepth, Never
+from dynamax.types import Step
 from tests.float64 import upcast64
 from tests.laws.house import DEPTH, VOCAB, Dice, LyingLens, exits, pair, prompt
 
@@ -230,3 +236,31 @@ class Alternating(TerminationPolicy):
 
     def __call__(self, evidence):
         return torch.full(evidence.hidden.shape[:1], evidence.depth == 2 and evidence.step % 2 == 1)
+
+
+class Unasked(Decoder):
+    """Every other step runs to the top without asking at the exits."""
+
+    def __init__(self, *parts, asked: list[float]) -> None:
+        super().__init__(*parts)
+        self.asked = asked
+
+    def steps(self, session: Session) -> Iterator[Step]:
+        yield session.prefill()
+        while True:
+            arrival = session.embed() if session.steps % 2 else session.run_to_exit(Never())
+            self.asked += [float(evidence.score("MambaGate")) for evidence in arrival.trail]
+            logits_BV = session.run_to_top(arrival)
+            yield session.step(arrival, logits_BV, self.sampler(logits_BV))
+
+
+def test_recurrent_gates_read_steps_that_pass_them_unasked(house) -> None:  # noqa: ANN001
+    backbone, bank = house
+    with upcast64():
+        asked: list[float] = []
+        decoder = Unasked(backbone, bank.select_gates({"MambaGate"}), asked=asked)
+        tokens = [int(step.token_B) for step in decoder.decode(prompt(6), max_new_tokens=8)]
+        text = torch.cat([prompt(6), torch.tensor([tokens[:-1]])], 1)
+        read = TeacherForcedPass(backbone, decoder.exits, text, start=5)
+        wanted = [float(each.score("MambaGate")[step]) for step in (2, 4, 6) for each in read.exits]
+    assert asked == pytest.approx(wanted)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.plugins.precision import DoublePrecision
+from transformers import GenerationConfig
 
 from callbacks import ExitLatency
 from dynamax.backbones.skipped_state import Propagate
@@ -161,6 +162,15 @@ def test_what_likelihoods_cannot_use_is_refused(kind: str, text: Perplexity, opt
     task = TwoWays() if kind == "choices" else text
     with pytest.raises(ValueError, match=f"scores likelihoods of plain text, so {named} change nothing"):
         ran(module(Folder("not looked at"), **options), task)
+
+
+def test_a_models_rules_of_generation_are_for_tasks_that_generate(tmp_path: Path, text: Perplexity) -> None:
+    folder = model_folder(tmp_path / "model")
+    GenerationConfig(repetition_penalty=1.3, eos_token_id=0).save_pretrained(folder)
+    built = module(Folder(str(folder)))
+    assert ran(built, text).results.frontier[0].score is not None
+    with pytest.raises(ValueError, match="repetition_penalty=1.3 stands in the model's generation_config"):
+        ran(built, questions())
 
 
 def test_a_task_of_no_known_kind_is_refused() -> None:

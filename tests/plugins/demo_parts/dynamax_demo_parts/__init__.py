@@ -1,0 +1,1 @@
+"""Parts from outside of dynamax; each file is one part."""

@@ -1,0 +1,3 @@
+"""A policy that cannot be imported."""
+
+raise RuntimeError("its licence file is missing")
