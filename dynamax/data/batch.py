@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import final
 
 import torch
@@ -66,21 +67,17 @@ def collate(documents: Sequence[StoredDocument], numbers: Sequence[int]) -> Hidd
         documents: At least one.
         numbers: Their numbers in the store.
     """
-
-    def padded(tensors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-        return pad_sequence(list(tensors), batch_first=True).to(dtype)
-
+    padded = partial(pad_sequence, batch_first=True)
     lengths_B1 = torch.tensor([len(document.tokens_T) for document in documents])[:, None]
     prompts_B1 = torch.tensor([document.prompt for document in documents])[:, None]
     positions_T = torch.arange(int(lengths_B1.max()))
     return HiddenBatch(
-        tokens_BT=padded([document.tokens_T for document in documents], torch.int64),
+        tokens_BT=padded([document.tokens_T for document in documents]).long(),
         hidden={
-            depth: padded([document.hidden[depth] for document in documents], torch.float32)
-            for depth in documents[0].hidden
+            depth: padded([document.hidden[depth] for document in documents]).float() for depth in documents[0].hidden
         },
-        top_tokens_BTK=padded([document.top_tokens_TK for document in documents], torch.int64),
-        top_probs_BTK=padded([document.top_probs_TK for document in documents], torch.float32),
+        top_tokens_BTK=padded([document.top_tokens_TK for document in documents]).long(),
+        top_probs_BTK=padded([document.top_probs_TK for document in documents]).float(),
         live_BT=positions_T < lengths_B1,
         answer_BT=(positions_T >= prompts_B1 - 1) & (positions_T < lengths_B1 - 1),
         documents_B=torch.tensor(numbers),

@@ -116,14 +116,7 @@ def _rows(name: str) -> list[dict]:
 
 
 class Answered(NamedTuple):
-    """A prompt and its answer in tokens.
-
-    Attributes:
-        prompt: The prompt.
-        asked: Its tokens.
-        answer: The answer's tokens, the one that ended it included.
-        ended: Whether an end token ended it; else it reached ``max_new_tokens``.
-    """
+    """A prompt, its tokens, the tokens of its answer, and whether an end token, the last of them, ended it."""
 
     prompt: Prompt
     asked: list[int]

@@ -30,13 +30,7 @@ CACHED = 1 << 21
 
 
 class Labels(NamedTuple):
-    """The most likely tokens at N positions.
-
-    Attributes:
-        tokens_NK: Token ids, surest first, int32.
-        probs_NK: Their probabilities over the whole vocabulary, float32.
-        logsumexp_N: Of all logits, float32.
-    """
+    """The most likely tokens at N positions, surest first, their probabilities, and the logsumexp of all logits."""
 
     tokens_NK: Tensor
     probs_NK: Tensor

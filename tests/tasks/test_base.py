@@ -5,8 +5,8 @@ import math
 import pytest
 from jsonargparse import ArgumentParser
 
-from dynamax.generation import cut
 from dynamax.registry import TASKS
+from dynamax.stream import cut
 from dynamax.tasks import ChoiceTask, GenerationTask, Perplexity, Questions, Task, TextExample, TextTask
 
 

@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from dynamax.generation import cut
+from dynamax.stream import cut
 from dynamax.tasks import Passages, Questions, shipped
 
 QUESTIONS = [
