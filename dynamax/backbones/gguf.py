@@ -11,11 +11,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from gguf import GGUFReader, ReaderTensor, dequantize
 from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from torch import Tensor
@@ -23,6 +22,9 @@ from tqdm import tqdm
 from transformers import GenerationConfig, LlamaConfig, PreTrainedTokenizerFast
 
 from dynamax.errors import UserError
+
+if TYPE_CHECKING:
+    from gguf import GGUFReader, ReaderTensor  # imported where a file is opened: a fifth of a second
 
 NAMES = {
     "token_embd": "model.embed_tokens",
@@ -106,6 +108,8 @@ def open_gguf(path: Path) -> GGUFReader:
         UserError: If it is not GGUF.
     """
     try:
+        from gguf import GGUFReader
+
         return GGUFReader(path)
     except (ValueError, IndexError, OSError) as error:
         raise UserError(f"{path} is not a readable GGUF file ({error}). Fetch it again.") from error
@@ -181,6 +185,8 @@ def name_of(name: str, path: Path) -> str:
 
 def weights_of(tensor: ReaderTensor, config: LlamaConfig) -> Tensor:
     """A tensor in float32, queries and keys in transformers' order."""
+    from gguf import dequantize
+
     weights = np.ascontiguousarray(dequantize(tensor.data, tensor.tensor_type), dtype=np.float32)
     heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
     count = heads.get(tensor.name.split(".")[-2])
