@@ -15,6 +15,7 @@ setup: $(READY)
 $(VENV)/.ready: pyproject.toml constraints.txt
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt torch
+	rm -rf *.egg-info  # an older one would hide new entry points from whoever runs here
 	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,eval]'
 	touch $@
 

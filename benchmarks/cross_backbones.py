@@ -27,6 +27,7 @@ from dynamax.heads import (
     TunedLens,
 )
 from dynamax.modules.heads import HeadsModule
+from dynamax.modules.phases import Phase
 from dynamax.objectives import GateObjective, LensDistillation
 from dynamax.types import Site, Spec
 
@@ -138,12 +139,11 @@ def fit(given: Contender, training: Training, *, store: str) -> Fitted:
     data = HiddenStates(
         given.source, given.text, list(given.exits), folder=store, device="cpu", validation=training.validation
     )
+    phases = {"lenses": Phase(LensDistillation(), epochs=training.lens_epochs)} if learns else {}
     module = HeadsModule(
         given.source,
         {depth: Exit(LENSES[given.lens], list(GATES)) for depth in given.exits},
-        lens_objective=LensDistillation() if learns else None,
-        gate_objective=GateObjective(),
-        lens_epochs=training.lens_epochs,
+        {**phases, "gates": Phase(GateObjective())},
     )
     seed_everything(training.seed, verbose=False)
     trainer = Trainer(

@@ -39,9 +39,8 @@ COMMANDS = {
     "list": Command("dynamax.commands.list", "names that a configuration can use, such as exit heads and policies"),
     "info": Command("dynamax.commands.info", "versions, device, kernels"),
 }
-
-
 TERMINATED = 128 + signal.SIGTERM
+"""Exit code of a command that SIGTERM stopped, as shells give it."""
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
@@ -58,9 +57,9 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         signal.signal(signal.SIGTERM, _terminated)  # Lightning keeps it beside its own, which would let fit exit with 0
     try:
         _dispatch([option for option in options if option != "--debug"], arguments[ended:])
-    except (KeyboardInterrupt, SystemExit) as ended:
-        by_hand = isinstance(ended, KeyboardInterrupt) or isinstance(ended.__context__, KeyboardInterrupt)
-        if by_hand or (isinstance(ended, SystemExit) and ended.code == TERMINATED):
+    except (KeyboardInterrupt, SystemExit) as stopped:
+        by_hand = isinstance(stopped, KeyboardInterrupt) or isinstance(stopped.__context__, KeyboardInterrupt)
+        if by_hand or (isinstance(stopped, SystemExit) and stopped.code == TERMINATED):
             print(f"dynamax: stopped by {'Ctrl-C' if by_hand else 'SIGTERM'}", file=sys.stderr)
         if by_hand:
             sys.exit(130)  # Lightning turns Ctrl-C into an exit of 1

@@ -10,11 +10,9 @@ from collections.abc import Iterable
 from difflib import get_close_matches
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
-from typing import Generic, TypeVar
+from typing import Any
 
 from dynamax.errors import UserError
-
-T = TypeVar("T")
 
 
 @cache
@@ -22,7 +20,7 @@ def _installed(group: str) -> tuple[EntryPoint, ...]:
     return tuple(entry_points(group=group))  # reads the metadata of every installed distribution, so once is enough
 
 
-class Registry(Generic[T]):
+class Registry:
     """The parts of one kind by name: the class name, or the model type of a family.
 
     Args:
@@ -68,7 +66,7 @@ class Registry(Generic[T]):
             )
         return found[0]
 
-    def get(self, name: str) -> type[T]:
+    def get(self, name: str) -> Any:  # noqa: ANN401 - a class; of model families a FamilySpec
         """The part of that name, imported now if it was not yet.
 
         Raises:
@@ -94,27 +92,27 @@ def near(given: str, names: Iterable[str], cutoff: float = 0.5) -> str:
     return f" Did you mean {' or '.join(found)}?" if found else ""
 
 
-SOURCES: Registry = Registry("dynamax.sources", "backbone source", "dynamax.backbones.sources:Source")
-FAMILIES: Registry = Registry("dynamax.families", "model family")
-HEADS: Registry = Registry("dynamax.heads", "exit head", "dynamax.heads.base:Lens", "dynamax.heads.base:Gate")
-POLICIES: Registry = Registry("dynamax.policies", "termination policy", "dynamax.policies.base:TerminationPolicy")
-DECODERS: Registry = Registry("dynamax.decoders", "decoder", "dynamax.decoding.base:Decoder")
-SKIPPED_STATE: Registry = Registry(
+SOURCES = Registry("dynamax.sources", "backbone source", "dynamax.backbones.sources:Source")
+FAMILIES = Registry("dynamax.families", "model family")
+HEADS = Registry("dynamax.heads", "exit head", "dynamax.heads.base:Lens", "dynamax.heads.base:Gate")
+POLICIES = Registry("dynamax.policies", "termination policy", "dynamax.policies.base:TerminationPolicy")
+DECODERS = Registry("dynamax.decoders", "decoder", "dynamax.decoding.base:Decoder")
+SKIPPED_STATE = Registry(
     "dynamax.skipped_state", "rule for skipped state", "dynamax.backbones.skipped_state:SkippedState"
 )
-SAMPLERS: Registry = Registry("dynamax.samplers", "sampler", "dynamax.decoding.sampling:Sampler")
-OBJECTIVES: Registry = Registry(
+SAMPLERS = Registry("dynamax.samplers", "sampler", "dynamax.decoding.sampling:Sampler")
+OBJECTIVES = Registry(
     "dynamax.objectives",
     "objective",
     "dynamax.objectives.base:Objective",
     "dynamax.objectives.early_exit:LanguageObjective",
     "dynamax.objectives.distillation:DistillationLoss",
 )
-TASKS: Registry = Registry("dynamax.tasks", "task", "dynamax.tasks.base:Task")
-TEXT_SOURCES: Registry = Registry(
+TASKS = Registry("dynamax.tasks", "task", "dynamax.tasks.base:Task")
+TEXT_SOURCES = Registry(
     "dynamax.text_sources", "text source", "dynamax.data.text:TextSource", "dynamax.data.text:Corpus"
 )
-CALLBACKS: Registry = Registry("dynamax.callbacks", "callback", "lightning.pytorch.callbacks.callback:Callback")
+CALLBACKS = Registry("dynamax.callbacks", "callback", "lightning.pytorch.callbacks.callback:Callback")
 
 ALL: tuple[Registry, ...] = (
     SOURCES,

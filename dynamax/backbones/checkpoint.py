@@ -88,6 +88,9 @@ def reading(folder: Path, *patterns: str) -> Iterator[None]:
         yield
     except (UserError, MemoryError, torch.OutOfMemoryError):
         raise
+    except ImportError as error:
+        words = str(error).strip().splitlines()[0]
+        raise UserError(f"{folder} needs a package that is not installed: {words:.300} Install it.") from error
     except Exception as error:
         fault = fault_in(folder, patterns)
         if fault is None:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Collection, Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -129,17 +128,12 @@ def student_weights(
         held = {name.removeprefix(place): tensor for name, tensor in teacher.items() if name.startswith(place)}
         attention = {name: tensor for name, tensor in held.items() if name.startswith("self_attn.")}
         mixer = attention if kind == "full_attention" else mamba(config, attention, generator)
-        tensors |= {place + name: tensor for name, tensor in {**mixer, **gated_mlp(held)}.items()}
+        mlp = {
+            "shared_mlp.input_linear.weight": torch.cat([held["mlp.gate_proj.weight"], held["mlp.up_proj.weight"]]),
+            "shared_mlp.output_linear.weight": held["mlp.down_proj.weight"],
+        }
+        tensors |= {place + name: tensor for name, tensor in {**mixer, **mlp}.items()}
     return tensors
-
-
-def gated_mlp(held: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The MLP of a block; gate and input stand in one matrix."""
-    both = [held["mlp.gate_proj.weight"], held["mlp.up_proj.weight"]]
-    return {
-        "shared_mlp.input_linear.weight": torch.cat(both),
-        "shared_mlp.output_linear.weight": held["mlp.down_proj.weight"],
-    }
 
 
 def mamba(config: PretrainedConfig, attention: Mapping[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
@@ -165,14 +159,13 @@ def mamba(config: PretrainedConfig, attention: Mapping[str, Tensor], generator: 
     }
     for kind in ("weight", "bias") if config.attention_bias else ("weight",):
         values, keys, queries = (attention[f"self_attn.{name}_proj.{kind}"] for name in "vkq")
-        rows = [linear(inner, kind), repeated(values, config), repeated(keys, config), queries, linear(heads, kind)]
+        values, keys = (  # one head's rows for each head that reads them
+            rows.unflatten(0, (config.num_key_value_heads, -1))
+            .repeat_interleave(heads // config.num_key_value_heads, 0)
+            .flatten(0, 1)
+            for rows in (values, keys)
+        )
+        rows = [linear(inner, kind), values, keys, queries, linear(heads, kind)]
         tensors[f"mamba.in_proj.{kind}"] = torch.cat(rows)
         tensors[f"mamba.out_proj.{kind}"] = attention[f"self_attn.o_proj.{kind}"]
     return tensors
-
-
-def repeated(rows: Tensor, config: PretrainedConfig) -> Tensor:
-    """Rows of keys or values, one head's for each head that reads them."""
-    heads: Any = config.num_key_value_heads
-    by_head = rows.unflatten(0, (heads, -1))
-    return by_head.repeat_interleave(config.num_attention_heads // heads, 0).flatten(0, 1)

@@ -9,7 +9,6 @@ plus a float16 offset, which has more digits than float16 or bfloat16 hold.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +23,7 @@ from transformers import GenerationConfig, LlamaConfig, PreTrainedTokenizerFast
 from dynamax.errors import UserError
 
 if TYPE_CHECKING:
-    from gguf import GGUFReader, ReaderTensor  # imported where a file is opened: a fifth of a second
+    from gguf import GGUFReader  # imported where a file is opened: a fifth of a second
 
 NAMES = {
     "token_embd": "model.embed_tokens",
@@ -84,15 +83,9 @@ def dequantise(path: Path, folder: Path) -> None:
     Raises:
         UserError: If the file holds something this module does not cover.
     """
-    reader = open_gguf(path)
-    metadata = Metadata(reader, path)
-    refuse(metadata, reader, path)
+    reader, metadata = open_gguf(path)
     config = config_of(metadata, reader)
-    tensors = {}
-    for tensor in tqdm(reader.tensors, desc=f"Dequantising {path.name}", unit="tensor"):
-        name = name_of(tensor.name, path)
-        tensors[name] = weights_of(tensor, config)
-    check_complete(tensors, config, path)
+    tensors = tensors_of(reader, config, path)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     config.save_pretrained(folder)
     ends = [metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]  # of text, turn, message
@@ -101,26 +94,19 @@ def dequantise(path: Path, folder: Path) -> None:
     tokenizer_of(metadata, path).save_pretrained(folder)
 
 
-def open_gguf(path: Path) -> GGUFReader:
-    """Open a file.
+def open_gguf(path: Path) -> tuple[GGUFReader, Metadata]:
+    """Open a file, and turn away what would be loaded wrongly.
 
     Raises:
-        UserError: If it is not GGUF.
+        UserError: If it is not GGUF; naming what is not covered.
     """
     try:
         from gguf import GGUFReader
 
-        return GGUFReader(path)
+        reader = GGUFReader(path)
     except (ValueError, IndexError, OSError) as error:
         raise UserError(f"{path} is not a readable GGUF file ({error}). Fetch it again.") from error
-
-
-def refuse(metadata: Metadata, reader: GGUFReader, path: Path) -> None:
-    """Turn away what would be loaded wrongly.
-
-    Raises:
-        UserError: Naming what is not covered.
-    """
+    metadata = Metadata(reader, path)
     arch = metadata["general.architecture"]
     scaling = metadata.get("llama.rope.scaling.type", "none")
     faults = {
@@ -135,6 +121,7 @@ def refuse(metadata: Metadata, reader: GGUFReader, path: Path) -> None:
             f"{path} has {' and '.join(found)}, which the GGUF reader does not cover. Use the model's "
             f"safetensors instead: backbone Hub (a name) or Folder (a path)."
         )
+    return reader, metadata
 
 
 def ids_of(metadata: Metadata) -> dict[str, Any]:
@@ -174,45 +161,43 @@ def config_of(metadata: Metadata, reader: GGUFReader) -> LlamaConfig:
 # -- tensors ----------------------------------------------------------------------------------------
 
 
-def name_of(name: str, path: Path) -> str:
-    """Transformers' name of a GGUF tensor: ``blk.3.attn_q.weight`` is ``model.layers.3.self_attn.q_proj.weight``."""
-    stem, _, kind = name.rpartition(".")
-    block, _, part = stem.rpartition(".")
-    if part not in NAMES or kind != "weight":
-        raise UserError(f"{path} holds the tensor {name!r}, which no llama has. Use the model's safetensors instead.")
-    return f"{block.replace('blk', 'model.layers')}.{NAMES[part]}.weight".removeprefix(".")
+def tensors_of(reader: GGUFReader, config: LlamaConfig, path: Path) -> dict[str, Tensor]:
+    """All tensors in float32 by transformers' names; queries and keys in transformers' order.
 
+    ``blk.3.attn_q.weight`` becomes ``model.layers.3.self_attn.q_proj.weight``.
 
-def weights_of(tensor: ReaderTensor, config: LlamaConfig) -> Tensor:
-    """A tensor in float32, queries and keys in transformers' order."""
+    Raises:
+        UserError: If the file holds a tensor that no llama has, or lacks one.
+    """
     from gguf import dequantize
 
-    weights = np.ascontiguousarray(dequantize(tensor.data, tensor.tensor_type), dtype=np.float32)
     heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
-    count = heads.get(tensor.name.split(".")[-2])
-    if count is not None:
-        weights = halves(weights, count)
-    return torch.from_numpy(np.array(weights))
+    found: dict[str, Tensor] = {}
+    for tensor in tqdm(reader.tensors, desc=f"Dequantising {path.name}", unit="tensor"):
+        stem, _, kind = tensor.name.rpartition(".")
+        block, _, part = stem.rpartition(".")
+        if part not in NAMES or kind != "weight":
+            raise UserError(
+                f"{path} holds the tensor {tensor.name!r}, which no llama has. Use the model's safetensors instead."
+            )
+        weights = np.ascontiguousarray(dequantize(tensor.data, tensor.tensor_type), dtype=np.float32)
+        weights = halves(weights, heads[part]) if part in heads else weights
+        name = f"{block.replace('blk', 'model.layers')}.{NAMES[part]}".removeprefix(".")
+        found[f"{name}.weight"] = torch.from_numpy(np.array(weights))
+    outside = ["model.embed_tokens", "model.norm", "lm_head"]
+    parts = [part for part in NAMES.values() if part not in outside]
+    wanted = outside[:2] if config.tie_word_embeddings else outside
+    wanted = wanted + [f"model.layers.{i}.{part}" for i in range(config.num_hidden_layers) for part in parts]
+    missing = [name for name in wanted if f"{name}.weight" not in found]
+    if missing:
+        raise UserError(f"{path} lacks {len(missing)} tensors, {missing[0]!r} first. Fetch the file again.")
+    return found
 
 
 def halves(weights: np.ndarray, heads: int) -> np.ndarray:
     """Rotary pairs side by side (GGUF) to pairs half a head apart (transformers)."""
     rows, columns = weights.shape
     return weights.reshape(heads, rows // heads // 2, 2, columns).swapaxes(1, 2).reshape(rows, columns)
-
-
-def check_complete(tensors: Mapping[str, Tensor], config: LlamaConfig, path: Path) -> None:
-    """Every tensor of the model must be there.
-
-    Raises:
-        UserError: Naming the first that is missing.
-    """
-    outside = ["model.embed_tokens", "model.norm"] + ([] if config.tie_word_embeddings else ["lm_head"])
-    parts = [part for part in NAMES.values() if part not in ("model.embed_tokens", "model.norm", "lm_head")]
-    wanted = outside + [f"model.layers.{i}.{part}" for i in range(config.num_hidden_layers) for part in parts]
-    missing = [name for name in wanted if f"{name}.weight" not in tensors]
-    if missing:
-        raise UserError(f"{path} lacks {len(missing)} tensors, {missing[0]!r} first. Fetch the file again.")
 
 
 # -- tokenizer --------------------------------------------------------------------------------------
@@ -241,7 +226,11 @@ def tokenizer_of(metadata: Metadata, path: Path) -> PreTrainedTokenizerFast:
         core.post_processor = processors.TemplateProcessing(
             single=f"{first} $A", pair=f"{first} $A {first} $B", special_tokens=[(first, ids["bos_token_id"])]
         )
-    add_special(core, tokens, metadata.get("tokenizer.ggml.token_type", []))
+    for token, of_kind in zip(tokens, metadata.get("tokenizer.ggml.token_type", []), strict=False):
+        if of_kind == CONTROL:  # never cut, and skipped by decoding where asked
+            core.add_special_tokens([AddedToken(token, special=True, normalized=False)])
+        elif of_kind == USER_DEFINED:  # never cut
+            core.add_tokens([AddedToken(token, special=False, normalized=False)])
     special = {key.removesuffix("_id"): tokens[i] for key, i in ids.items() if i is not None}
     unknown = metadata.get("tokenizer.ggml.unknown_token_id")
     if unknown is not None:
@@ -254,12 +243,3 @@ def tokenizer_of(metadata: Metadata, path: Path) -> PreTrainedTokenizerFast:
         padding_side="left",
         **special,
     )
-
-
-def add_special(core: Tokenizer, tokens: list[str], types: list[int]) -> None:
-    """Tokens that are never cut: control tokens, which decoding may skip, and user-defined ones."""
-    for token, kind in zip(tokens, types, strict=False):
-        if kind == CONTROL:
-            core.add_special_tokens([AddedToken(token, special=True, normalized=False)])
-        elif kind == USER_DEFINED:
-            core.add_tokens([AddedToken(token, special=False, normalized=False)])

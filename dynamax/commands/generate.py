@@ -41,6 +41,10 @@ def main(arguments: Sequence[str]) -> None:
     given = parser.read_arguments(options)
     if not given.prompt:
         raise UserError('The prompt is empty. Write what to answer: dynamax generate "What is the capital of France?"')
+    try:
+        given.prompt.encode()
+    except UnicodeEncodeError as error:  # bytes of another encoding than the terminal's
+        raise UserError("The prompt holds bytes that are not UTF-8. Write it in UTF-8.") from error
     built = parser.instantiate(given).as_dict()
     built.pop("config")
     generate(**built)

@@ -48,7 +48,7 @@ KINDS: dict[str, Registry] = {
     **dict.fromkeys(("backbone", "writer", "teacher", "tokenizer"), SOURCES),
     **dict.fromkeys(("lens", "gates"), HEADS),
     **dict.fromkeys(("policy", "policies"), POLICIES),
-    **dict.fromkeys(("lens_objective", "gate_objective", "objective", "loss"), OBJECTIVES),
+    **dict.fromkeys(("objective", "loss"), OBJECTIVES),
     **dict.fromkeys(("text", "corpus"), TEXT_SOURCES),
     "decoder": DECODERS,
     "task": TASKS,
@@ -236,6 +236,8 @@ def check_files(arguments: Sequence[str], *, parts: bool = False) -> None:
     checked: set[Path] = set()
     for before, argument in zip(("", *arguments), arguments[:ended], strict=False):
         option, equals, value = argument.partition("=") if argument.startswith("-") else (before, "=", argument)
+        if argument.startswith("-c") and len(argument) > 2:
+            option, equals, value = "-c", "=", argument[2:]
         if option in ("-c", "--config") and equals:
             if not os.path.isfile(value):
                 what = "is a folder" if os.path.isdir(value) else "does not exist"

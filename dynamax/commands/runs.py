@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import re
@@ -10,7 +11,7 @@ import time
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, TextIO, cast
 
 from jsonargparse import Namespace
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer, callbacks
@@ -68,6 +69,29 @@ class RunParser(Rules, LightningArgumentParser):
     def instantiate_classes(self, cfg: Any, **kwargs: Any) -> Namespace:  # noqa: ANN401 - those of jsonargparse
         """What LightningCLI calls, by the name that jsonargparse has for it now."""
         return self.instantiate(cfg, **kwargs)
+
+
+class AnswersPrinter(Callback):
+    """Writes each answer of ``predict`` as a line of JSON.
+
+    Args:
+        stream: Where to.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self.stream = stream
+
+    def on_predict_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: object,
+        batch: object,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Write one line."""
+        print(json.dumps(outputs), file=self.stream, flush=True)
 
 
 class StoreTrainer(Trainer):
@@ -193,13 +217,15 @@ class DynamaxCLI(LightningCLI):
     def before_cache(self) -> None:
         """Build the heads before the store is filled: a mistake in them shows now, not minutes later."""
         self.model.configure_model()
+        if isinstance(self.model, HeadsModule):
+            self.model.check_data(self.datamodule)
 
     def before_fit(self) -> None:
         """The same, for mistakes in the trainer too."""
         self.before_cache()
-        one_device(self.trainer, self.model)
         if isinstance(self.model, HeadsModule):
-            self.model.check_epochs(self.trainer)
+            self.model.check(self.trainer, self.datamodule)
+        one_device(self.trainer, self.model)
 
     def before_validate(self) -> None:
         """Refuse to score what nobody trained."""
@@ -230,9 +256,11 @@ class DynamaxCLI(LightningCLI):
         self.before_train()
 
     def predict(self, **options: Any) -> None:  # noqa: ANN401 - those of Trainer.predict
-        """Print each answer as a line of JSON."""
-        for answer in self.trainer.predict(**options) or []:
-            print(json.dumps(answer))
+        """Print each answer as a line of JSON as soon as it is there. All else, such as progress, goes to stderr."""
+        trainer = cast(Any, self.trainer)
+        trainer.callbacks.append(AnswersPrinter(sys.stdout))
+        with contextlib.redirect_stdout(sys.stderr):
+            trainer.predict(**{**options, "return_predictions": False})
 
 
 def _backbone(model: LightningModule) -> Source | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import Any, Literal, final
 
@@ -34,6 +34,45 @@ class _Documents(Dataset[HiddenBatch]):
     def __getitem__(self, batch: list[int]) -> HiddenBatch:
         numbers = [self.numbers[position] for position in batch]
         return collate([self.store.read(number, limit=self.limit) for number in numbers], numbers)
+
+
+@final
+class ResumableLoader:
+    """A loader over ``LengthBuckets`` whose place in an epoch travels with the trainer's checkpoints.
+
+    A run that goes on in the middle of an epoch gets the batches that it would have got next; those before are not
+    read again.
+
+    Args:
+        loader: Its sampler is a ``LengthBuckets``.
+
+    Attributes:
+        sampler: Lightning tells it the epoch.
+    """
+
+    def __init__(self, loader: DataLoader) -> None:
+        assert isinstance(loader.sampler, LengthBuckets), "it can pass batches over"
+        self.loader, self.sampler = loader, loader.sampler
+        self._epoch = self._given = self._behind = 0
+
+    def __len__(self) -> int:
+        return len(self.sampler)
+
+    def __iter__(self) -> Iterator[HiddenBatch]:
+        begun = self._behind if self._epoch == self.sampler.epoch else 0
+        self._epoch, self._given, self._behind = self.sampler.epoch, begun, 0
+        self.sampler.skipped = begun % len(self)
+        for batch in self.loader:
+            self._given += 1
+            yield batch
+
+    def state_dict(self) -> dict[str, int]:
+        """The epoch, and how many of its batches were handed out."""
+        return {"epoch": self._epoch, "given": self._given}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go on behind them, if it is this epoch that goes on."""
+        self._epoch, self._behind = state["epoch"], state["given"]
 
 
 @final
@@ -129,9 +168,9 @@ class HiddenStates(LightningDataModule):
                 )
             self._parts[name] = _Documents(store, numbers, self.max_length)
 
-    def train_dataloader(self) -> DataLoader:
+    def train_dataloader(self) -> ResumableLoader:
         """Batches of similar length, in another order each epoch."""
-        return self._loader("training", self.seed)
+        return ResumableLoader(self._loader("training", self.seed))
 
     def val_dataloader(self) -> DataLoader:
         """Batches by length, in one order."""

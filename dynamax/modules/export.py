@@ -25,6 +25,7 @@ from dynamax.errors import UserError
 from dynamax.metrics.environment import environment
 from dynamax.metrics.language import DepthScores
 from dynamax.modules.card import card
+from dynamax.modules.checks import all_finite
 from dynamax.modules.training_log import read_depths
 
 REPORT = "training.json"
@@ -97,9 +98,18 @@ def write_model(
 
 
 def half(model: PreTrainedModel) -> PreTrainedModel:
-    """A copy in float16 on the CPU."""
+    """A copy in float16 on the CPU.
+
+    Raises:
+        UserError: If a weight is not finite there.
+    """
     twin = type(model)(copy.deepcopy(model.config)).half()
     twin.load_state_dict(model.state_dict())
+    if not all_finite(twin.parameters()):
+        raise UserError(
+            "The model was not written: a weight is too large for float16, in which models are written, or not a "
+            "number. Lower model.learning_rate, or set trainer.gradient_clip_val: 1, and train anew."
+        )
     return twin
 
 

@@ -3,66 +3,67 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from typing import Any, Self
+from collections.abc import Collection
+from typing import Any, Self, cast
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch.optim import AdamW, Optimizer
 
 from dynamax.backbones.base import Backbone
 from dynamax.backbones.sources import Source
 from dynamax.data.batch import HiddenBatch
+from dynamax.data.hidden import HiddenStates
 from dynamax.errors import UserError
 from dynamax.heads.bank import Exit, ExitBank
-from dynamax.heads.base import ExitHead
-from dynamax.modules.assembly import assembled, check_phases, check_taught, trained
-from dynamax.modules.checks import epochs_for_gates, one_device
-from dynamax.modules.phases import resting, share
-from dynamax.modules.schedule import TrainedGroup, adamw
-from dynamax.modules.scores import GateAUROCs
-from dynamax.objectives.base import Objective, Phase, counted
+from dynamax.metrics.exits import GateAUROC
+from dynamax.modules import checks
+from dynamax.modules.phases import Phase, PhaseSchedule, completed, heads_of, share
+from dynamax.objectives.base import KINDS, Kind, counted
 from dynamax.objectives.readout import ExitReader, in_top_k
 from dynamax.paths import InputPath
 from dynamax.types import Site, Spec
 
 
 class HeadsModule(LightningModule):
-    """Trains lenses first, then gates, of all exits in one run.
+    """Trains lenses and gates of all exits in one run, in phases.
 
-    In that order, because a gate learns whether its exit's lens is right: while the lens still changes, so do the
-    gate's labels. A frozen lens lets each document be labelled once. And from documents that the lens never saw,
-    because it is right more often on those it learned from, and a gate that believes this is too sure.
+    Usually lenses train first, then gates: a gate learns whether its exit's lens is right, so its labels change while
+    the lens does; a lens at rest lets each document be labelled once. And gates train on documents that the lenses
+    never saw, since a lens is right more often on those it learned from. Here lenses train for two epochs; then gates
+    and lenses take turns of 200 steps::
 
-    Exits share no parameters, so their losses are summed, and gradients are clipped by head
-    (``trainer.gradient_clip_val``).
+        phases:
+          warmup: {objective: LensDistillation, epochs: 2}
+          gates: {objective: GateObjective, steps: 200}
+          lenses: {objective: LensDistillation, steps: 200, learning_rate: 1e-3}
+        alternate: [gates, lenses]
+
+    One AdamW trains all heads; the learning rate of a phase rises and falls once, over all steps of its turns. Exits
+    share no parameters, so their losses are summed, and gradients are clipped by head
+    (``trainer.gradient_clip_val``). A loss or a weight that is not finite ends the run.
 
     Checkpoints hold heads and optimiser, not the backbone; ``ckpt_path`` goes on with an interrupted run.
 
     Args:
         backbone: Where the model comes from; its last block, final norm and output matrix are loaded.
         exits: What stands at each depth, in blocks completed.
+        phases: What is trained, by a name of your choice, in this order; see ``dynamax.modules.phases.Phase``.
+        alternate: Names of the phases that take turns; all others come before them.
         heads: Folder of saved heads to begin with, or to validate; they must be those of ``exits``. Left out, heads
             begin anew.
-        lens_objective: What lenses are trained towards; None where no lens has anything to learn.
-        gate_objective: What gates are trained towards; None where there are no gates.
-        lens_epochs: Epochs for the lenses; the gates get the rest of ``trainer.max_epochs``.
-        gate_share: Part of the prompts, in (0, 1), whose documents are kept from the lenses and train the gates alone.
-            Where only lenses or only gates train, they get all documents.
-        lens_learning_rate: Peak learning rate of the lenses.
-        gate_learning_rate: Peak learning rate of the gates.
         weight_decay: Of AdamW.
         warmup: Part of each phase, in [0, 1), over which the learning rate rises; then it falls as a cosine.
 
     Attributes:
         bank: The heads; there once ``configure_model`` has run.
+        phases: In the order of their first turns, with what was left out filled in.
 
     Raises:
-        UserError: If an option is out of range; while configuring, if an objective has nothing to train or heads
-            have no objective, or saved heads are not those of the exits; when fitting, if no epoch is left for the
-            gates; if there are several devices.
+        UserError: If an option is out of range; while configuring, if a phase has nothing to train, heads have no
+            phase, or saved heads are not those of the exits; when fitting, if the phases do not fit into the
+            training, there are several devices, or a loss or a weight is not finite.
     """
 
     bank: ExitBank
@@ -71,147 +72,157 @@ class HeadsModule(LightningModule):
         self,
         backbone: Source,
         exits: dict[int, Exit],
+        phases: dict[str, Phase] | None = None,
         *,
+        alternate: list[str] | None = None,
         heads: InputPath | None = None,
-        lens_objective: Objective | None = None,
-        gate_objective: Objective | None = None,
-        lens_epochs: int = 4,
-        gate_share: float = 0.25,
-        lens_learning_rate: float = 2e-3,
-        gate_learning_rate: float = 1e-3,
         weight_decay: float = 0.01,
         warmup: float = 0.05,
     ) -> None:
         super().__init__()
-        rates: dict[Phase, float] = {"lenses": lens_learning_rate, "gates": gate_learning_rate}
-        if lens_epochs < 1 or not 0 < gate_share < 1 or not 0 <= warmup < 1 or min(rates.values()) <= 0:
+        if not 0 <= warmup < 1 or not 0 <= weight_decay < math.inf:
             raise UserError(
-                f"HeadsModule was given lens_epochs {lens_epochs}, gate_share {gate_share}, warmup {warmup} and the "
-                f"learning rates {rates}; lens_epochs must be at least 1, gate_share must lie in (0, 1), warmup in "
-                f"[0, 1), rates must be positive."
+                f"HeadsModule was given warmup {warmup} and weight_decay {weight_decay}; warmup must lie in [0, 1), "
+                f"weight_decay must be a number of at least 0."
             )
         self.backbone = backbone
         self.exits = exits
-        self.saved = heads
-        self.objectives: dict[Phase, Objective | None] = {"lenses": lens_objective, "gates": gate_objective}
-        check_phases(self.objectives)
-        self.lens_epochs = lens_epochs if lens_objective is not None else 0
-        self.gate_share = gate_share
-        self.rates = rates
+        self.saved = None if heads is None else str(heads)
+        self.alternate = tuple(alternate or ())
+        self.phases = completed(phases or {}, self.alternate)
         self.weight_decay = weight_decay
         self.warmup = warmup
         self._top: tuple[Backbone, ...] = ()  # in a tuple, so that it is no submodule and in no checkpoint
         self._reader = ExitReader("lens", in_top_k(1))
+        self._schedule: PhaseSchedule | None = None
         self._entered: Phase | None = None
 
-    # -- what is trained ----------------------------------------------------------------------------
+    # -- the heads ----------------------------------------------------------------------------------
 
     def configure_model(self) -> None:
-        """Load the backbone's top and build the heads, once."""
+        """Load the backbone's top and build the heads, once.
+
+        Raises:
+            UserError: If a phase has nothing to train, heads have no phase, or saved heads are others.
+        """
         if self._top:
             return
         top = self.backbone.output_stage().eval().requires_grad_(False)
-        self._top = (top,)
-        self.bank = assembled(self.exits, self.saved, top)
-        self.sites: dict[int, Site] = {depth: top.site(depth) for depth in self.bank.depths}
-        self.aurocs = GateAUROCs(self.bank)
-        check_taught(self.bank, self.objectives)
+        bank = ExitBank(self.exits, top.site)
+        if self.saved is not None:
+            fresh, bank = bank, ExitBank.load(self.saved, top.site)
+            checks.check_saved(self.saved, fresh.record(top.spec), bank.record(top.spec))
+        self._top, self.bank = (top,), bank
+        self.sites: dict[int, Site] = {depth: top.site(depth) for depth in bank.depths}
+        gates = [f"{depth}/{name}" for depth in bank.depths for name in bank.gates(depth)]
+        self.aurocs = nn.ModuleDict({name: GateAUROC() for name in gates})
+        checks.check_trained(bank, self.phases)
 
     @property
     def spec(self) -> Spec:
         """The backbone the heads belong to."""
         return self._top[0].spec
 
-    def heads(self, phase: Phase) -> Iterator[ExitHead]:
-        """The heads that one phase trains."""
-        return trained(self.bank, phase)
+    def check(self, trainer: Trainer, data: object = None) -> None:
+        """Refuse what cannot end well, as far as it can be told before data is prepared.
 
-    def setup(self, stage: str) -> None:
-        """Refuse a trainer that cannot do what was asked."""
-        one_device(self.trainer, self)
-        if stage == "fit":
-            self.check_epochs(self.trainer)
-
-    def check_epochs(self, trainer: Trainer) -> None:
-        """Refuse a trainer that ends before the gates' turn.
+        Args:
+            trainer: Its callbacks are asked too, once the heads are built.
+            data: See ``check_data``.
 
         Raises:
-            UserError: If no epoch is left for them.
+            UserError: If there are several devices, the phases do not fit into the training, the clipping is out of
+                range, the store will not hold what training reads, or a callback refuses.
         """
-        if self.objectives["gates"] is not None:
-            epochs_for_gates(trainer, self.lens_epochs)
+        checks.one_device(trainer, self)
+        clip = trainer.gradient_clip_val
+        if clip is not None and not clip >= 0:
+            raise UserError(f"trainer.gradient_clip_val is {clip}; wanted a number of at least 0. Change it.")
+        checks.check_length(self.phases, self.alternate, trainer)
+        self.check_data(data)
+        for callback in cast(Any, trainer).callbacks if self._top else ():
+            if isinstance(callback, checks.ChecksBeforeFit):
+                callback.check_before_fit(trainer, self)
+
+    def check_data(self, data: object) -> None:
+        """Refuse ``HiddenStates`` whose store will not hold what training reads; other data is not looked at.
+
+        Raises:
+            UserError: If it keeps too few tokens of a position for an objective, or lacks the depth of an exit.
+        """
+        if isinstance(data, HiddenStates):
+            checks.check_tokens(self.phases, data.k)
+            checks.check_depths(self.exits, data.exits)
+
+    def setup(self, stage: str) -> None:
+        """Check, for those who come without the command line."""
+        if stage == "fit":
+            self.check(self.trainer, cast(Any, self.trainer).datamodule)
+        checks.one_device(self.trainer, self)
 
     # -- phases -------------------------------------------------------------------------------------
 
-    @property
-    def phase(self) -> Phase:
-        """What the current epoch trains."""
-        only_lenses = self.objectives["gates"] is None
-        return "lenses" if only_lenses or self.current_epoch < self.lens_epochs else "gates"
+    def configure_optimizers(self) -> Optimizer:
+        """One AdamW over all heads; those at rest have no gradient, so it passes them over."""
+        trained = {kind: [p for head in heads_of(self.bank, [kind]) for p in head.parameters()] for kind in KINDS}
+        groups = [{"params": found, "lr": 0.0, "name": kind} for kind, found in trained.items() if found]
+        return AdamW(groups, weight_decay=self.weight_decay)
+
+    def _phase(self, step: int) -> str:
+        """The name of the phase of an optimiser step; the first one before training has begun."""
+        return self._schedule.at(step)[0] if self._schedule else next(iter(self.phases))
 
     def train(self, mode: bool = True) -> Self:
         """Set the mode of the heads in training; the others stay in eval mode, since frozen is not eval."""
         super().train(mode)
         if self._entered is not None:
-            for head in self.heads(resting(self._entered)):
+            for head in heads_of(self.bank, set(KINDS) - self._entered.trains):
                 head.eval()
         return self
 
     def on_fit_start(self) -> None:
         """Whatever an earlier fit left is not trusted."""
-        self._entered = None
+        self._entered = self._schedule = None
 
     def on_train_start(self) -> None:
-        """Bring the backbone's top to the heads."""
+        """Bring the backbone's top to the heads; lay out the phases, now that the length of an epoch is known."""
         self._top[0].to(self.device)
+        trainer = self.trainer
+        total = trainer.estimated_stepping_batches
+        if math.inf in (total, trainer.num_training_batches):
+            raise UserError("HeadsModule needs data of a known length. Give a data module whose loaders have one.")
+        epoch_steps = math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
+        checks.check_length(self.phases, self.alternate, trainer, epoch_steps)
+        self._schedule = PhaseSchedule(self.phases, self.alternate, epoch_steps=epoch_steps, total=int(total))
 
     def on_validation_start(self) -> None:
-        """The same, for validation on its own."""
+        """Bring the backbone's top to the heads; validation on its own may have other heads and other documents."""
         self._top[0].to(self.device)
+        if self.trainer.state.fn != TrainerFn.FITTING:
+            self._forget(None)
 
-    def on_train_epoch_start(self) -> None:
-        """Enter the epoch's phase if it is a new one: freeze the heads that rest, forget what was read of them."""
-        phase = self.phase
-        if phase == self._entered:
+    def on_train_batch_start(self, batch: HiddenBatch, batch_idx: int) -> None:
+        """Set the learning rates; where a phase begins, let other heads rest and forget what was read of changing ones.
+
+        The rates stand here and not in a scheduler, which would have to know the length of an epoch too early.
+        """
+        assert self._schedule is not None, "on_train_start comes first"
+        for group in cast(Optimizer, self.optimizers()).param_groups:
+            group["lr"] = self._schedule.rate(group["name"], self.warmup, self.global_step)
+        phase, left = self.phases[self._phase(self.global_step)], self._entered
+        if phase is left:
             return
         self._entered = phase
-        for head in self.heads(resting(phase)):
-            head.requires_grad_(False)
-        for head in self.heads(phase):
-            head.requires_grad_(True)
+        for kind in KINDS:
+            for head in heads_of(self.bank, [kind]):
+                head.requires_grad_(kind in phase.trains)
         self.train()
-        self.objective(phase).begin()
-        self._reader.forget()
+        self._forget(None if left is None else left.trains | phase.trains)
 
-    def objective(self, phase: Phase) -> Objective:
-        """The objective of a phase that trains something."""
-        objective = self.objectives[phase]
-        assert objective is not None, f"a phase of {phase} has an objective"
-        return objective
-
-    # -- optimisation -------------------------------------------------------------------------------
-
-    def configure_optimizers(self) -> OptimizerLRScheduler:
-        """One AdamW over all heads; each phase has its own warm-up and cosine. Resting heads have no gradient."""
-        middle, end = self._steps()
-        spans: tuple[tuple[Phase, int, int], ...] = (("lenses", 0, middle), ("gates", middle, end))
-        parts = [
-            TrainedGroup(
-                phase, [p for head in self.heads(phase) for p in head.parameters()], self.rates[phase], start, stop
-            )
-            for phase, start, stop in spans
-        ]
-        return adamw(parts, weight_decay=self.weight_decay, warmup=self.warmup)
-
-    def _steps(self) -> tuple[int, int]:
-        """Optimiser steps until the lenses are done, and in all."""
-        total = self.trainer.estimated_stepping_batches
-        if total == math.inf or self.trainer.max_epochs is None:
-            raise UserError("HeadsModule needs to know when training ends. Set trainer.max_epochs.")
-        if self.objectives["gates"] is None:
-            return int(total), int(total)
-        batches = math.ceil(self.trainer.num_training_batches / self.trainer.accumulate_grad_batches)
-        return batches * self.lens_epochs, int(total)
+    def _forget(self, changed: Collection[Kind] | None) -> None:
+        """Let go of what was read of heads of these kinds; of everything if None."""
+        for reader in (self._reader, *(phase.objective for phase in self.phases.values())):
+            reader.forget(changed)
 
     def configure_gradient_clipping(
         self,
@@ -223,7 +234,7 @@ class HeadsModule(LightningModule):
         if not gradient_clip_val:
             return
         clip = nn.utils.clip_grad_value_ if gradient_clip_algorithm == "value" else nn.utils.clip_grad_norm_
-        for head in self.heads(self.phase):
+        for head in heads_of(self.bank, self.phases[self._phase(self.global_step)].trains):
             clip(head.parameters(), gradient_clip_val)
 
     # -- steps --------------------------------------------------------------------------------------
@@ -234,41 +245,68 @@ class HeadsModule(LightningModule):
         Raises:
             UserError: Naming the depths there are and those wanted.
         """
-        if not set(self.bank.depths) <= set(batch.hidden):
-            raise UserError(
-                f"The store keeps hidden states at the depths {sorted(batch.hidden)}, but exits are to be trained at "
-                f"{list(self.bank.depths)}. Give the data module the same depths as the model's exits."
-            )
+        checks.check_depths(self.exits, batch.hidden)
         return batch
 
     def training_step(self, batch: HiddenBatch, batch_idx: int) -> Tensor:
-        """The loss of the phase, on the documents that are its own."""
-        if None not in self.objectives.values():
-            batch = share(batch, self.phase, self.gate_share)
-        loss, seen = self.objective(self.phase).loss(self.bank, batch, self.sites)
+        """The loss of the phase, on the documents that are its own.
+
+        Raises:
+            UserError: If the loss is not finite.
+        """
+        name = self._phase(self.global_step)
+        phase = self.phases[name]
+        batch = share(batch, phase.prompts or (0.0, 1.0))
+        loss, seen = phase.objective.loss(self.bank, batch, self.sites)
+        checks.check_finite("The loss", [loss], step=self.global_step + 1, name=name, phase=phase)
         size = max(1, int(counted(batch).sum()))
         self.log("train/loss", loss, prog_bar=True, batch_size=size)
         self.log_dict({f"train/{name}": value for name, value in seen.items()}, batch_size=size)
         return loss
 
+    def optimizer_step(self, *args: Any, **options: Any) -> None:  # noqa: ANN401 - Lightning's
+        """Step, and look at the weights before anything can save them.
+
+        Raises:
+            UserError: If a weight is not finite.
+        """
+        step, name = self.global_step, self._phase(self.global_step)
+        super().optimizer_step(*args, **options)
+        phase = self.phases[name]
+        parameters = (p for head in heads_of(self.bank, phase.trains) for p in head.parameters())
+        checks.check_finite("A weight", parameters, step=step + 1, name=name, phase=phase)
+
     def validation_step(self, batch: HiddenBatch, batch_idx: int) -> None:
-        """Agreement of each lens and loss of the phase; AUROC of each gate once they train, or on its own."""
+        """Agreement of each lens, loss of the phase or of those that take turns, AUROC of each gate that trains.
+
+        On its own, validation tells all of these.
+
+        Raises:
+            UserError: If a loss is not finite while fitting.
+        """
         if not (size := int(counted(batch).sum())):
             return
-        alone = self.trainer.state.fn != TrainerFn.FITTING
-        phases: list[Phase] = ["lenses", "gates"] if alone else [self.phase]
+        fitting = self.trainer.state.fn == TrainerFn.FITTING
+        names = tuple(self.phases)
+        if fitting:
+            now = self._phase(max(0, self.global_step - 1))
+            names = self.alternate if now in self.alternate else (now,)
         agreed = {depth: self._reader(self.bank, batch, site) for depth, site in self.sites.items()}
-        for depth, agreed_N in agreed.items():
-            self.log(f"val/agreement/{depth}", agreed_N.float().mean(), batch_size=size)
-        for phase in phases:
-            if (objective := self.objectives[phase]) is None:
-                continue
-            loss, seen = objective.loss(self.bank, batch, self.sites)
-            self.log(f"val/loss/{phase}", loss, batch_size=size)
-            self.log_dict({f"val/{name}": value for name, value in seen.items()}, batch_size=size)
-        if "gates" in phases:
-            for name, auroc in self.aurocs.update(self.bank, batch, self.sites, agreed):
-                self.log(f"val/auroc/{name}", auroc, batch_size=size)
+        figures: dict[str, Tensor] = {f"agreement/{d}": agreed_N.float().mean() for d, agreed_N in agreed.items()}
+        for name in names:
+            phase = self.phases[name]
+            loss, seen = phase.objective.loss(self.bank, batch, self.sites)
+            if fitting:
+                checks.check_finite("The validation loss", [loss], step=self.global_step, name=name, phase=phase)
+            figures |= {f"loss/{name}": loss, **seen}
+        self.log_dict({f"val/{name}": value for name, value in figures.items()}, batch_size=size)
+        if fitting and not any("gates" in self.phases[name].trains for name in names):
+            return
+        for depth, evidence in self.bank.known_texts(batch.hidden, self.sites, counted(batch)).items():
+            for name in self.bank.gates(depth):
+                auroc = cast(GateAUROC, self.aurocs[f"{depth}/{name}"])
+                auroc.update(evidence.score(name), agreed[depth])
+                self.log(f"val/auroc/{depth}/{name}", auroc, batch_size=size)
 
     # -- checkpoints --------------------------------------------------------------------------------
 

@@ -20,7 +20,7 @@ from dynamax.data.language import LanguageData
 from dynamax.errors import UserError
 from dynamax.metrics.language import DepthScores
 from dynamax.modules.card import command
-from dynamax.modules.checks import one_device
+from dynamax.modules.checks import all_finite, one_device
 from dynamax.modules.compiling import check_compiler, compile_blocks
 from dynamax.modules.export import check_target, write_model
 from dynamax.modules.schedule import OneRate
@@ -214,8 +214,12 @@ class LanguageModule(LightningModule, ABC):
             self.record.scores[self.global_step] = found
 
     def on_fit_end(self) -> None:
-        """Write the model, if a folder was given; also where a finished run is taken up once more."""
-        self.record.check()
+        """Write the model, if a folder was given; also where a finished run is taken up once more.
+
+        Raises:
+            UserError: If the newest loss or a weight is not finite.
+        """
+        self._check_finite()
         if self.export is None or cast(Any, self.trainer).fast_dev_run:
             return
         self.to(self.trainer.strategy.root_device)  # Lightning has taken it off already
@@ -240,7 +244,12 @@ class LanguageModule(LightningModule, ABC):
     # -- checkpoints --------------------------------------------------------------------------------
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Note what was built and on which text."""
+        """Note what was built and on which text.
+
+        Raises:
+            UserError: If the newest loss or a weight is not finite: no checkpoint is replaced by such a model.
+        """
+        self._check_finite()
         checkpoint[self.notes] = {"identity": self._identity(), "record": self.record.state()}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -261,6 +270,14 @@ class LanguageModule(LightningModule, ABC):
                 f"ckpt_path."
             )
         self.record.load(checkpoint[self.notes]["record"])
+
+    def _check_finite(self) -> None:
+        self.record.check()
+        if not all_finite(self.backbone.parameters()):
+            raise UserError(
+                f"A weight of the model is infinite or not a number after step {self.global_step}. Nothing was "
+                f"written. Lower model.learning_rate, or set trainer.gradient_clip_val: 1, and train anew."
+            )
 
     def _identity(self) -> dict[str, Any]:
         text = {"streams": self.data.streams.fingerprint, **self.data.order}

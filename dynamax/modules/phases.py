@@ -1,36 +1,192 @@
-"""The two phases of training heads, and which documents belong to which. Knows batches, no heads."""
+"""Phases of training heads: which heads, towards what, for how long, on which documents. Knows no weights."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
 from dynamax.data.batch import HiddenBatch
-from dynamax.objectives.base import Phase
+from dynamax.errors import UserError
+from dynamax.heads.bank import ExitBank
+from dynamax.heads.base import ExitHead
+from dynamax.modules.schedule import warm_cosine
+from dynamax.objectives.base import Kind, Objective
 
+EPOCHS = 4
+"""Length of a phase that is not the last one, where none is given."""
+HELD_BACK = 0.25
+"""Part of the prompts that is kept from the lenses and trains the gates, where nothing else is given."""
 PARTS = 1 << 16
 """Parts of the prompts that shares are counted in: by the low bits of their hash, as validation goes by the high."""
 
 
-def resting(phase: Phase) -> Phase:
-    """The phase that is not this one."""
-    return "gates" if phase == "lenses" else "lenses"
+@dataclass(frozen=True, repr=False)
+class Phase:
+    """One stretch of training; the heads that its objective does not train rest, in eval mode and without gradients.
+
+    Args:
+        objective: What is trained towards. It decides which heads train: lenses, gates, or both.
+        epochs: Length in epochs. Give ``epochs`` or ``steps``, or neither: then the last phase gets the rest of the
+            training, and any other phase 4 epochs.
+        steps: Length in optimiser steps.
+        learning_rate: Peak. Left out, 2e-3 if lenses train, 1e-3 if only gates do.
+        prompts: Which prompts' documents are used: those from the first to the second of two numbers in [0, 1],
+            in an order that does not change. Phases whose ranges do not overlap share no document. Left out, if
+            lenses and gates train in phases of their own, the lenses get [0.25, 1] and the gates [0, 0.25]; otherwise
+            all get [0, 1].
+    """
+
+    objective: Objective
+    epochs: int | None = None
+    steps: int | None = None
+    learning_rate: float | None = None
+    prompts: tuple[float, float] | None = None
+
+    @property
+    def trains(self) -> frozenset[Kind]:
+        """The kinds of heads that train."""
+        return self.objective.trains
+
+    @property
+    def rate(self) -> float:
+        """Peak learning rate."""
+        if self.learning_rate is not None:
+            return self.learning_rate
+        return 2e-3 if "lenses" in self.trains else 1e-3
+
+    @property
+    def length(self) -> str:
+        """The length in words."""
+        if self.steps is None and self.epochs is None:
+            return "the rest"
+        return f"{self.steps} steps" if self.epochs is None else f"{self.epochs} epochs"
 
 
-def share(batch: HiddenBatch, phase: Phase, gate_share: float) -> HiddenBatch:
-    """The documents of a batch that a phase trains on, all of a prompt or none.
+def completed(phases: Mapping[str, Phase], alternate: Sequence[str]) -> dict[str, Phase]:
+    """The phases in the order of their first turns, with lengths and prompts filled in where they were left out.
+
+    Args:
+        phases: As given, by name.
+        alternate: Names of those that take turns once the others are done.
+
+    Raises:
+        UserError: If an option is out of range, or ``alternate`` does not name two or more of the phases.
+    """
+    for name, phase in phases.items():
+        start, stop = phase.prompts or (0.0, 1.0)
+        lengths = [length for length in (phase.epochs, phase.steps) if length is not None]
+        if not (0 < phase.rate <= 1 and 0 <= start < stop <= 1 and len(lengths) < 2 and all(n >= 1 for n in lengths)):
+            raise UserError(
+                f"The phase {name} was given epochs {phase.epochs}, steps {phase.steps}, learning_rate "
+                f"{phase.learning_rate} and prompts {phase.prompts}. Give epochs or steps, not both, of at least 1; "
+                f"learning_rate must lie in (0, 1]; prompts are two numbers in [0, 1], the smaller one first."
+            )
+    if alternate and (len(set(alternate)) != len(alternate) or len(alternate) < 2 or not set(alternate) <= set(phases)):
+        raise UserError(
+            f"alternate was given {list(alternate)}, but the phases are {list(phases)}. Name two or more of these, "
+            f"each once."
+        )
+    ordered = {name: phases[name] for name in [*(name for name in phases if name not in alternate), *alternate]}
+    apart = {phase.trains for phase in phases.values()} == {frozenset(["lenses"]), frozenset(["gates"])}
+    found = {}
+    for place, (name, phase) in enumerate(ordered.items(), 1):
+        if phase.epochs is None and phase.steps is None and (alternate or place < len(ordered)):
+            if name in alternate:
+                raise UserError(
+                    f"The phase {name} takes turns with others, but has no length. Give it steps or epochs, such as "
+                    f"model.phases.{name}.steps: 200."
+                )
+            phase = replace(phase, epochs=EPOCHS)
+        if phase.prompts is None:
+            part = (HELD_BACK, 1.0) if "lenses" in phase.trains else (0.0, HELD_BACK)
+            phase = replace(phase, prompts=part if apart else (0.0, 1.0))
+        found[name] = phase
+    return found
+
+
+def heads_of(bank: ExitBank, kinds: Iterable[Kind]) -> Iterator[ExitHead]:
+    """The heads of some kinds, by depth."""
+    for kind in kinds:
+        for depth in bank.depths:
+            yield from [bank.lens(depth)] if kind == "lenses" else bank.gates(depth).values()
+
+
+class PhaseSchedule:
+    """Which phase each optimiser step belongs to, and its learning rate.
+
+    Args:
+        phases: As ``completed`` gives them.
+        alternate: Names of those that take turns once the others are done.
+        epoch_steps: Steps of an epoch.
+        total: Steps of the whole training.
+    """
+
+    def __init__(self, phases: Mapping[str, Phase], alternate: Sequence[str], *, epoch_steps: int, total: int) -> None:
+        self.phases, self.alternate, self.total = phases, alternate, total
+        self.turn: dict[str, int] = {}
+        for name, phase in phases.items():
+            given = phase.steps if phase.epochs is None else phase.epochs * epoch_steps
+            self.turn[name] = max(1, total - sum(self.turn.values())) if given is None else given
+        once = sum(self.turn[name] for name in phases if name not in alternate)
+        self.all_turns = dict(self.turn)  # steps of each phase in all its turns
+        place = once
+        cycle = sum(self.turn[name] for name in alternate)
+        for name in alternate:
+            rounds, rest = divmod(max(0, total - once), cycle)
+            self.all_turns[name] = rounds * self.turn[name] + min(self.turn[name], max(0, rest - (place - once)))
+            place += self.turn[name]
+
+    def at(self, step: int) -> tuple[str, int]:
+        """The name of the phase that a step belongs to, and how many steps this phase has had before."""
+        name = ""
+        for name in self.phases:
+            if name in self.alternate:
+                break
+            if step < self.turn[name]:
+                return name, step
+            step -= self.turn[name]
+        if not self.alternate:
+            return name, step + self.turn[name]
+        rounds, place = divmod(step, sum(self.turn[name] for name in self.alternate))
+        for name in self.alternate:
+            if place < self.turn[name]:
+                break
+            place -= self.turn[name]
+        return name, rounds * self.turn[name] + place
+
+    def rate(self, kind: Kind, warmup: float, step: int) -> float:
+        """The learning rate of one kind of heads: 0 while they rest.
+
+        It rises and falls once over all steps of a phase, however many turns these are spread over.
+
+        Args:
+            kind: Which heads.
+            warmup: Part of the phase's steps over which the rate rises.
+            step: Counted from 0.
+        """
+        name, done = self.at(step)
+        phase = self.phases[name]
+        if step >= self.total or kind not in phase.trains:
+            return 0.0
+        return phase.rate * warm_cosine(self.all_turns[name], warmup)(done)
+
+
+def share(batch: HiddenBatch, prompts: tuple[float, float]) -> HiddenBatch:
+    """The documents of a batch that belong to a range of the prompts: all of a prompt or none.
 
     Args:
         batch: At least one document.
-        phase: Whose documents.
-        gate_share: Part of the prompts that belongs to the gates.
+        prompts: From, and up to, in [0, 1]; prompts are ordered by their hash.
 
     Returns:
         These documents; where there are none, one of number -1 with no position counted, which teaches nothing.
     """
-    gates_B = batch.origins_B % PARTS < gate_share * PARTS
-    chosen_B = (gates_B == (phase == "gates")).nonzero()[:, 0]
+    if prompts == (0.0, 1.0):
+        return batch
+    parts_B = batch.origins_B % PARTS
+    chosen_B = ((parts_B >= prompts[0] * PARTS) & (parts_B < prompts[1] * PARTS)).nonzero()[:, 0]
     if len(chosen_B):
         return batch.rows(chosen_B)
     first = batch.rows(torch.tensor([0], device=batch.origins_B.device))

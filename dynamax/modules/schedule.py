@@ -1,7 +1,4 @@
-"""Optimisers, of parts that train one after another and of a whole model, and their learning rates.
-
-Knows parameters and steps alone.
-"""
+"""Learning rates over a run, and the optimiser of a whole model. Knows parameters and steps alone."""
 
 from __future__ import annotations
 
@@ -15,39 +12,6 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
 from dynamax.errors import UserError
-
-
-class TrainedGroup(NamedTuple):
-    """Parameters that train from step ``start`` up to, not including, ``stop``.
-
-    Attributes:
-        name: Of the parameter group.
-        parameters: May be none.
-        rate: Peak learning rate.
-        start: First step.
-        stop: Step behind the last.
-    """
-
-    name: str
-    parameters: list[nn.Parameter]
-    rate: float
-    start: int
-    stop: int
-
-
-def adamw(parts: Sequence[TrainedGroup], *, weight_decay: float, warmup: float) -> OptimizerLRScheduler:
-    """One AdamW with a group, and a schedule, for each part that has parameters.
-
-    Args:
-        parts: What trains when; a part at rest has no gradient, so the optimiser passes it over.
-        weight_decay: Of AdamW.
-        warmup: Part of each span over which the rate rises.
-    """
-    used = [part for part in parts if part.parameters]
-    groups = [{"params": part.parameters, "lr": part.rate, "name": part.name} for part in used]
-    optimizer = AdamW(groups, weight_decay=weight_decay)
-    schedule = LambdaLR(optimizer, [warm_cosine(part.start, part.stop, warmup) for part in used])
-    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
 class OneRate(NamedTuple):
@@ -71,11 +35,12 @@ class OneRate(NamedTuple):
         Raises:
             UserError: In the owner's name.
         """
-        if self.learning_rate <= 0 or self.warmup < 1 or not 0 <= self.flat <= 1 or self.weight_decay < 0:
+        known = 0 < self.learning_rate <= 1 and 0 <= self.weight_decay < math.inf  # false where one is not a number
+        if not known or self.warmup < 1 or not 0 <= self.flat <= 1:
             raise UserError(
                 f"{owner} was given learning_rate {self.learning_rate}, warmup {self.warmup}, flat {self.flat} and "
-                f"weight_decay {self.weight_decay}; learning_rate must be positive, warmup at least 1, flat in [0, 1], "
-                f"weight_decay at least 0."
+                f"weight_decay {self.weight_decay}; learning_rate must lie in (0, 1], warmup be at least 1, flat lie "
+                f"in [0, 1], weight_decay be a number of at least 0."
             )
 
     def over(self, parameters: Sequence[nn.Parameter], steps: int) -> OptimizerLRScheduler:
@@ -89,18 +54,22 @@ class OneRate(NamedTuple):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
-def warm_cosine(start: int, stop: int, warmup: float) -> Callable[[int], float]:
-    """Factor of the learning rate by step: 0 outside [start, stop), within it a linear rise, then half a cosine."""
-    length = max(1, stop - start)
+def warm_cosine(length: int, warmup: float) -> Callable[[int], float]:
+    """Factor of the learning rate by step: a linear rise, then half a cosine; 0 outside [0, length).
+
+    Args:
+        length: Steps in all.
+        warmup: Part of them over which the rate rises.
+    """
+    length = max(1, length)
     rise = max(1, round(warmup * length))
 
     def factor(step: int) -> float:
-        done = step - start
-        if not 0 <= done < length:
+        if not 0 <= step < length:
             return 0.0
-        if done < rise:
-            return (done + 1) / rise
-        return 0.5 * (1 + math.cos(math.pi * (done - rise) / max(1, length - rise)))
+        if step < rise:
+            return (step + 1) / rise
+        return 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, length - rise)))
 
     return factor
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from typing import ClassVar, Literal
+from collections.abc import Collection, Mapping
+from typing import ClassVar, Literal, get_args
 
 from torch import Tensor
 
@@ -12,17 +12,21 @@ from dynamax.data.batch import HiddenBatch
 from dynamax.heads.bank import ExitBank
 from dynamax.types import Site
 
-Phase = Literal["lenses", "gates"]
+Kind = Literal["lenses", "gates"]
+"""What an exit is made of: a lens says which token, gates say whether to leave."""
+KINDS: tuple[Kind, ...] = get_args(Kind)
 
 
 class Objective(ABC):
     """A loss over the heads of all exits at once. Heads share nothing, so neither do their gradients.
 
     Attributes:
-        phase: Which heads its loss has a gradient for.
+        trains: The kinds of heads that its loss has a gradient for.
+        tokens: How many of the full model's most likely tokens the store must keep of a position.
     """
 
-    phase: ClassVar[Phase]
+    trains: ClassVar[frozenset[Kind]]
+    tokens: int = 1
 
     @abstractmethod
     def loss(self, bank: ExitBank, batch: HiddenBatch, sites: Mapping[int, Site]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -37,8 +41,12 @@ class Objective(ABC):
             The loss, a scalar with a gradient, and detached scalars by name, such as ``positive/15``.
         """
 
-    def begin(self) -> None:  # noqa: B027 - most objectives remember nothing
-        """Training begins: forget what was remembered of other heads."""
+    def forget(self, changed: Collection[Kind] | None) -> None:  # noqa: B027 - most objectives remember nothing
+        """Forget what was remembered of heads that have changed.
+
+        Args:
+            changed: Kinds of heads; None where everything may have, documents too.
+        """
 
 
 def counted(batch: HiddenBatch) -> Tensor:

@@ -7,6 +7,7 @@ https://arxiv.org/abs/2408.10189).
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from typing import final
 
@@ -64,11 +65,11 @@ class LogitDistillation(DistillationLoss):
         hidden: float = 0.0,
     ) -> None:
         weights = (divergence, cross_entropy, hidden)
-        if temperature <= 0 or min(weights) < 0 or not any(weights):
+        if not 0 < temperature < math.inf or not all(0 <= each < math.inf for each in weights) or not any(weights):
             raise UserError(
                 f"LogitDistillation was given temperature {temperature} and the weights divergence {divergence}, "
                 f"cross_entropy {cross_entropy} and hidden {hidden}; the temperature must be positive, no weight "
-                f"negative, and one weight positive."
+                f"negative, one weight positive, and none infinite."
             )
         self.temperature = temperature
         self.divergence, self.cross_entropy, self.hidden = weights

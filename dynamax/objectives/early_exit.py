@@ -5,6 +5,7 @@ Knows a backbone's verb and tokens; not optimisers. LayerSkip: https://arxiv.org
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import final
@@ -69,7 +70,7 @@ class LayerSkip(LanguageObjective):
     """
 
     def __init__(self, *, weight: float = 1.0, dropout: float = 0.1, seed: int = 0) -> None:
-        if weight <= 0 or not 0 <= dropout < 1:
+        if not 0 < weight < math.inf or not 0 <= dropout < 1:
             raise UserError(
                 f"LayerSkip was given weight {weight} and dropout {dropout}; weight must be positive and dropout must "
                 f"lie in [0, 1). To train without exits, use NextToken."

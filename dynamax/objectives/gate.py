@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import ClassVar, Literal
 
 import torch
@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from dynamax.data.batch import HiddenBatch
 from dynamax.errors import UserError
 from dynamax.heads.bank import ExitBank
-from dynamax.objectives.base import Objective, Phase, counted
+from dynamax.objectives.base import Kind, Objective, counted
 from dynamax.objectives.readout import ExitReader, Through, best_token, in_top_k
 from dynamax.types import Site
 
@@ -23,7 +23,7 @@ Weights = Literal["uniform", "increasing", "decreasing"]
 class GateObjective(Objective):
     """Binary cross-entropy of every gate against labels made from the exit's and the full model's tokens.
 
-    Lenses must not change while gates train: labels are remembered by document.
+    Labels are remembered by document for as long as the lenses do not change.
 
     Source: DYNAMAX (Nogales et al. 2025, arXiv 2504.20922). The authors' code has ``labels: oracle-in-exit``,
     ``k: 15``, ``readout: logit-lens`` and ``weights: increasing``; descriptions of the paper also have
@@ -45,7 +45,7 @@ class GateObjective(Objective):
         UserError: If ``k`` is not positive, or is given beside ``agreement``.
     """
 
-    phase: ClassVar[Phase] = "gates"
+    trains: ClassVar[frozenset[Kind]] = frozenset(["gates"])
 
     def __init__(
         self,
@@ -65,54 +65,44 @@ class GateObjective(Objective):
         self.k = k
         self.weights: Weights = weights
         self.balance = balance
+        self.tokens = k if labels == "exit-in-oracle" else 1
         self._reader = ExitReader(readout, best_token if labels == "exit-in-oracle" else in_top_k(k))
 
-    def begin(self) -> None:
-        """Training begins: forget the labels of other heads."""
-        self._reader.forget()
+    def forget(self, changed: Collection[Kind] | None) -> None:
+        """Forget the labels, if the lenses that they were read through have changed."""
+        self._reader.forget(changed)
 
     def loss(self, bank: ExitBank, batch: HiddenBatch, sites: Mapping[int, Site]) -> tuple[Tensor, dict[str, Tensor]]:
         """Weighted sum over exits and gates; ``positive/DEPTH`` and ``bce/DEPTH/GATE`` are reported."""
-        live_BT, labels = counted(batch), self.labels(bank, batch, sites)
         shares = dict(zip(bank.depths, depth_weights(len(bank.depths), self.weights), strict=True))
-        total, seen = torch.zeros((), device=live_BT.device), {}
-        read = bank.known_texts(batch.hidden, sites, live_BT)
-        for depth, label_N in labels.items():
+        total, seen = torch.zeros((), device=batch.live_BT.device), {}
+        evidence = bank.known_texts(batch.hidden, sites, counted(batch))
+        for depth, label_N in self.labels(bank, batch, sites).items():
             target_N = label_N.float()
-            positions = max(1, len(target_N))
-            seen[f"positive/{depth}"] = target_N.sum() / positions
+            positions, positive = max(1, len(target_N)), target_N.sum()
+            weight = None
+            if self.balance:
+                weight = torch.where(positive > 0, (len(target_N) - positive) / positive.clamp_min(1), 1.0)
+            seen[f"positive/{depth}"] = positive / positions
             for name in bank.gates(depth):
-                score_N = read[depth].score(name).float()
-                weight = self._positive_weight(target_N)
-                loss = (
-                    F.binary_cross_entropy_with_logits(score_N, target_N, pos_weight=weight, reduction="sum")
-                    / positions
-                )
-                total = total + shares[depth] * loss
-                seen[f"bce/{depth}/{name}"] = loss.detach()
+                score_N = evidence[depth].score(name).float()
+                loss = F.binary_cross_entropy_with_logits(score_N, target_N, pos_weight=weight, reduction="sum")
+                total = total + shares[depth] * (loss / positions)
+                seen[f"bce/{depth}/{name}"] = (loss / positions).detach()
         return total, seen
 
     def labels(self, bank: ExitBank, batch: HiddenBatch, sites: Mapping[int, Site]) -> dict[int, Tensor]:
         """Whether leaving is right, bool ``label_N`` at the counted positions, for each exit that has a gate."""
-        return {depth: self._label(bank, batch, sites[depth]) for depth in bank.depths if bank.gates(depth)}
-
-    def _label(self, bank: ExitBank, batch: HiddenBatch, site: Site) -> Tensor:
-        answer_N = self._reader(bank, batch, site)
+        answers = {depth: self._reader(bank, batch, sites[depth]) for depth in bank.depths if bank.gates(depth)}
         if self.direction != "exit-in-oracle":
-            return answer_N
+            return answers
         likely_NK = batch.top_tokens_BTK[counted(batch)]
         if self.k > likely_NK.shape[1]:
             raise UserError(
                 f"GateObjective was given labels exit-in-oracle and k {self.k}, but the store keeps "
                 f"{likely_NK.shape[1]} tokens a position. Lower k, or fill a store with more."
             )
-        return (answer_N[:, None] == likely_NK[:, : self.k]).any(-1)
-
-    def _positive_weight(self, target_N: Tensor) -> Tensor | None:
-        if not self.balance:
-            return None
-        positive = target_N.sum()
-        return torch.where(positive > 0, (len(target_N) - positive) / positive.clamp_min(1), 1.0)
+        return {d: (answer_N[:, None] == likely_NK[:, : self.k]).any(-1) for d, answer_N in answers.items()}
 
 
 def depth_weights(exits: int, weights: Weights) -> list[float]:

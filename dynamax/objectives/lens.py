@@ -12,7 +12,8 @@ from torch import Tensor
 from dynamax.data.batch import HiddenBatch
 from dynamax.errors import UserError
 from dynamax.heads.bank import ExitBank
-from dynamax.objectives.base import Objective, Phase, counted
+from dynamax.objectives.base import Kind, Objective, counted
+from dynamax.objectives.readout import lens_states
 from dynamax.types import Site
 
 Hard = Literal["full-model", "text"]
@@ -43,7 +44,7 @@ class LensDistillation(Objective):
         UserError: If an option is out of range.
     """
 
-    phase: ClassVar[Phase] = "lenses"
+    trains: ClassVar[frozenset[Kind]] = frozenset(["lenses"])
 
     def __init__(
         self, *, hard: Hard = "full-model", soft: float = 0.5, top: int = 4, candidates: int | None = 1024
@@ -57,6 +58,7 @@ class LensDistillation(Objective):
         self.soft = soft
         self.top = top
         self.candidates = candidates
+        self.tokens = top if soft else 1
 
     def loss(self, bank: ExitBank, batch: HiddenBatch, sites: Mapping[int, Site]) -> tuple[Tensor, dict[str, Tensor]]:
         """Summed over the lenses that have something to learn; ``cross_entropy/DEPTH`` is reported."""
@@ -67,8 +69,7 @@ class LensDistillation(Objective):
         for depth in bank.depths:
             if not list(bank.lens(depth).parameters()):
                 continue
-            u_ND = bank.lens(depth).translate(batch.hidden[depth], sites[depth])[live_BT]
-            logits_NC = sites[depth].project(u_ND, choice.tokens_C) + choice.raise_C
+            logits_NC = sites[depth].project(lens_states(bank, batch, sites[depth]), choice.tokens_C) + choice.raise_C
             logp_NT = logits_NC.gather(1, choice.place_NT) - logits_NC.logsumexp(-1, keepdim=True)
             loss = -(share_NT * logp_NT).sum() / max(1, len(target_NT))
             total = total + loss

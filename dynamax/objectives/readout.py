@@ -1,8 +1,8 @@
-"""What an exit would say, over the whole vocabulary and in float32. Knows lenses and sites; not what it is for."""
+"""What lenses and gates say at stored states: the one place where training calls them. Not what it is for."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Literal
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 from dynamax.data.batch import HiddenBatch
 from dynamax.data.labels import fast_topk
 from dynamax.heads.bank import ExitBank
-from dynamax.objectives.base import counted
+from dynamax.objectives.base import Kind, counted
 from dynamax.types import Site
 
 Through = Literal["lens", "logit-lens"]
@@ -22,6 +22,11 @@ LOGITS = 1 << 24
 """Logits held at a time: 64 MiB of float32."""
 MARGIN = 1e-3
 """By how much a rival must win for the whole vocabulary not to be asked: more than rounding could change."""
+
+
+def lens_states(bank: ExitBank, batch: HiddenBatch, site: Site) -> Tensor:
+    """What an exit's lens makes of the counted positions: ``u_ND``, which the output matrix reads."""
+    return bank.lens(site.depth).translate(batch.hidden[site.depth], site)[counted(batch)]
 
 
 class ExitReader:
@@ -41,30 +46,34 @@ class ExitReader:
         self.question = question
         self._known: dict[tuple[int, int], Tensor] = {}
 
-    def forget(self) -> None:
-        """Read everything again from now on."""
-        self._known.clear()
+    def forget(self, changed: Collection[Kind] | None) -> None:
+        """Forget what may not be true any more.
+
+        Args:
+            changed: Kinds of heads that have changed; None where documents may have too.
+        """
+        if changed is None or (self.through == "lens" and "lenses" in changed):
+            self._known.clear()
 
     def __call__(self, bank: ExitBank, batch: HiddenBatch, site: Site) -> Tensor:
         """The answers of one exit at the counted positions of a batch, row after row."""
         keys = [(site.depth, int(document)) for document in batch.documents_B]
-        if all(key in self._known for key in keys):
+        moving = self.through == "lens" and any(p.requires_grad for p in bank.lens(site.depth).parameters())
+        if not moving and all(key in self._known for key in keys):
             known_N = torch.cat([self._known[key] for key in keys]).to(batch.live_BT.device)
             assert len(known_N) == counted(batch).sum(), "a document is counted at the same positions each time"
             return known_N
-        answer_N = self._read(bank, batch, site)
-        if self.through == "logit-lens" or not any(p.requires_grad for p in bank.lens(site.depth).parameters()):
-            lengths = counted(batch).sum(1).tolist()
+        with torch.no_grad(), torch.autocast(batch.live_BT.device.type, enabled=False):  # half-precision logits tie
+            live_BT = counted(batch)
+            if self.through == "lens":
+                u_ND = lens_states(bank, batch, site)
+            else:
+                u_ND = site.normalize(batch.hidden[site.depth])[live_BT]
+            answer_N = self.question(site, u_ND, batch.top_tokens_BTK[live_BT][:, 0])
+        if not moving:
+            lengths = live_BT.sum(1).tolist()
             self._known |= zip(keys, answer_N.cpu().split(lengths), strict=True)
         return answer_N
-
-    @torch.no_grad()
-    def _read(self, bank: ExitBank, batch: HiddenBatch, site: Site) -> Tensor:
-        with torch.autocast(batch.live_BT.device.type, enabled=False):  # half-precision logits tie
-            live_BT, h_BTD = counted(batch), batch.hidden[site.depth]
-            lens = bank.lens(site.depth)
-            u_BTD = lens.translate(h_BTD, site) if self.through == "lens" else site.normalize(h_BTD)
-            return self.question(site, u_BTD[live_BT], batch.top_tokens_BTK[live_BT][:, 0])
 
 
 def best_token(site: Site, u_ND: Tensor, oracle_N: Tensor) -> Tensor:

@@ -117,6 +117,15 @@ def test_an_adapter_is_not_passed_over(tmp_path):
         Folder(str(tmp_path)).output_stage()
 
 
+def test_a_package_that_is_wanting_is_told(tmp_path, monkeypatch):
+    def wanting(*_, **__):
+        raise ImportError("\nThis tokenizer needs sentencepiece.\nMore words.")
+
+    monkeypatch.setattr("dynamax.backbones.loading.AutoTokenizer.from_pretrained", wanting)
+    with pytest.raises(UserError, match="not installed: This tokenizer needs sentencepiece. Install it"):
+        Folder(str(model_folder(tmp_path))).tokenizer()
+
+
 def test_a_fault_of_ours_stays_a_fault(tmp_path, monkeypatch):
     """Only what libraries raise while they read is told as the files' fault."""
     model_folder(tmp_path)

@@ -8,12 +8,11 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from dynamax.backbones import families
-from dynamax.backbones.families import FamilySpec, family
+from dynamax import registry
+from dynamax.backbones.families import FAMILIES, FamilySpec, family
 from dynamax.backbones.hf import HFBackbone
 from dynamax.backbones.sources import Folder
 from dynamax.errors import UserError
-from dynamax.registry import Registry
 from dynamax.testing import check_backbone
 from tests.tiny import redraw
 
@@ -32,10 +31,12 @@ def offer(monkeypatch, tmp_path):
         (record / "METADATA").write_text("Metadata-Version: 2.1\nName: somebodys_rows\nVersion: 1.0\n")
         (record / "entry_points.txt").write_text(f"[dynamax.families]\n{model_type} = somebodys_rows:ROW\n")
         monkeypatch.syspath_prepend(packages)
-        monkeypatch.setattr(families, "MODEL_FAMILIES", Registry("dynamax.families", "model family"))
+        registry._installed.cache_clear()
 
     yield offered
     sys.modules.pop("somebodys_rows", None)
+    monkeypatch.undo()
+    registry._installed.cache_clear()
 
 
 def test_a_family_of_another_package(offer, tmp_path):
@@ -60,7 +61,7 @@ def test_two_rows_of_one_type_are_refused(offer):
     offer("llama")
     with pytest.raises(UserError, match="another row, somebodys_rows:ROW"):
         family("llama")
-    assert family("mistral") is families.FAMILIES["mistral"]
+    assert family("mistral") is FAMILIES["mistral"]
 
 
 @pytest.mark.parametrize("module", ["ROW = {'blocks': 'layers'}", ROW.replace("FamilySpec()", "FamilySpec")])

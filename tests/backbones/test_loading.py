@@ -166,6 +166,23 @@ def test_names_with_and_without_the_prefix(prefix, tmp_path):
 
 
 @torch.no_grad()
+def test_an_output_matrix_under_its_old_name(tmp_path):
+    """Pythia's folders call it embed_out."""
+    model = tiny("gpt_neox", dtype=torch.float32, depth=DEPTH)
+    model.save_pretrained(tmp_path)
+    rewrite(
+        tmp_path,
+        lambda tensors: tensors.update(
+            {"embed_out.weight": tensors.pop(next(n for n in ("embed_out.weight", "lm_head.weight") if n in tensors))}
+        ),
+    )
+    whole, top = Folder(str(tmp_path)).load(), Folder(str(tmp_path)).output_stage()
+    torch.testing.assert_close(whole.reference(TOKENS_BT), model(TOKENS_BT).logits)
+    u_BTD = torch.randn(1, 3, 32, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(top.project(u_BTD), whole.project(u_BTD), rtol=0, atol=0)
+
+
+@torch.no_grad()
 def test_positions_of_the_embeddings_shape_are_no_output_matrix(tmp_path):
     model = tiny("gpt2", dtype=torch.float32, depth=DEPTH, max_position_embeddings=61)
     model.save_pretrained(tmp_path)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-from dynamax.backbones.chunk import Chunk
 from lightning.pytorch import Trainer
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -14,6 +13,7 @@ from dynamax.backbones.sources import Source, source_from
 from dynamax.data import HiddenStates
 from dynamax.heads import Exit, LinearGate, TunedLens
 from dynamax.modules.heads import HeadsModule
+from dynamax.modules.phases import Phase
 from dynamax.objectives import GateObjective, LensDistillation
 from dynamax.testing import check_backbone
 from dynamax.types import BlockCost, Spec
@@ -39,15 +39,11 @@ class Toy(Backbone):
     def embed(self, tokens_BT, cache=None):
         return self.embedding(tokens_BT)
 
-    def block(self, index, h_BTD, chunk, store):
+    def block(self, index, h_BTD, plan, view):
         q, k, v = (x[:, None] for x in self.qkv[index](F.rms_norm(h_BTD, (WIDTH,))).chunk(3, -1))
-        k, v = store.update(k, v)
-        mask = chunk.mask(None, store.holes)
-        causal = mask is None and q.shape[2] > 1
-        return h_BTD + F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)[:, 0]
-
-    def window(self, index):
-        return None
+        k, v = view.update(k, v)
+        causal = view.mask is None and q.shape[2] > 1
+        return h_BTD + F.scaled_dot_product_attention(q, k, v, attn_mask=view.mask, is_causal=causal)[:, 0]
 
     def normalize(self, h_BTD):
         return F.rms_norm(h_BTD, (WIDTH,))
@@ -59,12 +55,6 @@ class Toy(Backbone):
     def block_cost(self, index):
         weights = 3 * WIDTH * WIDTH
         return BlockCost(weights, weights, 2 * WIDTH, 2 * WIDTH, None, weights)
-
-    def chunk(self, h_BTD, start, pad_B=None, past=None):
-        return Chunk(h_BTD, start, pad_B, past=past)
-
-    def shift_keys(self, k_BHTD, index):
-        return k_BHTD
 
 
 class ToySource(Source):
@@ -96,9 +86,8 @@ def test_it_keeps_the_contract() -> None:
 def test_heads_are_trained_on_it(tmp_path) -> None:
     source = ToySource(seed=3)
     exits = {1: Exit(TunedLens, [LinearGate])}
-    module = HeadsModule(
-        source, exits, lens_objective=LensDistillation(), gate_objective=GateObjective(), lens_epochs=1
-    )
+    phases = {"lenses": Phase(LensDistillation(), epochs=1), "gates": Phase(GateObjective())}
+    module = HeadsModule(source, exits, phases)
     data = HiddenStates(source, RandomText(), [1], folder=str(tmp_path / "store"), validation=0.3)
     quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
     trainer = Trainer(max_epochs=2, default_root_dir=tmp_path, accelerator="cpu", **quiet)

@@ -39,9 +39,9 @@ def by_transformers(backbone: HFBackbone, block: int, h_BTD: Tensor, chunk: Step
         "attention_mask": None,
         "position_ids": chunk.positions_BT,
         "position_embeddings": chunk.angles(backbone._kinds[block]),
-        backbone.row.cache: held,
+        backbone.row.cache_argument: held,
     }
-    return backbone.row.call(backbone._blocks[block], h_BTD, block, options)
+    return backbone.row.call_block(backbone._blocks[block], h_BTD, block, options)
 
 
 def written_by_the_block(backbone: HFBackbone, block: int, h_BTD: Tensor) -> tuple[Tensor, Tensor]:

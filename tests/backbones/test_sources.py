@@ -202,8 +202,16 @@ class Odd(Source):
         raise NotImplementedError
 
 
+class Nameless(Odd):
+    def __init__(self, *given):
+        super().__init__(given)
+
+
 def test_a_recipe_is_json(tmp_path):
     assert Odd(tmp_path, far=2).recipe["options"] == {"given": str(tmp_path), "scale": 1.0, "far": 2}
+    assert Nameless(1, 2).recipe["options"] == {"*given": [1, 2]}
+    with pytest.raises(ValueError, match="does not take the options"):
+        source_from(Nameless(1, 2).recipe)
     assert Odd(1).recipe["class"] == f"{__name__}.Odd"
     with pytest.raises(ValueError, match=r"Odd was given given=tensor.* recorded as JSON"):
         _ = Odd(torch.zeros(1)).recipe

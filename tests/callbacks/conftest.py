@@ -17,6 +17,7 @@ from dynamax.data.tasks import TaskData
 from dynamax.heads import Exit, LinearGate, LowRankLens, MambaGate
 from dynamax.modules.decoding import DecodingModule, Sweep
 from dynamax.modules.heads import HeadsModule
+from dynamax.modules.phases import Phase
 from dynamax.objectives.gate import GateObjective
 from dynamax.objectives.lens import LensDistillation
 from dynamax.policies import MaxProb, Never
@@ -58,6 +59,7 @@ def trained(
     loggers: Sequence[Logger] = (),
     *,
     gates: bool = True,
+    batch_size: int = 8,
     ckpt_path: Path | None = None,
     **options: Any,
 ) -> tuple[Trainer, HeadsModule]:
@@ -68,12 +70,16 @@ def trained(
     module = HeadsModule(
         source,
         standing,
-        lens_objective=LensDistillation(candidates=None),
-        gate_objective=GateObjective() if gates else None,
-        lens_epochs=1,
+        {"lenses": Phase(LensDistillation(candidates=None), epochs=1 if gates else None)}
+        | ({"gates": Phase(GateObjective())} if gates else {}),
     )
     data = HiddenStates(
-        source, LocalText(str(text), length=48), list(standing), folder=str(folder / "store"), validation=0.25
+        source,
+        LocalText(str(text), length=48),
+        list(standing),
+        folder=str(folder / "store"),
+        validation=0.25,
+        batch_size=batch_size,
     )
     trainer = Trainer(
         logger=list(loggers),

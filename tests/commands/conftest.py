@@ -26,9 +26,9 @@ model:
   init_args:
     backbone: parts/backbone.yaml
     exits: {2: parts/exit.yaml, 4: parts/exit.yaml}
-    lens_objective: LensDistillation
-    gate_objective: GateObjective
-    lens_epochs: 1
+    phases:
+      lenses: {objective: LensDistillation, epochs: 1}
+      gates: {objective: GateObjective}
 data:
   class_path: HiddenStates
   init_args:

@@ -21,7 +21,7 @@ CASES = {
         [*TEST, "--model.policies=[{policy: MaxProp}]"],
         ["policy", "Did you mean MaxProb", "GateConfidence, Margin"],
     ),
-    "objective": ([*FIT, "--model.gate_objective", "GateObj"], ["gate_objective", "Known: GateObjective"]),
+    "objective": ([*FIT, "--model.phases.gates.objective", "GateObj"], ["objective", "Did you mean GateObjective"]),
     "task": ([*TEST, "--data.task", "TriviaQ"], ["data.task", "Did you mean TriviaQA"]),
     "rule for skipped state": (
         [*TEST, "--model.decoder=EarlyExit", "--model.decoder.skipped_state", "Exakt"],

@@ -125,6 +125,18 @@ def test_text_in_a_file_is_what_yaml_says(parse, tmp_path: Path) -> None:
     assert {name: found[name] for name in given} == given
 
 
+def test_options_of_parts_are_text_too(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    text = ["--data.text.field=[a: b", "--data.text.path", "1e5"]
+    assert run("fit", "-c", "fit.yaml", *text, "--print_config") == 0
+    found = yaml.safe_load(capsys.readouterr().out)["data"]["init_args"]["text"]["init_args"]
+    assert found["field"] == "[a: b"
+    assert Path(found["path"]).name == "1e5"
+    assert run("generate", "Who?", "--policy.gate=null", "--policy.threshold=0.5", "--print_config") == 0
+    assert yaml.safe_load(capsys.readouterr().out)["policy"]["init_args"]["gate"] is None
+    assert run("generate", "Who?", "--policy.gate", "*x*", "--print_config") == 0
+    assert yaml.safe_load(capsys.readouterr().out)["policy"]["init_args"]["gate"] == "*x*"
+
+
 # -- paths ------------------------------------------------------------------------------------------
 
 
@@ -193,6 +205,7 @@ def test_a_damaged_file_is_told_with_the_place(refused: Refused, place: Path, ca
     (place / "mine.yaml").write_bytes(content)
     refused(["fit", "-c", "mine.yaml"], told)
     refused(["generate", "Who?", "--config=mine.yaml"], told)
+    refused(["generate", "Who?", "-cmine.yaml"], told)
 
 
 def test_a_damaged_part_is_told_with_the_place(refused: Refused, place: Path) -> None:
@@ -228,6 +241,7 @@ def test_generate_answers_text_that_looks_like_an_option(run: Run, capsys: pytes
 
 def test_an_empty_prompt_and_a_second_one_are_refused(refused: Refused) -> None:
     refused(["generate", "", *ASK], ["The prompt is empty"])
+    refused(["generate", "caf\udce9", *ASK], ["not UTF-8"])
     refused(["generate", "Who?", *ASK, "And you?"], ["one value too many", "quotes"])
 
 

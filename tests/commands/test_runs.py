@@ -11,8 +11,20 @@ from pathlib import Path
 import pytest
 import yaml
 
+from dynamax.modules.phases import EPOCHS
+
 Run = Callable[..., int]
 TRAINERS = Path(__file__).parents[2] / "configs" / "trainer"
+
+TURNS = """
+model:
+  init_args:
+    phases:
+      warmup: {objective: LensDistillation, epochs: 1}
+      gates: {steps: 1, prompts: [0, 0.5]}
+      lenses: {epochs: null, steps: 2, learning_rate: 1e-3, prompts: [0.5, 1]}
+    alternate: [gates, lenses]
+"""
 
 
 @pytest.fixture
@@ -40,7 +52,7 @@ def test_fit_then_test_leaves_heads_report_and_picture(run: Run, fitted: Path) -
 def test_a_second_fit_uses_the_store_that_is_there(run: Run, fitted: Path) -> None:
     (before,) = (fitted / "store").glob("*/shard-*")
     written = before.stat().st_mtime_ns
-    assert run("fit", "-c", "fit.yaml", "--model.lens_learning_rate", "1e-4") == 0
+    assert run("fit", "-c", "fit.yaml", "--model.phases.lenses.learning_rate", "1e-4") == 0
     assert before.stat().st_mtime_ns == written
 
 
@@ -65,8 +77,68 @@ def test_a_trainer_that_leaves_the_gates_no_epoch_is_refused_before_the_store_is
     run: Run, place: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run("fit", "-c", "fit.yaml", "--trainer.max_epochs", "1") == 2
-    assert "no epoch is left for the gates" in capsys.readouterr().err
+    assert (
+        "Training ends before every phase had its turn: the phases are lenses 1 epochs, gates the rest"
+        in capsys.readouterr().err
+    )
     assert not (place / "store").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["--model.phases.gates.learning_rate", ".nan"], "The phase gates was given"),
+        (["--model.phases.lenses.learning_rate", ".inf"], "The phase lenses was given"),
+        (["--model.phases.lenses.prompts", "[0.5, 0.1]"], "The phase lenses was given"),
+        (["--model.weight_decay", ".nan"], "weight_decay must be a number of at least 0"),
+        (["--model.phases.lenses.objective.top", "40"], "The objective of the phase lenses, LensDistillation, reads"),
+        (["--trainer.max_steps", "1"], "Training ends before every phase had its turn"),
+        (["--trainer.gradient_clip_val", "nan"], "gradient_clip_val"),
+        (["--trainer.limit_val_batches", "0"], "limit_val_batches is 0"),
+        (["--model.alternate", "[gates, lens]"], "Name two or more of these"),
+    ],
+)
+def test_what_cannot_end_well_is_refused_before_the_store_is_filled(
+    run: Run, place: Path, capsys: pytest.CaptureFixture[str], options: list[str], told: str
+) -> None:
+    assert run("fit", "-c", "fit.yaml", *options) == 2
+    assert told in capsys.readouterr().err
+    assert not (place / "store").exists()
+
+
+def test_cache_does_not_fill_a_store_that_training_could_not_use(
+    run: Run, place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("cache", "-c", "fit.yaml", "--data.k", "2") == 2
+    assert "reads 4 tokens of a position, but the store keeps 2" in capsys.readouterr().err
+    assert not (place / "store").exists()
+
+
+def test_heads_of_others_are_not_replaced_and_nothing_is_prepared(
+    run: Run, fitted: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def contents() -> dict[str, bytes]:
+        return {str(path): path.read_bytes() for path in (fitted / "heads").rglob("*") if path.is_file()}
+
+    before = contents()
+    other = ["--model.exits={2: {gates: [LinearGate]}}", "--model.phases={gates: {}}", "--data.folder", "elsewhere"]
+    assert run("fit", "-c", "fit.yaml", *other) == 2
+    assert "are of other exits" in capsys.readouterr().err
+    assert not (fitted / "elsewhere").exists()
+    assert contents() == before
+
+
+def test_phases_take_turns_from_yaml(run: Run, place: Path) -> None:
+    (place / "turns.yaml").write_text(TURNS)
+    assert run("fit", "-c", "fit.yaml", "-c", "turns.yaml", "--trainer.max_epochs", "4") == 0
+    (log,) = (place / "logs").rglob("metrics.csv")
+    with log.open() as file:
+        columns = next(csv.reader(file))
+    assert {"val/loss/gates", "val/loss/warmup", "val/loss/lenses"} <= set(columns)
+    (config,) = (place / "logs").rglob("config.yaml")
+    written = yaml.safe_load(config.read_text())["model"]["init_args"]
+    assert list(written["phases"]) == ["warmup", "gates", "lenses"]
+    assert written["phases"]["gates"]["steps"] == 1
 
 
 def test_several_devices_are_refused_before_the_store_is_filled(
@@ -81,9 +153,10 @@ def test_several_devices_are_refused_before_the_store_is_filled(
 def test_the_trainers_that_come_with_the_project_train_as_many_epochs_as_the_demo_needs(
     run: Run, place: Path, name: str
 ) -> None:
-    demo = yaml.safe_load((TRAINERS.parent / "demo" / "fit.yaml").read_text())["model"]["init_args"]["lens_epochs"]
+    demo = yaml.safe_load((TRAINERS.parent / "demo" / "fit.yaml").read_text())["model"]["init_args"]["phases"]
+    assert "epochs" not in demo["lenses"]
     trainer = ["--trainer", str(TRAINERS / name), "--trainer.log_every_n_steps", "1"]
-    assert run("fit", "-c", "fit.yaml", *trainer, "--model.lens_epochs", str(demo)) == 0
+    assert run("fit", "-c", "fit.yaml", *trainer, "--model.phases.lenses.epochs", str(EPOCHS)) == 0
     assert not (place / "heads").exists()
 
 
@@ -128,8 +201,11 @@ def test_predict_prints_a_line_of_json_for_each_example(
     run: Run, fitted: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     capsys.readouterr()
-    assert run("predict", "-c", "test.yaml", "--trainer.callbacks", "null", "--data.task.limit", "2") == 0
-    answers = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
+    options = ["--trainer.callbacks", "null", "--data.task.limit", "2", "--trainer.enable_progress_bar", "true"]
+    assert run("predict", "-c", "test.yaml", *options) == 0
+    printed = capsys.readouterr()
+    answers = [json.loads(line) for line in printed.out.splitlines()]
+    assert "Predicting" in printed.err
     assert len(answers) == 2
     assert all(len(answer["depths"]) == len(answer["tokens"]) <= 4 for answer in answers)
 

@@ -1,10 +1,11 @@
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import jsonargparse
 import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from torch.utils.data import DataLoader
 
 from dynamax.backbones.sources import Folder, Source
 from dynamax.data.batch import HiddenBatch, collate
@@ -43,16 +44,16 @@ def ready(module: HiddenStates) -> HiddenStates:
     return module
 
 
-def numbers(loader: DataLoader) -> list[int]:
+def numbers(loader: Iterable[HiddenBatch]) -> list[int]:
     return [number for batch in loader for number in batch.documents_B.tolist()]
 
 
 # -- batches ------------------------------------------------------------------------------------
 
 
-def test_padding_and_answers_are_marked(tmp_path, backbone, tokenizer):
+def test_padding_and_answers_are_marked(tmp_path, engine):
     source = RandomText(groups=2)
-    store = fill_store(tmp_path, backbone, tokenizer, source, [2, 5], k=4, progress=False)
+    store = fill_store(tmp_path, engine, source, [2, 5], k=4, progress=False)
     documents = source.documents()
     batch = collate([store[number] for number in range(10)], list(range(10)))
     longest = max(len(document.tokens) for document in documents)
@@ -74,8 +75,8 @@ def test_padding_and_answers_are_marked(tmp_path, backbone, tokenizer):
     assert batch.tokens_BT.dtype == batch.top_tokens_BTK.dtype == torch.int64
 
 
-def test_one_document_of_one_token(tmp_path, backbone, tokenizer):
-    store = fill_store(tmp_path, backbone, tokenizer, RandomText(1, 1, 1), [2], k=1, progress=False)
+def test_one_document_of_one_token(tmp_path, engine):
+    store = fill_store(tmp_path, engine, RandomText(1, 1, 1), [2], k=1, progress=False)
     batch = collate([store[0]], [0])
     assert batch.live_BT.tolist() == [[True]]
     assert batch.answer_BT.tolist() == [[False]]
@@ -244,13 +245,31 @@ def test_yaml_composes_it(model_folder, tmp_path):
     parser.add_class_arguments(HiddenStates, "data")
     config = {
         "backbone": {"class_path": "dynamax.backbones.sources.Folder", "init_args": {"path": model_folder}},
-        "text": {"class_path": "dynamax.data.generated.SelfGenerated", "init_args": {"documents": 3, "form": "plain"}},
+        "text": {"class_path": "dynamax.data.generated.SelfGenerated", "init_args": {"documents": 3, "chat": False}},
         "exits": [2],
         "folder": str(tmp_path),
     }
     module = parser.instantiate(parser.parse_object({"data": config})).data
     assert isinstance(module.backbone, Source)
     assert isinstance(module.text, TextSource)
-    assert (module.text.documents, module.text.form, module.exits) == (3, "plain", [2])
+    assert (module.text.documents, module.text.chat, module.exits) == (3, False, [2])
     local = {"class_path": "dynamax.data.corpora.LocalText", "init_args": {"path": "a.txt", "sample_by": "line"}}
     assert parser.instantiate(parser.parse_object({"data": {**config, "text": local}})).data.text.sample_by == "line"
+
+
+@pytest.mark.parametrize("given", [1, 3])
+def test_a_loader_goes_on_in_the_middle_of_its_epoch_and_only_there(data, given):
+    loader, again = (ready(data(batch_size=4)).train_dataloader() for _ in range(2))
+    loader.sampler.set_epoch(5)
+    assert len(loader) > 3
+    whole = [batch.documents_B.tolist() for batch in loader]
+    batches = iter(loader)
+    for _ in range(given):
+        next(batches)
+    again.load_state_dict(loader.state_dict())
+    again.sampler.set_epoch(5)
+    assert [batch.documents_B.tolist() for batch in again] == whole[given:]
+    assert [batch.documents_B.tolist() for batch in again] == whole, "once only"
+    again.load_state_dict(loader.state_dict())
+    again.sampler.set_epoch(6)
+    assert len(numbers(again)) == sum(map(len, whole)), "another epoch is whole"

@@ -41,7 +41,7 @@ def test_exits_stand_in_order_of_depth_with_their_heads():
     assert isinstance(bank.lens(3), LogitLens)
     assert list(bank.gates(3)) == ["MambaGate", "LinearGate"]
     assert bank.gates(1) == {}
-    assert not ExitBank({1: Exit()}, site).recurrent
+    assert not ExitBank({1: Exit()}, site).recurrent_depths
 
 
 def test_heads_are_parameters_of_the_bank_and_depths_are_in_their_names():

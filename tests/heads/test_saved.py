@@ -140,8 +140,8 @@ class Passing(Gate):
         super().__init__()
         self.own = torch.nn.Parameter(torch.zeros(size))
 
-    def score(self, h_BTD, memory=None):
-        return h_BTD[..., 0] * self.own.sum()
+    def score(self, evidence, memory=None):
+        return evidence.hidden[..., 0] * self.own.sum()
 
     def flops(self):
         return 2

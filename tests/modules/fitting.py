@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,10 @@ from lightning.pytorch import Callback, Trainer, seed_everything
 from torch.utils.data import DataLoader
 
 from dynamax.backbones.sources import Folder
+from dynamax.data.batch import HiddenBatch
 from dynamax.heads import Exit, LinearGate, MambaGate, TunedLens
 from dynamax.modules.heads import HeadsModule
+from dynamax.modules.phases import Phase
 from dynamax.objectives import GateObjective, LensDistillation
 from tests.objectives.batches import made
 
@@ -24,21 +27,55 @@ WARNINGS = [
 DEPTHS = (2, 4)
 
 
+def lenses(**options) -> dict[str, Phase]:
+    return {"lenses": Phase(LensDistillation(candidates=16), **({"epochs": 2} | options))}
+
+
+def gates(**options) -> dict[str, Phase]:
+    return {"gates": Phase(GateObjective(), **options)}
+
+
 def module(folder: Path, **options) -> HeadsModule:
     """Tuned lenses, linear gates, and a Mamba gate at the deeper exit; the same weights every time."""
-    gates = [LinearGate]
-    exits = {2: Exit(TunedLens, gates), 4: Exit(TunedLens, [*gates, lambda site: MambaGate(site, width=16, headdim=8)])}
-    given = {"lens_objective": LensDistillation(candidates=16), "gate_objective": GateObjective(), "lens_epochs": 2}
-    built = HeadsModule(Folder(str(folder)), **({"exits": exits} | given | options))
+    linear = [LinearGate]
+    exits = {
+        2: Exit(TunedLens, linear),
+        4: Exit(TunedLens, [*linear, lambda site: MambaGate(site, width=16, headdim=8)]),
+    }
+    built = HeadsModule(Folder(str(folder)), **({"exits": exits, "phases": {**lenses(), **gates()}} | options))
     seed_everything(0, verbose=False)
     built.configure_model()
     return built
 
 
-def loader(heads: HeadsModule, batches: int = 3, first: int = 0) -> DataLoader:
+def batches(heads: HeadsModule, number: int = 3, first: int = 0) -> list[HiddenBatch]:
     sites = {depth: heads._top[0].site(depth) for depth in DEPTHS}
-    made_up = [made(sites, seed=first + i, first=3 * (first + i), lengths=(9, 8, 6)) for i in range(batches)]
-    return DataLoader(made_up, batch_size=None)
+    return [made(sites, seed=first + i, first=3 * (first + i), lengths=(9, 8, 6)) for i in range(number)]
+
+
+def loader(heads: HeadsModule, number: int = 3, first: int = 0) -> DataLoader:
+    return DataLoader(batches(heads, number, first), batch_size=None)
+
+
+class Resumable:
+    """Batches in one order; a run that goes on in the middle of an epoch goes on with the next of them."""
+
+    def __init__(self, given: list[HiddenBatch]) -> None:
+        self.batches, self.drawn = given, 0
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[HiddenBatch]:
+        for place in range(self.drawn % len(self), len(self)):
+            self.drawn += 1
+            yield self.batches[place]
+
+    def state_dict(self) -> dict[str, int]:
+        return {"drawn": self.drawn}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.drawn = state["drawn"]
 
 
 def trainer(tmp_path: Path, *callbacks: Callback, epochs: int = 4, **options) -> Trainer:

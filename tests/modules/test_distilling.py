@@ -173,6 +173,10 @@ def test_a_checkpoint_of_another_command_is_refused(teacher: Folder) -> None:
         ({"keep": [0, 1, 2]}, "none is left to learn"),
         ({"exits": [3]}, "wanted different depths in 1 to 2"),
         ({"learning_rate": 0.0}, "DistillationModule was given learning_rate 0.0"),
+        ({"learning_rate": float("nan")}, "DistillationModule was given learning_rate nan"),
+        ({"learning_rate": float("inf")}, "DistillationModule was given learning_rate inf"),
+        ({"weight_decay": float("nan")}, "weight_decay nan"),
+        ({"flat": float("nan")}, "flat nan"),
     ],
 )
 def test_what_the_teacher_has_not_is_refused(

@@ -7,10 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dynamax.backbones.sources import Folder
+from dynamax.errors import UserError
 from dynamax.modules.card import card
 from dynamax.modules.training_log import TrainingLog
 from tests.modules.languages import WARNINGS, Stop, data, module, trainer
@@ -48,6 +50,40 @@ def test_report_and_card_tell_recipe_and_figures(trained) -> None:
     assert text == card("model", report)
     assert f"{report['depths']['2']['perplexity']:.1f}" in text
     assert "Sums" in text
+
+
+class Spoil(Callback):
+    """Puts into one weight, after a step, what no model should have."""
+
+    def __init__(self, step: int, value: float) -> None:
+        self.step, self.value = step, value
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: object) -> None:
+        if trainer.global_step == self.step:
+            with torch.no_grad():
+                next(pl_module.parameters()).view(-1)[0] = self.value
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e5])
+def test_what_is_not_finite_is_not_written_over_what_is(text: Path, tmp_path: Path, value: float) -> None:
+    """1e5 is finite, but not in float16."""
+    target = tmp_path / "model"
+    trainer(tmp_path, steps=1, limit_val_batches=1).fit(module(export=str(target)), datamodule=data(text))
+    before = {path.name: path.read_bytes() for path in target.iterdir()}
+    with pytest.raises(UserError, match="not a number"):
+        trainer(tmp_path, steps=2, limit_val_batches=0, callbacks=[Spoil(2, value)]).fit(
+            module(export=str(target)), datamodule=data(text)
+        )
+    assert {path.name: path.read_bytes() for path in target.iterdir()} == before
+
+
+def test_a_checkpoint_is_not_replaced_by_one_that_is_not_finite(text: Path, tmp_path: Path) -> None:
+    saving = Callback()
+    saving.on_train_batch_end = lambda trainer, *_: trainer.save_checkpoint(tmp_path / "one.ckpt")  # type: ignore[method-assign]
+    after = [Spoil(2, float("nan")), saving]
+    with pytest.raises(UserError, match="after step 2. Nothing was written"):
+        trainer(tmp_path, steps=3, limit_val_batches=0, callbacks=after).fit(module(), datamodule=data(text))
+    assert torch.load(tmp_path / "one.ckpt", weights_only=True)["global_step"] == 1
 
 
 def test_an_export_is_replaced_and_other_folders_are_not(text: Path, tmp_path: Path) -> None:

@@ -76,7 +76,14 @@ def test_the_temperature_leaves_the_size_of_gradients() -> None:
     assert sizes[0] == pytest.approx(sizes[1], rel=0.2)
 
 
-@pytest.mark.parametrize("options", [{"temperature": 0.0}, {"hidden": -1.0}, {"divergence": 0.0}])
+NOT_FINITE = [
+    {name: value}
+    for name in ("temperature", "divergence", "cross_entropy", "hidden")
+    for value in (float("nan"), float("inf"))
+]
+
+
+@pytest.mark.parametrize("options", [{"temperature": 0.0}, {"hidden": -1.0}, {"divergence": 0.0}, *NOT_FINITE])
 def test_options_out_of_range_are_refused(options: dict) -> None:
     with pytest.raises(ValueError, match="temperature must be positive"):
         LogitDistillation(**options)

@@ -12,6 +12,7 @@ from dynamax.objectives import GateObjective
 from dynamax.objectives.base import counted
 from dynamax.objectives.gate import depth_weights
 from dynamax.objectives.readout import among, best_token, in_top_k
+from dynamax.testing import toy_evidence
 from tests.objectives.batches import made, stir, toy_bank, toy_sites
 
 # Exit's logits by position (the output matrix is the identity), and the full model's three most likely tokens.
@@ -119,7 +120,7 @@ def test_the_loss_is_the_weighted_cross_entropy():
         site, live_BT = sites[depth], counted(batch)
         logits_BTV = site.project(bank.lens(depth).translate(batch.hidden[depth], site))
         label_N = (logits_BTV.argmax(-1) == batch.top_tokens_BTK[..., 0])[live_BT].float()
-        p_N = bank.gates(depth)["LinearGate"].confidence(batch.hidden[depth])[live_BT]
+        p_N = bank.gates(depth)["LinearGate"].score(toy_evidence(batch.hidden[depth])).sigmoid()[live_BT]
         expected += share * F.binary_cross_entropy(p_N, label_N)
         assert seen[f"positive/{depth}"] == pytest.approx(label_N.mean().item())
     torch.testing.assert_close(loss, expected)
@@ -185,7 +186,7 @@ def test_nothing_is_remembered_while_the_lens_trains():
     assert objective.labels(bank, batch, sites)[4].tolist() == [False, True, False]
 
 
-def test_begin_forgets():
+def test_labels_of_a_lens_that_changed_are_forgotten():
     bank, batch, sites = by_hand()
     frozen(bank)
     objective = GateObjective()
@@ -193,7 +194,9 @@ def test_begin_forgets():
     with torch.no_grad():
         bank.lens(4).shift.bias[2] = 100.0
     assert objective.labels(bank, batch, sites)[4].tolist() == [True, False, False]
-    objective.begin()
+    objective.forget({"gates"})
+    assert objective.labels(bank, batch, sites)[4].tolist() == [True, False, False]
+    objective.forget({"lenses"})
     assert objective.labels(bank, batch, sites)[4].tolist() == [False, True, False]
 
 

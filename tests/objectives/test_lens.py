@@ -61,7 +61,9 @@ def test_no_draw_where_all_can_be_had(count):
     assert choice.raise_C.item() == 0.0
 
 
-@pytest.mark.parametrize("options", [{"soft": -0.1}, {"soft": 1.5}, {"top": 0}, {"candidates": 0}])
+@pytest.mark.parametrize(
+    "options", [{"soft": -0.1}, {"soft": 1.5}, {"soft": float("nan")}, {"top": 0}, {"candidates": 0}]
+)
 def test_options_out_of_range_are_refused(options):
     with pytest.raises(ValueError, match=r"soft must lie in \[0, 1\], top and candidates must be at least 1"):
         LensDistillation(**options)

@@ -48,12 +48,25 @@ def test_it_is_found_by_its_entry_point_and_keeps_the_contract(site_folder: Path
 
 
 def test_it_goes_by_its_short_name_on_the_command_line(site_folder: Path) -> None:
-    options = ["--model", "HeadsModule", "--model.backbone", "SmolLM2", "--model.gate_objective", "GateObjective"]
+    options = [
+        "--model",
+        "HeadsModule",
+        "--model.backbone",
+        "SmolLM2",
+        "--model.phases={gates: {objective: GateObjective}}",
+    ]
     exits = "--model.exits={15: {gates: [{class_path: NormGate, init_args: {offset: 0.5}}]}}"
     done = run(site_folder, "-m", "dynamax", "fit", *options, exits, "--print_config")
     assert done.returncode == 0, done.stderr
     assert "dynamax_demo_head.NormGate" in done.stdout
     assert "offset: 0.5" in done.stdout
+
+
+def test_list_tells_what_it_is_and_where_it_comes_from(site_folder: Path) -> None:
+    done = run(site_folder, "-m", "dynamax", "list", "heads")
+    assert done.returncode == 0, done.stderr
+    (line,) = (line for line in done.stdout.splitlines() if "NormGate" in line)
+    assert " A straight line through the logarithm of the state's length.  [dynamax-demo-head 0.1.0]" in line
 
 
 def test_without_it_the_name_is_unknown_and_near_names_are_told(site_folder: Path) -> None:
