@@ -177,34 +177,6 @@ def test_recurrent_gates_that_a_policy_never_asks_are_not_run(house, monkeypatch
     assert set(read) == {"MambaGate"}
 
 
-class Unasked(Decoder):
-    """Every other step runs to the top without asking at the exits."""
-
-    def __init__(self, *parts, asked: list[float]) -> None:
-        super().__init__(*parts)
-        self.asked = asked
-
-    def steps(self, session: Session) -> Iterator[Step]:
-        yield session.prefill()
-        while True:
-            arrival = session.embed() if session.steps % 2 else session.run_to_exit(Never())
-            self.asked += [float(evidence.score("MambaGate")) for evidence in arrival.trail]
-            logits_BV = session.run_to_top(arrival)
-            yield session.step(arrival, logits_BV, self.sampler(logits_BV))
-
-
-def test_recurrent_gates_read_steps_that_pass_them_unasked(house) -> None:  # noqa: ANN001
-    backbone, bank = house
-    with upcast64():
-        asked: list[float] = []
-        decoder = Unasked(backbone, bank.select_gates({"MambaGate"}), asked=asked)
-        tokens = [int(step.token_B) for step in decoder.decode(prompt(6), max_new_tokens=8)]
-        text = torch.cat([prompt(6), torch.tensor([tokens[:-1]])], 1)
-        read = TeacherForcedPass(backbone, decoder.exits, text, start=5)
-        wanted = [float(each.score("MambaGate")[step]) for step in (2, 4, 6) for each in read.exits]
-    assert asked == pytest.approx(wanted)
-
-
 class Sure(Gate):
     """Reads the lens, and the exit before where there is one."""
 
@@ -264,3 +236,31 @@ class Alternating(TerminationPolicy):
 
     def __call__(self, evidence):
         return torch.full(evidence.hidden.shape[:1], evidence.depth == 2 and evidence.step % 2 == 1)
+
+
+class Unasked(Decoder):
+    """Every other step runs to the top without asking at the exits."""
+
+    def __init__(self, *parts, asked: list[float]) -> None:
+        super().__init__(*parts)
+        self.asked = asked
+
+    def steps(self, session: Session) -> Iterator[Step]:
+        yield session.prefill()
+        while True:
+            arrival = session.embed() if session.steps % 2 else session.run_to_exit(Never())
+            self.asked += [float(evidence.score("MambaGate")) for evidence in arrival.trail]
+            logits_BV = session.run_to_top(arrival)
+            yield session.step(arrival, logits_BV, self.sampler(logits_BV))
+
+
+def test_recurrent_gates_read_steps_that_pass_them_unasked(house) -> None:  # noqa: ANN001
+    backbone, bank = house
+    with upcast64():
+        asked: list[float] = []
+        decoder = Unasked(backbone, bank.select_gates({"MambaGate"}), asked=asked)
+        tokens = [int(step.token_B) for step in decoder.decode(prompt(6), max_new_tokens=8)]
+        text = torch.cat([prompt(6), torch.tensor([tokens[:-1]])], 1)
+        read = TeacherForcedPass(backbone, decoder.exits, text, start=5)
+        wanted = [float(each.score("MambaGate")[step]) for step in (2, 4, 6) for each in read.exits]
+    assert asked == pytest.approx(wanted)
