@@ -10,11 +10,10 @@ plus a float16 offset, which has more digits than float16 or bfloat16 hold.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from gguf import GGUFReader, dequantize
 from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from torch import Tensor
@@ -22,6 +21,9 @@ from tqdm import tqdm
 from transformers import GenerationConfig, LlamaConfig, PreTrainedTokenizerFast
 
 from dynamax.errors import UserError
+
+if TYPE_CHECKING:
+    from gguf import GGUFReader  # imported where a file is opened: a fifth of a second
 
 NAMES = {
     "token_embd": "model.embed_tokens",
@@ -99,6 +101,8 @@ def open_gguf(path: Path) -> tuple[GGUFReader, Metadata]:
         UserError: If it is not GGUF; naming what is not covered.
     """
     try:
+        from gguf import GGUFReader
+
         reader = GGUFReader(path)
     except (ValueError, IndexError, OSError) as error:
         raise UserError(f"{path} is not a readable GGUF file ({error}). Fetch it again.") from error
@@ -165,6 +169,8 @@ def tensors_of(reader: GGUFReader, config: LlamaConfig, path: Path) -> dict[str,
     Raises:
         UserError: If the file holds a tensor that no llama has, or lacks one.
     """
+    from gguf import dequantize
+
     heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
     found: dict[str, Tensor] = {}
     for tensor in tqdm(reader.tensors, desc=f"Dequantising {path.name}", unit="tensor"):

@@ -166,7 +166,7 @@ def test_sampling_that_the_model_asks_for_is_followed_and_reported(tmp_path: Pat
     assert greedy.tokens != engine.generate(FRANCE).tokens == engine.generate(FRANCE, seed=0).tokens
     module, task = decoding(folder), Question()
     trainer().test(module, datamodule=TaskData(task), verbose=False)
-    told = module.results.decoding["sampler"]
+    told = module.results.decoding.sampler
     assert {**told, "name": "Sampled", "temperature": 2.5, "top_k": 7, "top_p": 1.0} == told
     answers: Any = trainer().predict(decoding(folder), datamodule=TaskData(Question()))
     assert len(set(task.answers)) == 1
