@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Iterator, Sequence
+from itertools import pairwise
 from typing import final
 
 import torch
@@ -24,9 +25,11 @@ class Backbone(nn.Module, ABC):
 
     Attributes:
         spec: Depth, width, vocabulary, fingerprint.
+        additive_masks: True where attention adds its mask (eager), False where it takes booleans (sdpa).
     """
 
     spec: Spec
+    additive_masks: bool = False
 
     def train(self, mode: bool = True) -> Backbone:
         """Stay in eval mode: frozen weights alone would leave dropout on."""
@@ -78,11 +81,6 @@ class Backbone(nn.Module, ABC):
         """Rotary angles; None for a model without."""
         return None
 
-    @property
-    def additive_masks(self) -> bool:
-        """True where attention adds its mask (eager), False where it takes booleans (sdpa)."""
-        return False
-
     # -- the verb -----------------------------------------------------------------------------------
 
     @final
@@ -111,14 +109,19 @@ class Backbone(nn.Module, ABC):
         mine = h_BTD.shape[1]
         if not mine:
             raise UserError(f"run was given no positions: {tuple(h_BTD.shape)}. Give it at least one.")
-        for stretch in cache.group.stretches(span):
-            debt_BTD = cache.group.due(stretch.start)
+        joins = [depth for depth in cache.group.debts if span.start < depth < span.stop]
+        for start, stop in pairwise([span.start, *joins, span.stop]):
+            debt_BTD = cache.group.due(start)
             if debt_BTD is not None:
                 h_BTD = torch.cat([debt_BTD, h_BTD], 1)
-            plan = self.plan(h_BTD, cache, start=cache.filled[stretch.start])
-            views = [CacheView(cache.states[i], plan, self.window(i)) for i in range(*stretch)]
-            h_BTD = self.run_blocks(h_BTD, range(*stretch), plan, views)
-            cache.ran(stretch, plan.length, views)
+            plan = self.plan(h_BTD, cache, start=cache.filled[start])
+            views = [CacheView(cache.states[i], plan, self.window(i)) for i in range(start, stop)]
+            h_BTD = self.run_blocks(h_BTD, range(start, stop), plan, views)
+            for i, view in zip(range(start, stop), views, strict=True):
+                view.commit()
+                cache.filled[i] += plan.length
+                cache.calls[i] += 1
+                cache.rows[i] += plan.length
         if h_BTD.shape[1] > mine and span.stop < cache.span.stop:
             cache.group.owe(span.stop, h_BTD[:, :-mine])
         return h_BTD[:, -mine:]
@@ -168,8 +171,8 @@ class Backbone(nn.Module, ABC):
 
     @final
     def settle(self, cache: Cache) -> None:
-        """Pay all debts: take every owed position to the top."""
-        for _ in self.walk(None, [self.spec.depth], cache):
+        """Pay all debts: take every owed position to the top, or to the end of the blocks that the cache is for."""
+        for _ in self.walk(None, [cache.span.stop], cache):
             pass
 
     @final
@@ -186,7 +189,9 @@ class Backbone(nn.Module, ABC):
         Positions that are owed to the block are not among its keys.
         """
         rows = h_BTD.shape[1]
-        plan = self.plan(h_BTD, cache, start=cache.length - rows, past=cache.filled[index])
+        start, past = cache.length - rows, cache.filled[index]
+        assert past <= start, f"the newest {rows} positions are to peek, but block {index} has been through them"
+        plan = self.plan(h_BTD, cache, start=start, past=past)
         cache.calls[index] += 1
         cache.rows[index] += rows
         return self.block(index, h_BTD, plan, CacheView(cache.states[index], plan, self.window(index)))
@@ -210,15 +215,14 @@ class Backbone(nn.Module, ABC):
 
         Args:
             h_BTD: The chunk.
-            cache: Gives the padding, and the newest plan, which is used again if it is of the same positions.
+            cache: Gives the padding, and the newest plan, which is used again for a chunk like its own.
             start: Position of the first row.
             past: Keys held from before the chunk; ``start`` unless positions are owed.
         """
-        pad_B = None if cache is None else cache.pad_B
         past = start if past is None else past
-        known = None if cache is None else cache.plan
-        if known is not None and (known.start, known.length, known.past) == (start, h_BTD.shape[1], past):
-            return known
+        if cache is not None and cache.plan is not None and cache.plan.fits(h_BTD, start, past):
+            return cache.plan
+        pad_B = None if cache is None else cache.pad_B
         plan = StepPlan(h_BTD, start, pad_B, additive=self.additive_masks, rotary=self.rotary, past=past)
         if cache is not None:
             cache.plan = plan

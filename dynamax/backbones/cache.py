@@ -8,14 +8,14 @@ and at every moment the fill levels balance (law 4)::
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from dynamax.backbones.plan import StepPlan
-from dynamax.backbones.state import CacheView, Snapshot, StateKind, new_state
+from dynamax.backbones.state import BlockState, Snapshot, StateKind
 from dynamax.types import Memory, Span, Work
 
 
@@ -58,15 +58,6 @@ class RowGroup:
         """Look at the positions owed before block ``depth`` and leave them owed."""
         return self._debts.get(depth)
 
-    def stretches(self, span: Span) -> Iterator[Span]:
-        """The span, cut where debts join."""
-        start = span.start
-        for depth in sorted(self._debts):
-            if start < depth < span.stop:
-                yield Span(start, depth)
-                start = depth
-        yield Span(start, span.stop)
-
     def balance(self) -> None:
         """Law 4: every position is either through a block or owed below it."""
         owed = 0
@@ -82,13 +73,10 @@ class RowGroup:
         """Forget the positions from ``length`` on, through blocks and owed alike."""
         at = self.filled[-1]
         for depth in sorted(self._debts, reverse=True):  # the deepest debts are the oldest
-            rows = self._debts[depth].shape[1]
-            kept = max(0, min(rows, length - at))
-            at += rows
-            if kept:
-                self._debts[depth] = self._debts[depth][:, :kept]
-            else:
-                del self._debts[depth]
+            h_BTD = self._debts.pop(depth)
+            if at < length:
+                self._debts[depth] = h_BTD[:, : length - at]
+            at += h_BTD.shape[1]
         self.filled = [min(filled, length) for filled in self.filled]
 
 
@@ -130,7 +118,7 @@ class Cache:
     ) -> None:
         self.span = span
         self.pad_B = pad_B
-        self.states = [new_state(("keys",) if kinds is None else kinds[i], capacity) for i in range(span.stop)]
+        self.states = [BlockState(("keys",) if kinds is None else kinds[i], capacity) for i in range(span.stop)]
         self.group = RowGroup(span)
         self.calls = [0] * span.stop
         self.rows = [0] * span.stop
@@ -147,14 +135,6 @@ class Cache:
     def filled(self) -> list[int]:
         """For each block, how many positions have been through it."""
         return self.group.filled
-
-    def ran(self, span: Span, rows: int, views: Sequence[CacheView]) -> None:
-        """Blocks have been run over ``rows`` positions: commit what they left in their views, and count."""
-        for block, view in zip(range(*span), views, strict=True):
-            view.commit()
-            self.group.filled[block] += rows
-            self.calls[block] += 1
-            self.rows[block] += rows
 
     def work(self) -> Work:
         """All that has been counted so far."""

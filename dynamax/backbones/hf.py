@@ -61,7 +61,7 @@ class HFBackbone(Backbone):
             if mixer is not None:
                 check_devices(mixer.module)
                 mixer.install()
-        self._additive = model.config._attn_implementation == "eager"
+        self.additive_masks = model.config._attn_implementation == "eager"
         if fingerprint is None:
             fingerprint = fingerprint_of(model.config, model.state_dict())
         self.spec = spec_of(model.config, vocab=self.output_matrix.shape[0], fingerprint=fingerprint)
@@ -81,11 +81,6 @@ class HFBackbone(Backbone):
     def rotary(self) -> Rotary | None:
         """The model's rotary angles; None for a model without."""
         return self.row.rotary(self.model.base_model)
-
-    @property
-    def additive_masks(self) -> bool:
-        """Whether attention adds its mask."""
-        return self._additive
 
     def embed(self, tokens_BT: Tensor, cache: Cache | None = None) -> Tensor:
         """Tokens to ``h_BTD``, the input of block 0, at the positions that follow the cache's."""
