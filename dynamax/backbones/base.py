@@ -1,9 +1,10 @@
-"""The one verb: ``run`` takes positions through a span of blocks. Knows neither heads nor policies."""
+"""``Backbone``: runs positions through a span of blocks. Knows neither heads nor policies."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Iterator, Sequence
+from functools import partial
 from itertools import pairwise
 from typing import final
 
@@ -18,10 +19,10 @@ from dynamax.types import BlockCost, Site, Span, Spec
 
 
 class Backbone(nn.Module, ABC):
-    """A decoder-only language model whose depth is an argument.
+    """A decoder-only language model of which any span of blocks can be run.
 
-    Frozen, and in eval mode whatever ``train`` is called with. A subclass gives the abstract methods, and those of
-    the others that are special to it; ``run`` is never overridden.
+    Frozen, and in eval mode whatever ``train`` is called with. A subclass implements the abstract methods, and
+    overrides those of the others that differ from the defaults here.
 
     Attributes:
         spec: Depth, width, vocabulary, fingerprint.
@@ -68,7 +69,7 @@ class Backbone(nn.Module, ABC):
     def write_state(self, index: int, h_BTD: Tensor, plan: StepPlan, view: LayerView) -> None:
         """Write one block's state for a chunk, as if it had come in as ``h_BTD``.
 
-        Here the whole block runs. A family that can do it with fewer weights says how.
+        Here the whole block runs; a subclass may do it with fewer weights.
         """
         self.block(index, h_BTD, plan, view)
 
@@ -81,20 +82,19 @@ class Backbone(nn.Module, ABC):
         """Rotary angles; None for a model without."""
         return None
 
-    # -- the verb -----------------------------------------------------------------------------------
+    # -- running blocks ---------------------------------------------------------------------------------
 
     @final
     def run(self, h_BTD: Tensor, span: Span, cache: Cache | None = None, *, leave_out: Collection[int] = ()) -> Tensor:
         """Take positions through blocks ``[span.start, span.stop)``.
 
-        Debts met on the way ride in the same chunk, ahead of the caller's rows, and are owed again
-        at ``span.stop``. Only the caller's rows come back.
+        Positions owed on the way run in the same chunk, before the caller's, and are owed again at ``span.stop``.
 
         Args:
             h_BTD: The caller's positions, input of block ``span.start``.
             span: Blocks to run.
             cache: State to continue and extend; None for a pass that keeps nothing.
-            leave_out: Blocks to pass by, as training with layer dropout does; without a cache only.
+            leave_out: Blocks not to run, as in training with layer dropout; without a cache only.
 
         Returns:
             The caller's positions, ``h_BTD``, after block ``span.stop - 1``.
@@ -117,9 +117,10 @@ class Backbone(nn.Module, ABC):
             plan = self.plan(h_BTD, cache, start=cache.filled[start])
             views = [CacheView(cache.states[i], plan, self.window(i)) for i in range(start, stop)]
             h_BTD = self.run_blocks(h_BTD, range(start, stop), plan, views)
+            filled = cache.filled
             for i, view in zip(range(start, stop), views, strict=True):
                 view.commit()
-                cache.filled[i] += plan.length
+                filled[i] += plan.length
                 cache.calls[i] += 1
                 cache.rows[i] += plan.length
         if h_BTD.shape[1] > mine and span.stop < cache.span.stop:
@@ -146,18 +147,18 @@ class Backbone(nn.Module, ABC):
 
         Args:
             h_BTD: The caller's positions, input of block ``start``; None to pay all debts: then the owed positions
-                themselves walk, those owed deeper join on the way, and the walk must end at the top.
+                themselves are run, those owed deeper join on the way, and the last depth must be the top.
             depths: Depths to stop at, ascending, above ``start``.
             cache: State to continue and extend.
             start: Blocks completed.
             leave_out: As for ``run``.
 
         Yields:
-            Each depth, and the walking positions ``h_BTD`` after as many blocks.
+            Each depth, and the positions ``h_BTD`` after as many blocks.
         """
         paying = h_BTD is None
         if paying:
-            assert cache is not None, "debts stand in a cache"
+            assert cache is not None, "only a cache has debts to pay"
             owed = cache.group.debts
             start = min(owed, default=self.spec.depth)
             depths = sorted(depth for depth in {*depths, *owed} if depth > start)
@@ -184,10 +185,7 @@ class Backbone(nn.Module, ABC):
 
     @final
     def peek(self, h_BTD: Tensor, index: int, cache: Cache) -> Tensor:
-        """One block over the newest positions, attending to the keys it holds and keeping nothing.
-
-        Positions that are owed to the block are not among its keys.
-        """
+        """One block over the newest positions, attending to the keys it holds, not to owed ones; keeps nothing."""
         rows = h_BTD.shape[1]
         start, past = cache.length - rows, cache.filled[index]
         assert past <= start, f"the newest {rows} positions are to peek, but block {index} has been through them"
@@ -211,16 +209,13 @@ class Backbone(nn.Module, ABC):
 
     @final
     def plan(self, h_BTD: Tensor, cache: Cache | None = None, *, start: int = 0, past: int | None = None) -> StepPlan:
-        """Positions, rotary angles and masks of a chunk; made once and shared by all blocks the chunk passes.
+        """Positions, rotary angles and masks of a chunk; ``start`` and ``past`` as for ``StepPlan``.
 
-        Args:
-            h_BTD: The chunk.
-            cache: Gives the padding, and the newest plan, which is used again for a chunk like its own.
-            start: Position of the first row.
-            past: Keys held from before the chunk; ``start`` unless positions are owed.
+        ``cache`` gives the padding, and the newest plan, which is used again for a chunk like its own.
         """
         past = start if past is None else past
-        if cache is not None and cache.plan is not None and cache.plan.fits(h_BTD, start, past):
+        key = (start, h_BTD.shape[1], past, h_BTD.dtype, h_BTD.device)
+        if cache is not None and cache.plan is not None and cache.plan.key == key:
             return cache.plan
         pad_B = None if cache is None else cache.pad_B
         plan = StepPlan(h_BTD, start, pad_B, additive=self.additive_masks, rotary=self.rotary, past=past)
@@ -231,13 +226,11 @@ class Backbone(nn.Module, ABC):
     @final
     def site(self, depth: int, cache: Cache | None = None) -> Site:
         """The place after ``depth`` blocks, as exit heads see it."""
-        last = self.spec.depth - 1
-
-        def last_block(h_BTD: Tensor) -> Tensor:
-            if cache is None:
-                return self.run(h_BTD, Span(last, last + 1))
-            return self.peek(h_BTD, last, cache)
-
+        top = self.spec.depth
+        if cache is None:
+            last_block = partial(self.run, span=Span(top - 1, top))
+        else:
+            last_block = partial(self.peek, index=top - 1, cache=cache)
         return Site(depth, self.spec, self.normalize, self.project, last_block)
 
     @final

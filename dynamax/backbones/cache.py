@@ -1,7 +1,7 @@
 """The state of all blocks, and which positions have been through which block. Knows neither heads nor policies.
 
-Positions that left early stand as a *debt* at the depth where they stopped. Deeper blocks have seen fewer positions,
-and at every moment the fill levels balance (law 4)::
+Positions that left early are a *debt* at the depth where they stopped: their hidden states are kept there. Deeper
+blocks have been through fewer positions, and at every moment (law 4)::
 
     filled[d] + positions owed at depths 1..d == filled[0]
 """
@@ -35,11 +35,6 @@ class RowGroup:
         self._debts: dict[int, Tensor] = {}
 
     @property
-    def length(self) -> int:
-        """Positions that have come in."""
-        return self.filled[self.span.start]
-
-    @property
     def debts(self) -> dict[int, int]:
         """Positions owed, by depth, shallowest first."""
         return {depth: h_BTD.shape[1] for depth, h_BTD in sorted(self._debts.items())}
@@ -60,13 +55,13 @@ class RowGroup:
 
     def balance(self) -> None:
         """Law 4: every position is either through a block or owed below it."""
-        owed = 0
+        owed, length = 0, self.filled[self.span.start]
         for depth in range(*self.span):
             debt_BTD = self._debts.get(depth)
             owed += 0 if debt_BTD is None else debt_BTD.shape[1]
-            assert self.filled[depth] + owed == self.length, (
+            assert self.filled[depth] + owed == length, (
                 f"block {depth} has seen {self.filled[depth]} positions and {owed} are owed below it, "
-                f"but {self.length} came in"
+                f"but {length} came in"
             )
 
     def crop(self, length: int) -> None:
@@ -129,7 +124,7 @@ class Cache:
     @property
     def length(self) -> int:
         """Positions that have come in."""
-        return self.group.length
+        return self.filled[self.span.start]
 
     @property
     def filled(self) -> list[int]:
@@ -147,11 +142,10 @@ class Cache:
         return CacheSnapshot(self.length, memories, states)
 
     def rollback(self, snapshot: CacheSnapshot, keep: int = 0) -> None:
-        """Forget all positions since the snapshot but the first ``keep``.
+        """Forget all positions since the snapshot but the first ``keep``; heads' memories return to the snapshot.
 
         Where blocks are recurrent, positions can be kept since the newest snapshot alone, and an older one can be
-        returned to only if nothing was owed there. Heads' memories return to the snapshot; whoever keeps positions
-        lets the heads read them again.
+        returned to only if nothing was owed there.
         """
         length = snapshot.length + keep
         for state, filled, then in zip(self.states, self.filled, snapshot.states, strict=True):

@@ -1,7 +1,7 @@
 """Where a chunk stands: positions, rotary angles, attention masks. Knows windows, not families.
 
-Rows of a chunk are contiguous, oldest debt first, so a start, a length and the padding determine
-everything here. The host makes a plan once for each chunk, and all blocks that the chunk passes share it.
+Rows of a chunk are contiguous, the oldest first, so a start, a length and the padding determine everything here.
+A plan is made once for each chunk; all blocks that the chunk passes share it.
 """
 
 from __future__ import annotations
@@ -28,6 +28,9 @@ class StepPlan:
         additive: True where attention adds its mask (eager), False where it takes booleans (sdpa).
         rotary: ``(h_BTD, positions_BT, kind) -> (cos, sin)``, or None for a model without.
         past: Keys held from before the chunk; ``start`` unless positions are owed.
+
+    Attributes:
+        key: Positions, dtype and device: two plans of one run with equal keys are the same.
     """
 
     def __init__(
@@ -44,16 +47,12 @@ class StepPlan:
         self.length = like.shape[1]
         self.past = start if past is None else past
         self.pad_B = pad_B
+        self.key = (self.start, self.length, self.past, like.dtype, like.device)
         self._like = like.new_empty(0)
         self._additive = additive
         self._rotary = rotary
         self._angles: dict[str | None, tuple[Tensor, Tensor]] = {}
         self._masks: dict[tuple[int | None, frozenset[int]], Tensor] = {}
-
-    def fits(self, like: Tensor, start: int, past: int) -> bool:
-        """Whether this is the plan of such a chunk: the same positions, dtype and device."""
-        same_rows = (self.start, self.length, self.past) == (start, like.shape[1], past)
-        return same_rows and like.dtype == self._like.dtype and like.device == self._like.device
 
     @cached_property
     def positions_BT(self) -> Tensor:

@@ -1,8 +1,7 @@
 """The state of one block, and what a block is given as its cache while one chunk passes.
 
-A state knows neither positions owed nor other blocks. The host decides where a chunk's keys go and which of them it
-may see (``StepPlan``); while blocks run, a view only moves tensors. What a block left in its view becomes part of the
-state when the host commits it, after the span.
+A ``StepPlan`` decides where a chunk's keys go and which of them it may see; while blocks run, a view only moves
+tensors; what it holds becomes part of the state when it is committed, after the span. Knows no debts, no other blocks.
 """
 
 from __future__ import annotations
@@ -14,6 +13,7 @@ from typing import Literal, final
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from dynamax.backbones.plan import StepPlan
 
@@ -77,17 +77,12 @@ class KeyValueState(LayerState):
         if positions <= self.capacity:
             return
         self.capacity = max(positions, 2 * self.capacity) if self._buffers else positions
-        old, self._buffers = self._buffers, tuple(self._new_buffer(buffer) for buffer in self._buffers)
-        for new, previous in zip(self._buffers, old, strict=True):
-            new[:, :, : previous.shape[2]] = previous
-
-    def _new_buffer(self, like_BHTD: Tensor) -> Tensor:
-        return like_BHTD.new_zeros(*like_BHTD.shape[:2], self.capacity, like_BHTD.shape[3])
+        self._buffers = tuple(F.pad(held, (0, 0, 0, self.capacity - held.shape[2])) for held in self._buffers)
 
     def write(self, k_BHTD: Tensor, v_BHTD: Tensor, start: int) -> None:
         """Write the keys and values of positions from ``start`` on; there is room for them."""
         if not self._buffers:
-            self._buffers = (self._new_buffer(k_BHTD), self._new_buffer(v_BHTD))
+            self._buffers = tuple(x.new_zeros(*x.shape[:2], self.capacity, x.shape[3]) for x in (k_BHTD, v_BHTD))
         stop = start + k_BHTD.shape[2]
         self._buffers[0][:, :, start:stop] = k_BHTD
         self._buffers[1][:, :, start:stop] = v_BHTD
@@ -115,9 +110,8 @@ class KeyValueState(LayerState):
 class RecurrentState(LayerState):
     """Convolution window and scan state of one block, in whatever form its recurrence gives them.
 
-    A recurrent state cannot be cropped. A snapshot keeps it by reference, and from then on the rows that advance the
-    state are noted, so that a rollback can read the first few of them again: by the recurrence alone, without the
-    block's other weights.
+    It cannot be cropped. A snapshot keeps it by reference, and from then on the rows that advance the state are kept
+    too, so that a rollback can read the first few of them again, by the recurrence alone.
 
     Attributes:
         tensors: The state; None before the first position. They are replaced, never written into.

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from dynamax.backbones.user_cache import appear
+from dynamax.backbones.downloads import appear
 from dynamax.data.manifest import fingerprint
 from dynamax.data.text import Corpus
 from dynamax.data.vocabulary import train_tokenizer
