@@ -160,8 +160,9 @@ class Backbone(nn.Module, ABC):
         if paying:
             assert cache is not None, "only a cache has debts to pay"
             owed = cache.group.debts
-            start = min(owed, default=self.spec.depth)
+            start = min(owed, default=cache.span.stop)
             depths = sorted(depth for depth in {*depths, *owed} if depth > start)
+            assert not owed or depths[-1:] == [cache.span.stop], "owed positions that stop below the top would be lost"
         for depth in depths:
             if paying and cache is not None and (due_BTD := cache.group.due(start)) is not None:
                 h_BTD = due_BTD if h_BTD is None else torch.cat([due_BTD, h_BTD], 1)

@@ -85,9 +85,7 @@ class CacheSnapshot:
 
 
 class Cache:
-    """State of one decoding run over all blocks.
-
-    The rows of the batch move together: they are one row group.
+    """State of one decoding run over all blocks; the rows of the batch are one row group.
 
     Args:
         span: The blocks whose state is kept here; a part of them, where the others run elsewhere.

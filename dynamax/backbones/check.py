@@ -40,8 +40,7 @@ def check_backbone(
 ) -> dict[str, float]:
     """Compare every way to run a backbone with a reference.
 
-    In one pass, through a cache in uneven chunks and single steps, split at every depth, with debts,
-    after a rollback, as a left-padded batch, over candidate tokens only.
+    They are the keys of ``MODES``: a single pass, and through a cache with splits, debts, rollbacks, padding.
 
     Args:
         backbone: The backbone; on a device and in a dtype of its choosing.
@@ -50,7 +49,7 @@ def check_backbone(
         tokens_BT: Tokens to run, at least 16 long; make them longer than a sliding window. Random if left out.
         tolerance: Largest error relative to the norm of the (centred) reference; by dtype if left out. In bfloat16
             that is wide: it finds a wrong mask or position, not a lost cap on the logits. Check in float32 too.
-        modes: Names of the ways to try, keys of ``MODES``; all if left out.
+        modes: Names of the ways to try; all if left out.
 
     Returns:
         The error of each mode.

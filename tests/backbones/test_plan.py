@@ -107,3 +107,16 @@ def test_autocast_through_a_cache_is_autocast_without(name):
             fed(backbone, cache, text[:, :9], *text[:, 9:13].split(1, 1))
             got = backbone.unembed(fed(backbone, cache, text[:, 13:]))[:, -1]
         assert (got - whole).norm() < 0.1 * whole.norm()
+
+
+def test_debts_are_paid_up_to_the_top_only():
+    """Positions that stopped halfway would be in no block's state and owed nowhere."""
+    backbone = HFBackbone(tiny("llama"))
+    cache = backbone.new_cache()
+    with torch.inference_mode():
+        cache.group.owe(2, fed(backbone, cache, tokens(3), span=Span(0, 2)))
+        with pytest.raises(AssertionError, match="below the top would be lost"):
+            list(backbone.walk(None, [4], cache))
+        backbone.settle(cache)
+        assert list(backbone.walk(None, [4], cache)) == []
+    assert cache.filled == [3] * DEPTH
