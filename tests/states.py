@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from dynamax.backbones.state import LayerState
+from dynamax.backbones.state import BlockState
 from tests.tiny import RECURRENT
 
 CLOSE = {"rtol": 0, "atol": 1e-11}
@@ -35,7 +35,7 @@ def told(layer: Any) -> State:  # noqa: ANN401
     return held
 
 
-def state(cell: LayerState, filled: int) -> State:
+def state(cell: BlockState, filled: int) -> State:
     """The same of one of our states of ``filled`` positions, the window laid out as transformers has it."""
     held = {}
     if cell.keys is not None:

@@ -1,1 +1,1 @@
-"""Backbones: language models whose depth is an argument. Knows neither heads nor policies."""
+"""Backbones: language models that run any span of their blocks. Knows neither heads nor policies."""

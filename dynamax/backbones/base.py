@@ -1,9 +1,11 @@
-"""The one verb: ``run`` takes positions through a span of blocks. Knows neither heads nor policies."""
+"""``Backbone``: runs positions through a span of blocks. Knows neither heads nor policies."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Iterator, Sequence
+from functools import partial
+from itertools import pairwise
 from typing import final
 
 import torch
@@ -17,16 +19,18 @@ from dynamax.types import BlockCost, Site, Span, Spec
 
 
 class Backbone(nn.Module, ABC):
-    """A decoder-only language model whose depth is an argument.
+    """A decoder-only language model of which any span of blocks can be run.
 
-    Frozen, and in eval mode whatever ``train`` is called with. A subclass gives the abstract methods, and those of
-    the others that are special to it; ``run`` is never overridden.
+    Frozen, and in eval mode whatever ``train`` is called with. A subclass implements the abstract methods, and
+    overrides those of the others that differ from the defaults here.
 
     Attributes:
         spec: Depth, width, vocabulary, fingerprint.
+        additive_masks: True where attention adds its mask (eager), False where it takes booleans (sdpa).
     """
 
     spec: Spec
+    additive_masks: bool = False
 
     def train(self, mode: bool = True) -> Backbone:
         """Stay in eval mode: frozen weights alone would leave dropout on."""
@@ -65,7 +69,7 @@ class Backbone(nn.Module, ABC):
     def write_state(self, index: int, h_BTD: Tensor, plan: StepPlan, view: LayerView) -> None:
         """Write one block's state for a chunk, as if it had come in as ``h_BTD``.
 
-        Here the whole block runs. A family that can do it with fewer weights says how.
+        Here the whole block runs; a subclass may do it with fewer weights.
         """
         self.block(index, h_BTD, plan, view)
 
@@ -78,25 +82,19 @@ class Backbone(nn.Module, ABC):
         """Rotary angles; None for a model without."""
         return None
 
-    @property
-    def additive_masks(self) -> bool:
-        """True where attention adds its mask (eager), False where it takes booleans (sdpa)."""
-        return False
-
-    # -- the verb -----------------------------------------------------------------------------------
+    # -- running blocks ---------------------------------------------------------------------------------
 
     @final
     def run(self, h_BTD: Tensor, span: Span, cache: Cache | None = None, *, leave_out: Collection[int] = ()) -> Tensor:
         """Take positions through blocks ``[span.start, span.stop)``.
 
-        Debts met on the way ride in the same chunk, ahead of the caller's rows, and are owed again
-        at ``span.stop``. Only the caller's rows come back.
+        Positions owed on the way run in the same chunk, before the caller's, and are owed again at ``span.stop``.
 
         Args:
             h_BTD: The caller's positions, input of block ``span.start``.
             span: Blocks to run.
             cache: State to continue and extend; None for a pass that keeps nothing.
-            leave_out: Blocks to pass by, as training with layer dropout does; without a cache only.
+            leave_out: Blocks not to run, as in training with layer dropout; without a cache only.
 
         Returns:
             The caller's positions, ``h_BTD``, after block ``span.stop - 1``.
@@ -111,14 +109,20 @@ class Backbone(nn.Module, ABC):
         mine = h_BTD.shape[1]
         if not mine:
             raise UserError(f"run was given no positions: {tuple(h_BTD.shape)}. Give it at least one.")
-        for stretch in cache.group.stretches(span):
-            debt_BTD = cache.group.due(stretch.start)
+        joins = [depth for depth in cache.group.debts if span.start < depth < span.stop]
+        for start, stop in pairwise([span.start, *joins, span.stop]):
+            debt_BTD = cache.group.due(start)
             if debt_BTD is not None:
                 h_BTD = torch.cat([debt_BTD, h_BTD], 1)
-            plan = self.plan(h_BTD, cache, start=cache.filled[stretch.start])
-            views = [CacheView(cache.states[i], plan, self.window(i)) for i in range(*stretch)]
-            h_BTD = self.run_blocks(h_BTD, range(*stretch), plan, views)
-            cache.ran(stretch, plan.length, views)
+            plan = self.plan(h_BTD, cache, start=cache.filled[start])
+            views = [CacheView(cache.states[i], plan, self.window(i)) for i in range(start, stop)]
+            h_BTD = self.run_blocks(h_BTD, range(start, stop), plan, views)
+            filled = cache.filled
+            for i, view in zip(range(start, stop), views, strict=True):
+                view.commit()
+                filled[i] += plan.length
+                cache.calls[i] += 1
+                cache.rows[i] += plan.length
         if h_BTD.shape[1] > mine and span.stop < cache.span.stop:
             cache.group.owe(span.stop, h_BTD[:, :-mine])
         return h_BTD[:, -mine:]
@@ -143,21 +147,22 @@ class Backbone(nn.Module, ABC):
 
         Args:
             h_BTD: The caller's positions, input of block ``start``; None to pay all debts: then the owed positions
-                themselves walk, those owed deeper join on the way, and the walk must end at the top.
+                themselves are run, those owed deeper join on the way, and the last depth must be the top.
             depths: Depths to stop at, ascending, above ``start``.
             cache: State to continue and extend.
             start: Blocks completed.
             leave_out: As for ``run``.
 
         Yields:
-            Each depth, and the walking positions ``h_BTD`` after as many blocks.
+            Each depth, and the positions ``h_BTD`` after as many blocks.
         """
         paying = h_BTD is None
         if paying:
-            assert cache is not None, "debts stand in a cache"
+            assert cache is not None, "only a cache has debts to pay"
             owed = cache.group.debts
-            start = min(owed, default=self.spec.depth)
+            start = min(owed, default=cache.span.stop)
             depths = sorted(depth for depth in {*depths, *owed} if depth > start)
+            assert not owed or depths[-1:] == [cache.span.stop], "owed positions that stop below the top would be lost"
         for depth in depths:
             if paying and cache is not None and (due_BTD := cache.group.due(start)) is not None:
                 h_BTD = due_BTD if h_BTD is None else torch.cat([due_BTD, h_BTD], 1)
@@ -168,8 +173,8 @@ class Backbone(nn.Module, ABC):
 
     @final
     def settle(self, cache: Cache) -> None:
-        """Pay all debts: take every owed position to the top."""
-        for _ in self.walk(None, [self.spec.depth], cache):
+        """Pay all debts: take every owed position to the top, or to the end of the blocks that the cache is for."""
+        for _ in self.walk(None, [cache.span.stop], cache):
             pass
 
     @final
@@ -181,12 +186,11 @@ class Backbone(nn.Module, ABC):
 
     @final
     def peek(self, h_BTD: Tensor, index: int, cache: Cache) -> Tensor:
-        """One block over the newest positions, attending to the keys it holds and keeping nothing.
-
-        Positions that are owed to the block are not among its keys.
-        """
+        """One block over the newest positions, attending to the keys it holds, not to owed ones; keeps nothing."""
         rows = h_BTD.shape[1]
-        plan = self.plan(h_BTD, cache, start=cache.length - rows, past=cache.filled[index])
+        start, past = cache.length - rows, cache.filled[index]
+        assert past <= start, f"the newest {rows} positions are to peek, but block {index} has been through them"
+        plan = self.plan(h_BTD, cache, start=start, past=past)
         cache.calls[index] += 1
         cache.rows[index] += rows
         return self.block(index, h_BTD, plan, CacheView(cache.states[index], plan, self.window(index)))
@@ -206,19 +210,15 @@ class Backbone(nn.Module, ABC):
 
     @final
     def plan(self, h_BTD: Tensor, cache: Cache | None = None, *, start: int = 0, past: int | None = None) -> StepPlan:
-        """Positions, rotary angles and masks of a chunk; made once and shared by all blocks the chunk passes.
+        """Positions, rotary angles and masks of a chunk; ``start`` and ``past`` as for ``StepPlan``.
 
-        Args:
-            h_BTD: The chunk.
-            cache: Gives the padding, and the newest plan, which is used again if it is of the same positions.
-            start: Position of the first row.
-            past: Keys held from before the chunk; ``start`` unless positions are owed.
+        ``cache`` gives the padding, and the newest plan, which is used again for a chunk like its own.
         """
-        pad_B = None if cache is None else cache.pad_B
         past = start if past is None else past
-        known = None if cache is None else cache.plan
-        if known is not None and (known.start, known.length, known.past) == (start, h_BTD.shape[1], past):
-            return known
+        key = (start, h_BTD.shape[1], past, h_BTD.dtype, h_BTD.device)
+        if cache is not None and cache.plan is not None and cache.plan.key == key:
+            return cache.plan
+        pad_B = None if cache is None else cache.pad_B
         plan = StepPlan(h_BTD, start, pad_B, additive=self.additive_masks, rotary=self.rotary, past=past)
         if cache is not None:
             cache.plan = plan
@@ -227,13 +227,11 @@ class Backbone(nn.Module, ABC):
     @final
     def site(self, depth: int, cache: Cache | None = None) -> Site:
         """The place after ``depth`` blocks, as exit heads see it."""
-        last = self.spec.depth - 1
-
-        def last_block(h_BTD: Tensor) -> Tensor:
-            if cache is None:
-                return self.run(h_BTD, Span(last, last + 1))
-            return self.peek(h_BTD, last, cache)
-
+        top = self.spec.depth
+        if cache is None:
+            last_block = partial(self.run, span=Span(top - 1, top))
+        else:
+            last_block = partial(self.peek, index=top - 1, cache=cache)
         return Site(depth, self.spec, self.normalize, self.project, last_block)
 
     @final

@@ -1,21 +1,21 @@
 """The state of all blocks, and which positions have been through which block. Knows neither heads nor policies.
 
-Positions that left early stand as a *debt* at the depth where they stopped. Deeper blocks have seen fewer positions,
-and at every moment the fill levels balance (law 4)::
+Positions that left early are a *debt* at the depth where they stopped: their hidden states are kept there. Deeper
+blocks have been through fewer positions, and at every moment (law 4)::
 
     filled[d] + positions owed at depths 1..d == filled[0]
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from dynamax.backbones.plan import StepPlan
-from dynamax.backbones.state import CacheView, Snapshot, StateKind, new_state
+from dynamax.backbones.state import BlockState, Snapshot, StateKind
 from dynamax.types import Memory, Span, Work
 
 
@@ -33,11 +33,6 @@ class RowGroup:
         self.span = span
         self.filled = [0] * span.stop
         self._debts: dict[int, Tensor] = {}
-
-    @property
-    def length(self) -> int:
-        """Positions that have come in."""
-        return self.filled[self.span.start]
 
     @property
     def debts(self) -> dict[int, int]:
@@ -58,37 +53,25 @@ class RowGroup:
         """Look at the positions owed before block ``depth`` and leave them owed."""
         return self._debts.get(depth)
 
-    def stretches(self, span: Span) -> Iterator[Span]:
-        """The span, cut where debts join."""
-        start = span.start
-        for depth in sorted(self._debts):
-            if start < depth < span.stop:
-                yield Span(start, depth)
-                start = depth
-        yield Span(start, span.stop)
-
     def balance(self) -> None:
         """Law 4: every position is either through a block or owed below it."""
-        owed = 0
+        owed, length = 0, self.filled[self.span.start]
         for depth in range(*self.span):
             debt_BTD = self._debts.get(depth)
             owed += 0 if debt_BTD is None else debt_BTD.shape[1]
-            assert self.filled[depth] + owed == self.length, (
+            assert self.filled[depth] + owed == length, (
                 f"block {depth} has seen {self.filled[depth]} positions and {owed} are owed below it, "
-                f"but {self.length} came in"
+                f"but {length} came in"
             )
 
     def crop(self, length: int) -> None:
         """Forget the positions from ``length`` on, through blocks and owed alike."""
         at = self.filled[-1]
         for depth in sorted(self._debts, reverse=True):  # the deepest debts are the oldest
-            rows = self._debts[depth].shape[1]
-            kept = max(0, min(rows, length - at))
-            at += rows
-            if kept:
-                self._debts[depth] = self._debts[depth][:, :kept]
-            else:
-                del self._debts[depth]
+            h_BTD = self._debts.pop(depth)
+            if at < length:
+                self._debts[depth] = h_BTD[:, : length - at]
+            at += h_BTD.shape[1]
         self.filled = [min(filled, length) for filled in self.filled]
 
 
@@ -102,9 +85,7 @@ class CacheSnapshot:
 
 
 class Cache:
-    """State of one decoding run over all blocks.
-
-    The rows of the batch move together: they are one row group.
+    """State of one decoding run over all blocks; the rows of the batch are one row group.
 
     Args:
         span: The blocks whose state is kept here; a part of them, where the others run elsewhere.
@@ -130,7 +111,7 @@ class Cache:
     ) -> None:
         self.span = span
         self.pad_B = pad_B
-        self.states = [new_state(("keys",) if kinds is None else kinds[i], capacity) for i in range(span.stop)]
+        self.states = [BlockState(("keys",) if kinds is None else kinds[i], capacity) for i in range(span.stop)]
         self.group = RowGroup(span)
         self.calls = [0] * span.stop
         self.rows = [0] * span.stop
@@ -141,20 +122,12 @@ class Cache:
     @property
     def length(self) -> int:
         """Positions that have come in."""
-        return self.group.length
+        return self.filled[self.span.start]
 
     @property
     def filled(self) -> list[int]:
         """For each block, how many positions have been through it."""
         return self.group.filled
-
-    def ran(self, span: Span, rows: int, views: Sequence[CacheView]) -> None:
-        """Blocks have been run over ``rows`` positions: commit what they left in their views, and count."""
-        for block, view in zip(range(*span), views, strict=True):
-            view.commit()
-            self.group.filled[block] += rows
-            self.calls[block] += 1
-            self.rows[block] += rows
 
     def work(self) -> Work:
         """All that has been counted so far."""
@@ -167,11 +140,10 @@ class Cache:
         return CacheSnapshot(self.length, memories, states)
 
     def rollback(self, snapshot: CacheSnapshot, keep: int = 0) -> None:
-        """Forget all positions since the snapshot but the first ``keep``.
+        """Forget all positions since the snapshot but the first ``keep``; heads' memories return to the snapshot.
 
         Where blocks are recurrent, positions can be kept since the newest snapshot alone, and an older one can be
-        returned to only if nothing was owed there. Heads' memories return to the snapshot; whoever keeps positions
-        lets the heads read them again.
+        returned to only if nothing was owed there.
         """
         length = snapshot.length + keep
         for state, filled, then in zip(self.states, self.filled, snapshot.states, strict=True):

@@ -1,13 +1,12 @@
-"""Does a backbone say what its model says? Logits of every way to run it against a reference.
+"""Logits of every way to run a backbone against a reference. Knows nothing of how the reference computes.
 
-Any error in masks, positions, windows, scales or the cache shows in logits, and only there with
-certainty: hidden states can agree while a logit scale is lost. Knows nothing of how the reference
-computes.
+Any error in masks, positions, windows, scales or the cache shows in logits, and only there with certainty: hidden
+states can agree while a logit scale is lost.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable
 
 import torch
 from torch import Tensor
@@ -20,8 +19,11 @@ from dynamax.types import Span
 Reference = Callable[[Tensor], Tensor]
 """One pass over ``tokens_BT`` by the model's own code: ``logits_BTV``, no padding, nothing kept."""
 
-Pairs = Iterator[tuple[Tensor, Tensor]]
+Pairs = Iterable[tuple[Tensor, Tensor]]
 Mode = Callable[[Backbone, Reference, Tensor], Pairs]
+
+QUICK = ("one pass", "uneven chunks")
+"""What is checked whenever a model is loaded."""
 
 TOLERANCES = {torch.float64: 1e-5, torch.float32: 1e-4, torch.float16: 5e-2, torch.bfloat16: 2.5e-1}
 """Largest relative error, by dtype. In float64 it is transformers' own casts to float32 that are seen."""
@@ -34,40 +36,28 @@ def check_backbone(
     *,
     tokens_BT: Tensor | None = None,
     tolerance: float | None = None,
+    modes: Collection[str] | None = None,
 ) -> dict[str, float]:
     """Compare every way to run a backbone with a reference.
 
-    In one pass, through a cache in uneven chunks and single steps, split at every depth, with debts,
-    after a rollback, as a left-padded batch, over candidate tokens only.
+    They are the keys of ``MODES``: a single pass, and through a cache with splits, debts, rollbacks, padding.
 
     Args:
         backbone: The backbone; on a device and in a dtype of its choosing.
         reference: The model's own logits, ``tokens_BT -> logits_BTV``, by code that shares as little as
-            possible with the backbone. ``HFBackbone`` brings one: ``backbone.reference``.
+            possible with the backbone. ``HFBackbone`` has one: ``backbone.reference``.
         tokens_BT: Tokens to run, at least 16 long; make them longer than a sliding window. Random if left out.
         tolerance: Largest error relative to the norm of the (centred) reference; by dtype if left out. In bfloat16
             that is wide: it finds a wrong mask or position, not a lost cap on the logits. Check in float32 too.
+        modes: Names of the ways to try; all if left out.
 
     Returns:
         The error of each mode.
 
     Raises:
-        UserError: If a mode differs: which, by how much, where first.
+        UserError: If a mode differs: which, by how much, where first; or gives logits of another shape or dtype.
     """
-    return check_modes(backbone, reference, MODES, tokens_BT=tokens_BT, tolerance=tolerance)
-
-
-@torch.no_grad()
-def check_modes(
-    backbone: Backbone,
-    reference: Reference,
-    modes: Mapping[str, Mode],
-    *,
-    tokens_BT: Tensor | None = None,
-    tolerance: float | None = None,
-) -> dict[str, float]:
-    """The same, over some modes only; see ``QUICK``."""
-    weight = next(backbone.parameters())
+    weight, family = next(backbone.parameters()), backbone.spec.family
     if tokens_BT is None:
         tokens_BT = torch.randint(backbone.spec.vocab, (2, 24), generator=torch.Generator().manual_seed(0))
     if tokens_BT.shape[1] < 16:
@@ -75,39 +65,28 @@ def check_modes(
     tokens_BT = tokens_BT.to(weight.device)
     bound = TOLERANCES[weight.dtype] if tolerance is None else tolerance
     errors = {}
-    for name, mode in modes.items():
-        pairs = list(mode(backbone, reference, tokens_BT))
-        errors[name] = max((compare(backbone, name, got, wanted, bound) for got, wanted in pairs), default=0.0)
+    for mode in MODES if modes is None else modes:
+        errors[mode] = 0.0
+        for got_BTV, wanted_BTV in MODES[mode](backbone, reference, tokens_BT):
+            if got_BTV.shape != wanted_BTV.shape or torch.finfo(got_BTV.dtype).bits < 32:
+                raise UserError(
+                    f"{family}, {mode}: logits {tuple(got_BTV.shape)} in {got_BTV.dtype} were given, "
+                    f"{tuple(wanted_BTV.shape)} in float32 at least are wanted."
+                )
+            wanted_BTV = wanted_BTV.to(got_BTV.dtype)
+            off_BTV = got_BTV - wanted_BTV
+            error = (off_BTV.norm() / (wanted_BTV - wanted_BTV.mean(-1, keepdim=True)).norm()).item()
+            if not error <= bound:
+                gap_T = off_BTV.abs().amax((0, 2))
+                worst = int(gap_T.argmax())
+                raise UserError(
+                    f"{family}, {mode}: logits differ from the model's own by {error:.1e} of their norm ({bound:.1e} "
+                    f"is allowed); most at position {worst} of {len(gap_T)}, by {gap_T[worst]:.2e}. Do not use this "
+                    f"backbone with these weights; compare its masks, positions, windows and scales with the model's "
+                    f"forward."
+                )
+            errors[mode] = max(errors[mode], error)
     return errors
-
-
-def compare(backbone: Backbone, mode: str, got_BTV: Tensor, wanted_BTV: Tensor, bound: float) -> float:
-    """Relative error of logits.
-
-    Raises:
-        UserError: If it exceeds the bound, or a shape or dtype is wrong.
-    """
-    family = backbone.spec.family
-    if got_BTV.shape != wanted_BTV.shape or torch.finfo(got_BTV.dtype).bits < 32:
-        raise UserError(
-            f"{family}, {mode}: logits {tuple(got_BTV.shape)} in {got_BTV.dtype} were given, "
-            f"{tuple(wanted_BTV.shape)} in float32 at least are wanted."
-        )
-    wanted_BTV = wanted_BTV.to(got_BTV.dtype)
-    scale = (wanted_BTV - wanted_BTV.mean(-1, keepdim=True)).norm()
-    error = ((got_BTV - wanted_BTV).norm() / scale).item()
-    if not error <= bound:
-        gap_T = (got_BTV - wanted_BTV).abs().amax((0, 2))
-        worst = int(gap_T.argmax())
-        raise UserError(
-            f"{family}, {mode}: logits differ from the model's own by {error:.1e} of their norm ({bound:.1e} is "
-            f"allowed); most at position {worst} of {len(gap_T)}, by {gap_T[worst]:.2e}. Do not use this backbone "
-            f"with these weights; compare its masks, positions, windows and scales with the model's forward."
-        )
-    return error
-
-
-# -- modes ------------------------------------------------------------------------------------------
 
 
 def chunked(backbone: Backbone, tokens_BT: Tensor, sizes: list[int], cache: Cache) -> Tensor:
@@ -119,22 +98,6 @@ def chunked(backbone: Backbone, tokens_BT: Tensor, sizes: list[int], cache: Cach
         logits.append(backbone.unembed(h_BTD))
         tokens_BT = tokens_BT[:, size:]
     return torch.cat(logits, 1)
-
-
-def one_pass(backbone: Backbone, reference: Reference, tokens_BT: Tensor) -> Pairs:
-    """No cache."""
-    h_BTD = backbone.run(backbone.embed(tokens_BT), Span(0, backbone.spec.depth))
-    yield backbone.unembed(h_BTD), reference(tokens_BT)
-
-
-def uneven_chunks(backbone: Backbone, reference: Reference, tokens_BT: Tensor) -> Pairs:
-    """Chunks of 5, 1, 3, then twos, continuing a cache."""
-    yield chunked(backbone, tokens_BT, [5, 1, 3, 2], backbone.new_cache()), reference(tokens_BT)
-
-
-def single_steps(backbone: Backbone, reference: Reference, tokens_BT: Tensor) -> Pairs:
-    """A prompt, then one position at a time."""
-    yield chunked(backbone, tokens_BT, [4, 1], backbone.new_cache()), reference(tokens_BT)
 
 
 def every_split(backbone: Backbone, reference: Reference, tokens_BT: Tensor) -> Pairs:
@@ -191,15 +154,18 @@ def candidates(backbone: Backbone, reference: Reference, tokens_BT: Tensor) -> P
 
 
 MODES: dict[str, Mode] = {
-    "one pass": one_pass,
-    "uneven chunks": uneven_chunks,
-    "single steps": single_steps,
+    "one pass": lambda backbone, reference, tokens_BT: [
+        (backbone.unembed(backbone.run(backbone.embed(tokens_BT), Span(0, backbone.spec.depth))), reference(tokens_BT))
+    ],
+    "uneven chunks": lambda backbone, reference, tokens_BT: [
+        (chunked(backbone, tokens_BT, [5, 1, 3, 2], backbone.new_cache()), reference(tokens_BT))
+    ],
+    "single steps": lambda backbone, reference, tokens_BT: [
+        (chunked(backbone, tokens_BT, [4, 1], backbone.new_cache()), reference(tokens_BT))
+    ],
     "every split": every_split,
     "debts": debts,
     "rollback": rolled_back,
     "left padding": left_padding,
     "candidate tokens": candidates,
 }
-
-QUICK: dict[str, Mode] = {"one pass": one_pass, "uneven chunks": uneven_chunks}
-"""What is checked whenever a model is loaded."""

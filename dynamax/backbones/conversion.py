@@ -21,20 +21,9 @@ from dynamax.errors import UserError
 
 TEACHERS = ("llama", "mistral")
 COPIED = (
-    "vocab_size",
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "hidden_act",
-    "max_position_embeddings",
-    "rms_norm_eps",
-    "rope_parameters",
-    "tie_word_embeddings",
-    "bos_token_id",
-    "eos_token_id",
-    "pad_token_id",
-    "initializer_range",
+    *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "hidden_act"),
+    *("max_position_embeddings", "rms_norm_eps", "rope_parameters", "tie_word_embeddings", "initializer_range"),
+    *("bos_token_id", "eos_token_id", "pad_token_id"),
 )
 CHUNK = 64
 STEPS = (0.001, 0.1)
@@ -84,10 +73,10 @@ def student_configuration(teacher: PretrainedConfig, keep: Collection[int]) -> P
 
 
 def check_teacher(config: PretrainedConfig) -> None:
-    """Refuse a teacher whose blocks have no place in the student.
+    """Refuse a teacher with parts that the student has no place for.
 
     Raises:
-        UserError: Saying what the student has no place for.
+        UserError: Naming the part.
     """
     if config.model_type not in TEACHERS:
         raise UserError(
@@ -109,15 +98,15 @@ def check_teacher(config: PretrainedConfig) -> None:
 def student_weights(
     config: PretrainedConfig, teacher: Mapping[str, Tensor], *, generator: torch.Generator
 ) -> dict[str, Tensor]:
-    """All of a student's tensors, by their names in its state.
+    """All of a student's tensors, by name, from those of the teacher.
 
-    What attention has no counterpart for (gate, step size, decay, skip, convolution, gated norm) begins as Mamba-2
-    does; it is drawn block after block, so that a block's draw depends on the converted blocks below it.
+    What attention has no counterpart for (gate, step size, decay, skip, convolution, gated norm) begins as in Mamba-2;
+    it is drawn block after block, so that a block's draw depends on the converted blocks below it.
 
     Args:
         config: See ``student_configuration``.
-        teacher: The teacher's state.
-        generator: On the CPU. Drawn from.
+        teacher: The teacher's tensors, by name.
+        generator: Drawn from; on the CPU.
     """
     tensors: dict[str, Tensor] = {}
     for name, tensor in teacher.items():

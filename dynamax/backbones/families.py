@@ -1,23 +1,24 @@
 """The family table: what differs between transformers' model types, one row a type.
 
 Rows are explicit: a type is in the table because its logits were compared with transformers' own, never because its
-modules have familiar names. A row names small functions of ``family_functions``. Other packages may offer rows.
+modules have familiar names. Other packages may offer rows.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
-from dynamax.backbones import costs, family_state
 from dynamax.backbones import family_functions as functions
-from dynamax.backbones.mixers import Mixer
+from dynamax.backbones.mixers import Mixer, SelectiveMixer, ShortConvMixer, SSDMixer
 from dynamax.backbones.plan import Rotary, StepPlan
-from dynamax.backbones.state import LayerView
+from dynamax.backbones.state import LayerView, StateKind
 from dynamax.errors import UserError
 from dynamax.registry import FAMILIES as PLUGINS
 from dynamax.registry import near
@@ -56,21 +57,35 @@ class FamilySpec:
     final_norm: str = "norm"
     cache_argument: str = "past_key_values"
     attention: str = "sdpa"
-    windows: Callable[[PretrainedConfig], functions.Windows] = functions.no_windows
-    rotary_types: Callable[[PretrainedConfig], functions.RotaryTypes] = functions.one_rotary_type
+    windows: Callable[[PretrainedConfig], list[int | None]] = lambda config: [None] * config.num_hidden_layers
+    rotary_types: Callable[[PretrainedConfig], list[str | None]] = lambda config: [None] * config.num_hidden_layers
     rotary: Callable[[nn.Module], Rotary | None] = functions.model_rotary
-    after_embedding: Callable[[nn.Module, Tensor, StepPlan], Tensor] = functions.embedding_as_is
-    scale_logits: Callable[[PretrainedConfig, Tensor], Tensor] = functions.logits_as_is
-    expert_share: Callable[[PretrainedConfig], float] = costs.dense
-    state_kinds: Callable[[PretrainedConfig], functions.StateKinds] = functions.keys_only
-    mixer: Callable[[nn.Module], Mixer | None] = functions.no_mixer
+    after_embedding: Callable[[Any, Tensor, StepPlan], Tensor] = lambda base, h_BTD, plan: h_BTD
+    scale_logits: Callable[[PretrainedConfig, Tensor], Tensor] = lambda config, logits: logits
+    expert_share: Callable[[PretrainedConfig], float] = lambda config: 1.0
+    state_kinds: Callable[[PretrainedConfig], list[tuple[StateKind, ...]]] = lambda config: (
+        [("keys",)] * config.num_hidden_layers
+    )
+    mixer: Callable[[nn.Module], Mixer | None] = lambda block: None
     call_block: Callable[[nn.Module, Tensor, int, dict[str, Any]], Tensor] = functions.call_with_keywords
-    residual_stream: Callable[[PretrainedConfig, Tensor], Tensor] = functions.all_channels
-    uses_parameter: Callable[[PretrainedConfig, int, str], bool] = costs.all_used
+    residual_stream: Callable[[PretrainedConfig, Tensor], Tensor] = lambda config, h_BTD: h_BTD
+    uses_parameter: Callable[[PretrainedConfig, int, str], bool] = lambda config, index, name: True
     input_norm: str | None = "input_layernorm"
-    keys_and_values: Callable[[nn.Module, Tensor], tuple[Tensor, Tensor]] = family_state.separate_projections
+    keys_and_values: Callable[[nn.Module, Tensor], tuple[Tensor, Tensor]] = lambda block, u_BTD: functions.projected(
+        block.get_submodule("self_attn"), u_BTD
+    )
     write: Callable[[nn.Module, Tensor, int, dict[str, Any], LayerView, Mixer], None] | None = None
 
+
+ONE_WINDOW = FamilySpec(windows=lambda config: [config.sliding_window] * config.num_hidden_layers)
+"""Every block has the window that the configuration names, if it names one; there are no layer types."""
+
+WINDOW_BY_TYPE = FamilySpec(
+    windows=lambda config: [
+        config.sliding_window if kind == "sliding_attention" else None for kind in config.layer_types
+    ]
+)
+"""Blocks of type ``sliding_attention`` have a window, the others none."""
 
 RECURRENT = FamilySpec(
     embedding="embeddings",
@@ -78,95 +93,102 @@ RECURRENT = FamilySpec(
     input_norm="norm",
     cache_argument="cache_params",
     attention="eager",
-    rotary=functions.no_rotary,
+    rotary=lambda base: None,
     state_kinds=functions.state_by_layer_type,
+    mixer=lambda block: functions.mixer_in(block, "dt_bias", SSDMixer),
 )
-"""Blocks of a recurrent mixer and nothing else."""
+"""Blocks of a recurrent mixer, Mamba-2, and nothing else."""
 
-HYBRID = FamilySpec(state_kinds=functions.state_by_layer_type, mixer=functions.mamba2_mixer)
+HYBRID = FamilySpec(state_kinds=functions.state_by_layer_type, mixer=RECURRENT.mixer)
 """Attention in some blocks, Mamba-2 in others, or both in one."""
+
+NORMED = partial(SelectiveMixer, norms=("dt_layernorm", "b_layernorm", "c_layernorm"))
+"""Mamba-1 with norms on step, B and C."""
 
 FAMILIES: dict[str, FamilySpec] = {
     "llama": FamilySpec(),
-    "mistral": FamilySpec(windows=functions.one_window),
-    "mixtral": FamilySpec(windows=functions.one_window, expert_share=costs.routed),
-    "qwen2": FamilySpec(windows=functions.windows_by_layer_type),
-    "qwen3": FamilySpec(windows=functions.windows_by_layer_type),
-    "gemma2": FamilySpec(
-        attention="eager", windows=functions.windows_by_layer_type, scale_logits=functions.capped_logits
-    ),
-    "gemma3_text": FamilySpec(
-        windows=functions.windows_by_layer_type,
-        rotary_types=functions.rotary_type_by_layer_type,
-        rotary=functions.rotary_by_layer_type,
+    "mistral": ONE_WINDOW,
+    "mixtral": replace(ONE_WINDOW, expert_share=functions.routed),
+    "qwen2": WINDOW_BY_TYPE,
+    "qwen3": WINDOW_BY_TYPE,
+    "gemma2": replace(WINDOW_BY_TYPE, attention="eager", scale_logits=functions.capped_logits),
+    "gemma3_text": replace(
+        WINDOW_BY_TYPE,
+        rotary_types=lambda config: list(config.layer_types),
+        rotary=lambda base: base.get_submodule("rotary_emb"),  # takes the layer type
         scale_logits=functions.capped_logits,
     ),
-    "phi3": FamilySpec(windows=functions.one_window, keys_and_values=family_state.rows_of_fused_projection),
+    "phi3": replace(ONE_WINDOW, keys_and_values=functions.rows_of_fused_projection),
     "gpt_neox": FamilySpec(
         embedding="embed_in",
         final_norm="final_layer_norm",
         cache_argument="layer_past",
-        keys_and_values=family_state.heads_of_fused_projection,
+        keys_and_values=functions.heads_of_fused_projection,
     ),
     "gpt2": FamilySpec(
         embedding="wte",
         blocks="h",
         final_norm="ln_f",
-        rotary=functions.no_rotary,
-        after_embedding=functions.add_learned_positions,
+        rotary=lambda base: None,
+        after_embedding=lambda base, h_BTD, plan: h_BTD + base.wpe(plan.positions_BT),
         input_norm="ln_1",
-        keys_and_values=family_state.columns_of_fused_projection,
+        keys_and_values=functions.columns_of_fused_projection,
     ),
     "olmo2": FamilySpec(input_norm=None),
-    "starcoder2": FamilySpec(windows=functions.one_window),
-    "mamba": replace(RECURRENT, mixer=functions.mamba1_mixer),
-    "mamba2": replace(RECURRENT, mixer=functions.mamba2_mixer),
-    "falcon_mamba": replace(RECURRENT, mixer=functions.mamba1_mixer_normed),
+    "starcoder2": ONE_WINDOW,
+    "mamba": replace(RECURRENT, mixer=lambda block: functions.mixer_in(block, "x_proj", SelectiveMixer)),
+    "mamba2": RECURRENT,
+    "falcon_mamba": replace(RECURRENT, mixer=lambda block: functions.mixer_in(block, "x_proj", NORMED)),
     "jamba": replace(
         HYBRID,
         final_norm="final_layernorm",
-        rotary=functions.no_rotary,
-        expert_share=costs.routed,
-        mixer=functions.mamba1_mixer_normed,
+        rotary=lambda base: None,
+        expert_share=functions.routed,
+        mixer=lambda block: functions.mixer_in(block, "x_proj", NORMED),
     ),
     "bamba": replace(HYBRID, final_norm="final_layernorm"),
-    "zamba2": replace(
+    "zamba2": replace(  # its shared blocks read the word embeddings again, which go along as a second half of channels
         HYBRID,
         final_norm="final_layernorm",
         rotary=functions.optional_rotary,
-        after_embedding=functions.repeated_embedding,
+        after_embedding=lambda base, h_BTD, plan: torch.cat([h_BTD, h_BTD], -1),
         call_block=functions.call_with_embedding,
-        residual_stream=functions.first_half_of_channels,
-        uses_parameter=costs.own_adapter,
-        mixer=functions.mamba2_mixer_unclamped,
-        write=family_state.write_behind_shared_transformer,
+        residual_stream=lambda config, h_BTD: h_BTD[..., : config.hidden_size],
+        uses_parameter=functions.own_adapter,
+        mixer=lambda block: functions.mixer_in(block, "dt_bias", functions.unclamped_mamba2),
+        write=functions.write_behind_shared_transformer,
     ),
     "granitemoehybrid": replace(
         HYBRID,
         rotary=functions.optional_rotary,
-        after_embedding=functions.scaled_embedding,
-        scale_logits=functions.divided_logits,
-        expert_share=costs.routed,
+        after_embedding=lambda base, h_BTD, plan: h_BTD * base.embedding_multiplier,
+        scale_logits=lambda config, logits: logits / config.logits_scaling,
+        expert_share=functions.routed,
     ),
     "falcon_h1": replace(
         HYBRID,
         final_norm="final_layernorm",
-        after_embedding=functions.scaled_embedding,
-        scale_logits=functions.multiplied_logits,
-        mixer=functions.mamba2_mixer_scaled,
-        keys_and_values=family_state.scaled_projections,
+        after_embedding=lambda base, h_BTD, plan: h_BTD * base.embedding_multiplier,
+        scale_logits=lambda config, logits: logits * config.lm_head_multiplier,
+        mixer=lambda block: functions.mixer_in(block, "dt_bias", functions.scaled_mamba2),
+        keys_and_values=functions.scaled_projections,
     ),
     "nemotron_h": replace(
         HYBRID,
         embedding="embeddings",
         final_norm="norm_f",
-        rotary=functions.no_rotary,
-        expert_share=costs.routed,
-        mixer=functions.mamba2_mixer_unclamped,
+        rotary=lambda base: None,
+        expert_share=functions.routed,
+        mixer=lambda block: functions.mixer_in(block, "dt_bias", functions.unclamped_mamba2),
         input_norm="norm",
-        keys_and_values=family_state.mixer_projections,
+        keys_and_values=lambda block, u_BTD: functions.projected(block.get_submodule("mixer"), u_BTD),
     ),
-    "lfm2": replace(HYBRID, final_norm="embedding_norm", mixer=functions.short_conv_mixer, input_norm="operator_norm"),
+    "lfm2": replace(
+        HYBRID,
+        final_norm="embedding_norm",
+        mixer=lambda block: functions.mixer_in(block, "in_proj", ShortConvMixer),
+        input_norm="operator_norm",
+    ),
 }
 
 

@@ -1,94 +1,36 @@
-"""What model types differ in, as small functions that rows of the family table name.
+"""What rows of the family table name, where it takes more than a line: functions of configurations and modules.
 
-Knows configurations and modules, neither caches nor weights.
+Knows no caches and no weights by value.
 """
 
 from __future__ import annotations
 
-from typing import Any, cast
+import math
+import re
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PretrainedConfig
 
-from dynamax.backbones.mixers import Mixer, SelectiveMixer, ShortConvMixer, SSDMixer
-from dynamax.backbones.plan import Rotary, StepPlan
-from dynamax.backbones.repairs import free_steps
-from dynamax.backbones.state import StateKind
+from dynamax.backbones.mixers import Mixer, SSDMixer
+from dynamax.backbones.plan import Rotary
+from dynamax.backbones.state import LayerView, StateKind
 
-RotaryTypes = list[str | None]
-Windows = list[int | None]
-StateKinds = list[tuple[StateKind, ...]]
-
-# -- windows: positions each block sees ------------------------------------------------------------
-
-
-def no_windows(config: PretrainedConfig) -> Windows:
-    """Every block sees all positions."""
-    return [None] * config.num_hidden_layers
-
-
-def one_window(config: PretrainedConfig) -> Windows:
-    """Every block has the window that the configuration names, if it names one; there are no layer types."""
-    return [config.sliding_window] * config.num_hidden_layers
-
-
-def windows_by_layer_type(config: PretrainedConfig) -> Windows:
-    """Blocks of type ``sliding_attention`` have a window, the others none."""
-    return [config.sliding_window if kind == "sliding_attention" else None for kind in config.layer_types]
-
-
-# -- rotary positions: one set of angles for all blocks, or one for each layer type ---------------------
-
-
-def one_rotary_type(config: PretrainedConfig) -> RotaryTypes:
-    """All blocks take the same angles."""
-    return [None] * config.num_hidden_layers
-
-
-def rotary_type_by_layer_type(config: PretrainedConfig) -> RotaryTypes:
-    """Each layer type has angles of its own."""
-    return list(config.layer_types)
+# -- the whole model ---------------------------------------------------------------------------------------
 
 
 def model_rotary(base: nn.Module) -> Rotary:
-    """Angles from the model's ``rotary_emb``."""
+    """Angles from the model's ``rotary_emb``, the same for all blocks."""
     rotary = base.get_submodule("rotary_emb")
     return lambda h_BTD, positions_BT, _: rotary(h_BTD, positions_BT)
 
 
-def rotary_by_layer_type(base: nn.Module) -> Rotary:
-    """Angles from the model's ``rotary_emb``, which wants the layer type."""
-    rotary = base.get_submodule("rotary_emb")
-    return lambda h_BTD, positions_BT, kind: rotary(h_BTD, positions_BT, kind)
-
-
 def optional_rotary(base: nn.Module) -> Rotary | None:
     """Angles from the model's ``rotary_emb``; None where its configuration asks for no rotary positions."""
-    return model_rotary(base) if dict(base.named_children()).get("rotary_emb") is not None else None
-
-
-def no_rotary(base: nn.Module) -> None:
-    """No rotary positions: positions are added to the embedding, or the model needs none."""
-
-
-# -- what stands between the embedding matrix and block 0, and behind the output matrix ---------------
-
-
-def embedding_as_is(base: nn.Module, h_BTD: Tensor, plan: StepPlan) -> Tensor:
-    """The word embeddings as they are."""
-    return h_BTD
-
-
-def add_learned_positions(base: nn.Module, h_BTD: Tensor, plan: StepPlan) -> Tensor:
-    """Word embeddings plus GPT-2's learned positions."""
-    return h_BTD + base.get_submodule("wpe")(plan.positions_BT)
-
-
-def logits_as_is(config: PretrainedConfig, logits: Tensor) -> Tensor:
-    """Logits as the output matrix gives them."""
-    return logits
+    return model_rotary(base) if "rotary_emb" in dict(base.named_children()) else None
 
 
 def capped_logits(config: PretrainedConfig, logits: Tensor) -> Tensor:
@@ -97,37 +39,26 @@ def capped_logits(config: PretrainedConfig, logits: Tensor) -> Tensor:
     return logits if cap is None else cap * torch.tanh(logits / cap)
 
 
-def scaled_embedding(base: nn.Module, h_BTD: Tensor, plan: StepPlan) -> Tensor:
-    """Word embeddings times a constant of the model's (Granite, Falcon-H1)."""
-    return h_BTD * cast(Any, base).embedding_multiplier
+def routed(config: PretrainedConfig) -> float:
+    """A position is routed to some of the experts; without experts, to all there is."""
+    experts = config.num_local_experts
+    return config.num_experts_per_tok / experts if experts else 1.0
 
 
-def repeated_embedding(base: nn.Module, h_BTD: Tensor, plan: StepPlan) -> Tensor:
-    """Word embeddings twice, side by side: Zamba2's shared blocks read them again at any depth."""
-    return torch.cat([h_BTD, h_BTD], -1)
+def state_by_layer_type(config: PretrainedConfig) -> list[tuple[StateKind, ...]]:
+    """What blocks of each layer type keep."""
+    kept: dict[str, tuple[StateKind, ...]] = {
+        "full_attention": ("keys",),
+        "linear_attention": ("recurrent",),
+        "conv": ("recurrent",),
+        "hybrid": ("keys", "recurrent"),
+        "mlp": (),
+        "moe": (),
+    }
+    return [kept[kind] for kind in config.layer_types]
 
 
-def divided_logits(config: PretrainedConfig, logits: Tensor) -> Tensor:
-    """Logits over a constant (Granite)."""
-    return logits / config.logits_scaling
-
-
-def multiplied_logits(config: PretrainedConfig, logits: Tensor) -> Tensor:
-    """Logits times a constant (Falcon-H1)."""
-    return logits * config.lm_head_multiplier
-
-
-def all_channels(config: PretrainedConfig, h_BTD: Tensor) -> Tensor:
-    """All channels are the residual stream."""
-    return h_BTD
-
-
-def first_half_of_channels(config: PretrainedConfig, h_BTD: Tensor) -> Tensor:
-    """The first half of the channels is the residual stream, the second the word embedding (Zamba2)."""
-    return h_BTD[..., : config.hidden_size]
-
-
-# -- how a block is called -----------------------------------------------------------------------------
+# -- one block ---------------------------------------------------------------------------------------------
 
 
 def call_with_keywords(block: nn.Module, h_BTD: Tensor, index: int, options: dict[str, Any]) -> Tensor:
@@ -144,51 +75,36 @@ def call_with_embedding(block: nn.Module, h_BTD: Tensor, index: int, options: di
     return torch.cat([out, word_BTD], -1)
 
 
-# -- what a block keeps, and what continues it ------------------------------------------------------------
-
-STATE_BY_LAYER_TYPE: dict[str, tuple[StateKind, ...]] = {
-    "full_attention": ("keys",),
-    "linear_attention": ("recurrent",),
-    "conv": ("recurrent",),
-    "hybrid": ("keys", "recurrent"),
-    "mlp": (),
-    "moe": (),
-}
+def own_adapter(config: PretrainedConfig, index: int, name: str) -> bool:
+    """Zamba2's shared blocks hold an adapter for each place they stand at, and use the one of this place."""
+    found = re.search(r"adapter_list\.(\d+)\.", name)
+    return found is None or int(found[1]) == config.hybrid_layer_ids.index(index)
 
 
-def keys_only(config: PretrainedConfig) -> StateKinds:
-    """Every block keeps keys and values, and nothing else."""
-    return [("keys",)] * config.num_hidden_layers
+# -- what continues a block's recurrent state ----------------------------------------------------------------
 
 
-def state_by_layer_type(config: PretrainedConfig) -> StateKinds:
-    """What blocks of each layer type keep."""
-    return [STATE_BY_LAYER_TYPE[kind] for kind in config.layer_types]
+def mixer_in(block: nn.Module, name: str, make: Callable[[nn.Module], Mixer]) -> Mixer | None:
+    """The mixer of the first module of the block that has a parameter or child of this name; None without one."""
+    for module in block.modules():
+        if name in module._parameters or name in module._modules:
+            return make(module)
+    return None
 
 
-def no_mixer(block: nn.Module) -> None:
-    """No block keeps a recurrent state."""
+def unclamped_mamba2(module: Any) -> SSDMixer:  # noqa: ANN401 - each type has its own class
+    """Mamba-2 of Zamba2 and Nemotron-H: chunks and single steps are made to agree on step sizes.
+
+    transformers clamps step sizes from below by ``time_step_min``, a bound of their initialisation, in chunks and not
+    in single steps, so that its own decoding differs from its own pass over the same text. The code that these models
+    were trained with clamps in neither, unless a configuration names a limit.
+    """
+    module.time_step_limit = tuple(module.config.to_dict().get("time_step_limit") or (0.0, math.inf))
+    return SSDMixer(module)
 
 
-def mamba2_mixer(block: nn.Module) -> Mixer | None:
-    """Mamba-2, wherever the block has it."""
-    module = module_with(block, "dt_bias")
-    return None if module is None else SSDMixer(module)
-
-
-def mamba2_mixer_unclamped(block: nn.Module) -> Mixer | None:
-    """Mamba-2 whose step sizes transformers clamps in chunks alone (Zamba2, Nemotron-H); see ``repairs``."""
-    module = module_with(block, "dt_bias")
-    if module is not None:
-        free_steps(module)
-    return mamba2_mixer(block)
-
-
-def mamba2_mixer_scaled(block: nn.Module) -> Mixer | None:
+def scaled_mamba2(module: Any) -> SSDMixer:  # noqa: ANN401
     """Falcon-H1's Mamba-2: input and channels are scaled, and the gated norm may be missing."""
-    module: Any = module_with(block, "dt_bias")
-    if module is None:
-        return None
     finish = None if module.mamba_rms_norm else gated
     return SSDMixer(module, gain=module.ssm_in_multiplier, scale="mup_vector", finish=finish)
 
@@ -198,27 +114,65 @@ def gated(y_BTE: Tensor, z_BTE: Tensor) -> Tensor:
     return y_BTE * F.silu(z_BTE)
 
 
-def mamba1_mixer(block: nn.Module) -> Mixer | None:
-    """Mamba-1, wherever the block has it."""
-    module = module_with(block, "x_proj")
-    return None if module is None else SelectiveMixer(module)
+# -- keys and values of a chunk, keys not yet turned, from the normed input of a block -------------------------
 
 
-def mamba1_mixer_normed(block: nn.Module) -> Mixer | None:
-    """Mamba-1 with norms on step, B and C (Falcon-Mamba, Jamba)."""
-    module = module_with(block, "x_proj")
-    return None if module is None else SelectiveMixer(module, norms=("dt_layernorm", "b_layernorm", "c_layernorm"))
+def heads(x_BTC: Tensor, size: int) -> Tensor:
+    """Channels to heads: ``x_BHTD``."""
+    return x_BTC.unflatten(-1, (-1, size)).transpose(1, 2)
 
 
-def short_conv_mixer(block: nn.Module) -> Mixer | None:
-    """LFM2's gated convolution, wherever the block has it."""
-    conv = dict(block.named_children()).get("conv")
-    return None if conv is None else ShortConvMixer(conv)
+def projected(attention: Any, u_BTD: Tensor) -> tuple[Tensor, Tensor]:  # noqa: ANN401
+    """Of an attention module with ``k_proj`` and ``v_proj``; keys may be normed, by head or as a whole."""
+    size, children = attention.head_dim, dict(attention.named_children())
+    norm: Any = children.get("k_norm") or children.get("k_layernorm")
+    k_BTC = attention.k_proj(u_BTD)
+    if norm is not None and norm.weight.numel() != size:  # over all heads together (OLMo 2)
+        k_BTC, norm = norm(k_BTC), None
+    k_BHTD = heads(k_BTC, size)
+    return k_BHTD if norm is None else norm(k_BHTD), heads(attention.v_proj(u_BTD), size)
 
 
-def module_with(block: nn.Module, name: str) -> nn.Module | None:
-    """The module of the block that has a parameter or child of this name."""
-    for module in block.modules():
-        if name in module._parameters or name in module._modules:
-            return module
-    return None
+def scaled_projections(block: Any, u_BTD: Tensor) -> tuple[Tensor, Tensor]:  # noqa: ANN401
+    """Falcon-H1: attention's input and its keys are multiplied by constants."""
+    k_BHTD, v_BHTD = projected(block.self_attn, u_BTD * block.attention_in_multiplier)
+    return k_BHTD * block.self_attn.key_multiplier, v_BHTD
+
+
+def rows_of_fused_projection(block: nn.Module, u_BTD: Tensor) -> tuple[Tensor, Tensor]:
+    """Phi-3: queries, keys and values are rows of one matrix, in this order."""
+    attention: Any = block.get_submodule("self_attn")
+    size, queries = attention.head_dim, attention.config.num_attention_heads * attention.head_dim
+    k_BTC, v_BTC = F.linear(u_BTD, attention.qkv_proj.weight[queries:]).chunk(2, -1)
+    return heads(k_BTC, size), heads(v_BTC, size)
+
+
+def heads_of_fused_projection(block: nn.Module, u_BTD: Tensor) -> tuple[Tensor, Tensor]:
+    """GPT-NeoX: each head has its query, key and value behind one another in one matrix."""
+    attention: Any = block.get_submodule("attention")
+    size, fused = attention.head_size, attention.query_key_value
+    weight_HCD = fused.weight.unflatten(0, (-1, 3 * size))[:, size:]
+    kv_HNC = u_BTD.flatten(0, 1) @ weight_HCD.mT  # one product a head, without a copy of the weights
+    if fused.bias is not None:
+        kv_HNC = kv_HNC + fused.bias.unflatten(0, (-1, 1, 3 * size))[..., size:]
+    k_BHTD, v_BHTD = kv_HNC.unflatten(1, u_BTD.shape[:2]).transpose(0, 1).chunk(2, -1)
+    return k_BHTD, v_BHTD
+
+
+def columns_of_fused_projection(block: nn.Module, u_BTD: Tensor) -> tuple[Tensor, Tensor]:
+    """GPT-2: queries, keys and values are columns of one transposed matrix."""
+    attention: Any = block.get_submodule("attn")
+    width = attention.embed_dim
+    weight, bias = attention.c_attn.weight[:, width:], attention.c_attn.bias[width:]
+    k_BTC, v_BTC = torch.addmm(bias, u_BTD.flatten(0, 1), weight).unflatten(0, u_BTD.shape[:2]).chunk(2, -1)
+    return heads(k_BTC, attention.head_dim), heads(v_BTC, attention.head_dim)
+
+
+def write_behind_shared_transformer(
+    block: nn.Module, h_BTD: Tensor, index: int, options: dict[str, Any], view: LayerView, mixer: Mixer
+) -> None:
+    """Zamba2's hybrid blocks: the Mamba reads the output of the shared transformer, so that has to run."""
+    hybrid: Any = block
+    x_BTD, word_BTD = h_BTD.chunk(2, -1)
+    shared_BTD = hybrid.shared_transformer(x_BTD, original_hidden_states=word_BTD, layer_idx=index, **options)
+    mixer.write(hybrid.mamba_decoder.input_layernorm(x_BTD + hybrid.linear(shared_BTD)), view)

@@ -1,14 +1,13 @@
 """GGUF files to model folders: weights dequantised to float32, configuration and tokenizer rebuilt.
 
-Covers what has been compared with other readers: the ``llama`` architecture (SmolLM, Llama, Mistral)
-without rotary scaling and experts, with a byte-level BPE. Everything else is refused by name.
-
-The dense copy is float32 because it is exact: a 4- or 8-bit weight is a float16 scale times an integer
-plus a float16 offset, which has more digits than float16 or bfloat16 hold.
+Covers what has been compared with other readers: the ``llama`` architecture (SmolLM, Llama, Mistral) without rotary
+scaling and experts, with a byte-level BPE. Everything else is refused by name. The copy is float32, which is exact: a
+4- or 8-bit weight is a float16 scale times an integer plus a float16 offset, more digits than float16 or bfloat16 hold.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -54,22 +53,27 @@ LAYOUT = 2
 CONTROL, USER_DEFINED = 3, 4  # of tokenizer.ggml.token_type
 
 
+@dataclass(frozen=True)
 class Metadata:
-    """The key-value part of a GGUF file."""
+    """The key-value part of a GGUF file.
 
-    def __init__(self, reader: GGUFReader, path: Path) -> None:
-        self._fields = reader.fields
-        self._path = path
+    Attributes:
+        reader: The opened file.
+        path: Its path, for messages.
+    """
+
+    reader: GGUFReader
+    path: Path
 
     def get(self, key: str, default: Any = None) -> Any:  # noqa: ANN401  (a GGUF value has any type)
         """A value, or the default."""
-        field = self._fields.get(key)
+        field = self.reader.fields.get(key)
         return default if field is None else field.contents()
 
     def __getitem__(self, key: str) -> Any:  # noqa: ANN401
         value = self.get(key)
         if value is None:
-            raise UserError(f"{self._path} has no entry {key!r}. Convert the model to GGUF with a current llama.cpp.")
+            raise UserError(f"{self.path} has no entry {key!r}. Convert the model to GGUF with a current llama.cpp.")
         return value
 
 
@@ -81,24 +85,7 @@ def dequantise(path: Path, folder: Path) -> None:
         folder: An empty folder.
 
     Raises:
-        UserError: If the file holds something this module does not cover.
-    """
-    reader, metadata = open_gguf(path)
-    config = config_of(metadata, reader)
-    tensors = tensors_of(reader, config, path)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    config.save_pretrained(folder)
-    ends = [metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]  # of text, turn, message
-    ends = list(dict.fromkeys(end for end in ends if end is not None))
-    GenerationConfig(**{**ids_of(metadata), "eos_token_id": ends or None}).save_pretrained(folder)
-    tokenizer_of(metadata, path).save_pretrained(folder)
-
-
-def open_gguf(path: Path) -> tuple[GGUFReader, Metadata]:
-    """Open a file, and turn away what would be loaded wrongly.
-
-    Raises:
-        UserError: If it is not GGUF; naming what is not covered.
+        UserError: If it is not GGUF, or holds something this module does not cover, which is named.
     """
     try:
         from gguf import GGUFReader
@@ -121,22 +108,23 @@ def open_gguf(path: Path) -> tuple[GGUFReader, Metadata]:
             f"{path} has {' and '.join(found)}, which the GGUF reader does not cover. Use the model's "
             f"safetensors instead: backbone Hub (a name) or Folder (a path)."
         )
-    return reader, metadata
-
-
-def ids_of(metadata: Metadata) -> dict[str, Any]:
-    """Ids of the special tokens."""
-    end = metadata.get("tokenizer.ggml.eos_token_id")
-    return {
+    end, *more = (metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom"))
+    ids = {
         "bos_token_id": metadata.get("tokenizer.ggml.bos_token_id"),
         "eos_token_id": end,
         "pad_token_id": metadata.get("tokenizer.ggml.padding_token_id", end),
     }
+    config = config_of(metadata, ids)
+    save_file(tensors_of(metadata, config), folder / "model.safetensors", metadata={"format": "pt"})
+    config.save_pretrained(folder)
+    ends = list(dict.fromkeys(each for each in (end, *more) if each is not None))  # of text, turn and message
+    GenerationConfig(**{**ids, "eos_token_id": ends or None}).save_pretrained(folder)
+    tokenizer_of(metadata, ids).save_pretrained(folder)
 
 
-def config_of(metadata: Metadata, reader: GGUFReader) -> LlamaConfig:
-    """The configuration, from the file's entries."""
-    shapes = {tensor.name: tensor.shape for tensor in reader.tensors}
+def config_of(metadata: Metadata, ids: dict[str, Any]) -> LlamaConfig:
+    """The configuration, from the file's entries and the ids of its special tokens."""
+    shapes = {tensor.name: tensor.shape for tensor in metadata.reader.tensors}
     heads = metadata["llama.attention.head_count"]
     width = metadata["llama.embedding_length"]
     epsilon = np.float32(metadata["llama.attention.layer_norm_rms_epsilon"])
@@ -154,17 +142,12 @@ def config_of(metadata: Metadata, reader: GGUFReader) -> LlamaConfig:
         tie_word_embeddings="output.weight" not in shapes,
         architectures=["LlamaForCausalLM"],
         dtype="float32",
-        **ids_of(metadata),
+        **ids,
     )
 
 
-# -- tensors ----------------------------------------------------------------------------------------
-
-
-def tensors_of(reader: GGUFReader, config: LlamaConfig, path: Path) -> dict[str, Tensor]:
-    """All tensors in float32 by transformers' names; queries and keys in transformers' order.
-
-    ``blk.3.attn_q.weight`` becomes ``model.layers.3.self_attn.q_proj.weight``.
+def tensors_of(metadata: Metadata, config: LlamaConfig) -> dict[str, Tensor]:
+    """All tensors in float32, by transformers' names (``model.layers.3.self_attn.q_proj.weight``) and in its order.
 
     Raises:
         UserError: If the file holds a tensor that no llama has, or lacks one.
@@ -173,6 +156,7 @@ def tensors_of(reader: GGUFReader, config: LlamaConfig, path: Path) -> dict[str,
 
     heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
     found: dict[str, Tensor] = {}
+    reader, path = metadata.reader, metadata.path
     for tensor in tqdm(reader.tensors, desc=f"Dequantising {path.name}", unit="tensor"):
         stem, _, kind = tensor.name.rpartition(".")
         block, _, part = stem.rpartition(".")
@@ -200,10 +184,7 @@ def halves(weights: np.ndarray, heads: int) -> np.ndarray:
     return weights.reshape(heads, rows // heads // 2, 2, columns).swapaxes(1, 2).reshape(rows, columns)
 
 
-# -- tokenizer --------------------------------------------------------------------------------------
-
-
-def tokenizer_of(metadata: Metadata, path: Path) -> PreTrainedTokenizerFast:
+def tokenizer_of(metadata: Metadata, ids: dict[str, Any]) -> PreTrainedTokenizerFast:
     """The byte-level BPE, its special tokens and the chat template.
 
     Raises:
@@ -212,7 +193,7 @@ def tokenizer_of(metadata: Metadata, path: Path) -> PreTrainedTokenizerFast:
     kind, pre = metadata["tokenizer.ggml.model"], metadata.get("tokenizer.ggml.pre", "(none)")
     if kind != "gpt2" or pre not in PRE_TOKENIZERS:
         raise UserError(
-            f"{path} has a tokenizer of kind {kind!r} cut by {pre!r}; covered are 'gpt2' cut by "
+            f"{metadata.path} has a tokenizer of kind {kind!r} cut by {pre!r}; covered are 'gpt2' cut by "
             f"{' or '.join(map(repr, PRE_TOKENIZERS))}. Use the model's safetensors instead: backbone Hub or Folder."
         )
     tokens: list[str] = metadata["tokenizer.ggml.tokens"]
@@ -220,7 +201,6 @@ def tokenizer_of(metadata: Metadata, path: Path) -> PreTrainedTokenizerFast:
     core = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=merges))
     core.pre_tokenizer = PRE_TOKENIZERS[pre]
     core.decoder = decoders.ByteLevel()
-    ids = ids_of(metadata)
     if metadata.get("tokenizer.ggml.add_bos_token", False):
         first = tokens[ids["bos_token_id"]]
         core.post_processor = processors.TemplateProcessing(

@@ -1,29 +1,29 @@
 """Causal language models of transformers as backbones, block by block through the family table.
 
-Knows one loaded model. How it is found, dequantised or read in part is the business of ``sources``
-and ``top``.
+Knows one loaded model. How it is found, dequantised or read in part is the business of ``sources`` and ``loading``.
 """
 
 from __future__ import annotations
 
+import re
+import sys
+from collections.abc import Iterable
 from typing import Any, final
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PretrainedConfig, PreTrainedModel
 
 from dynamax.backbones.base import Backbone
 from dynamax.backbones.cache import Cache
-from dynamax.backbones.costs import block_cost
+from dynamax.backbones.checkpoint import fingerprint_of
 from dynamax.backbones.families import FamilySpec, family
-from dynamax.backbones.family_state import rotated
-from dynamax.backbones.fingerprint import fingerprint_of
+from dynamax.backbones.mixers import MixerCost
 from dynamax.backbones.plan import Rotary, StepPlan
-from dynamax.backbones.repairs import check_devices
 from dynamax.backbones.state import LayerView, StateKind
 from dynamax.errors import UserError
-from dynamax.kernels.backend import at_least_float32
+from dynamax.kernels import at_least_float32
 from dynamax.types import BlockCost, Spec
 
 
@@ -32,7 +32,7 @@ class HFBackbone(Backbone):
     """A transformers causal language model whose depth is an argument.
 
     The model is frozen and used as it is: no weight is copied, no module replaced. Recurrent mixers are
-    taught to continue (``mixers``), and what transformers gets wrong is put right (``repairs``).
+    made to continue from a state, and what transformers gets wrong in them is corrected (``mixers``).
 
     Args:
         model: The model, loaded with the attention implementation its family asks for.
@@ -48,23 +48,30 @@ class HFBackbone(Backbone):
 
     def __init__(self, model: PreTrainedModel, *, fingerprint: str | None = None) -> None:
         super().__init__()
-        check_model(model)
-        self.row = family(model.config.model_type)
-        check_attention(model.config, self.row)
+        self.row = check_model(model)
         self.model = model.requires_grad_(False).eval()
+        config = model.config
         self._blocks = tuple(getattr(model.base_model, self.row.blocks))  # a tuple is not registered a second time
-        self._windows = self.row.windows(model.config)
-        self._kinds = self.row.rotary_types(model.config)
-        self._state_kinds = self.row.state_kinds(model.config)
+        self._windows = self.row.windows(config)
+        self._rotary_types = self.row.rotary_types(config)
+        self._state_kinds = self.row.state_kinds(config)
         self._mixers = tuple(self.row.mixer(block) for block in self._blocks)
-        for mixer in self._mixers:
-            if mixer is not None:
-                check_devices(mixer.module)
-                mixer.install()
-        self._additive = model.config._attn_implementation == "eager"
-        if fingerprint is None:
-            fingerprint = fingerprint_of(model.config, model.state_dict())
-        self.spec = spec_of(model.config, vocab=self.output_matrix.shape[0], fingerprint=fingerprint)
+        self.additive_masks = config._attn_implementation == "eager"
+        self.spec = Spec(
+            family=config.model_type,
+            depth=config.num_hidden_layers,
+            width=config.hidden_size,
+            vocab=self.output_matrix.shape[0],
+            context=context_of(config),
+            fingerprint=fingerprint_of(config, model.state_dict()) if fingerprint is None else fingerprint,
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "row"}  # its functions have no names
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.row = family(self.spec.family)
 
     @property
     def output_matrix(self) -> Tensor:
@@ -82,11 +89,6 @@ class HFBackbone(Backbone):
         """The model's rotary angles; None for a model without."""
         return self.row.rotary(self.model.base_model)
 
-    @property
-    def additive_masks(self) -> bool:
-        """Whether attention adds its mask."""
-        return self._additive
-
     def embed(self, tokens_BT: Tensor, cache: Cache | None = None) -> Tensor:
         """Tokens to ``h_BTD``, the input of block 0, at the positions that follow the cache's."""
         h_BTD = getattr(self.model.base_model, self.row.embedding)(tokens_BT)
@@ -101,12 +103,12 @@ class HFBackbone(Backbone):
         return {
             "attention_mask": view.mask,
             "position_ids": plan.positions_BT,
-            "position_embeddings": plan.angles(self._kinds[index]),
+            "position_embeddings": plan.angles(self._rotary_types[index]),
             self.row.cache_argument: view,
         }
 
     def write_state(self, index: int, h_BTD: Tensor, plan: StepPlan, view: LayerView) -> None:
-        """Norm and projections of one block alone: what its keys, values and recurrent state are made of."""
+        """Only norm and projections of the block run: what its keys, values and recurrent state are made of."""
         block, mixer = self._blocks[index], self._mixers[index]
         if self.row.write is not None and len(self._state_kinds[index]) > 1:
             assert mixer is not None, "a block that keeps both has a mixer"
@@ -120,8 +122,11 @@ class HFBackbone(Backbone):
             mixer.write(u_BTD, view)
         if "keys" in self._state_kinds[index]:
             k_BHTD, v_BHTD = self.row.keys_and_values(block, u_BTD)
-            angles = plan.angles(self._kinds[index])
-            view.update(k_BHTD if angles is None else rotated(block, k_BHTD, angles), v_BHTD)
+            angles = plan.angles(self._rotary_types[index])
+            if angles is not None:  # turned by the function that the block's own attention uses
+                place: Any = sys.modules[type(block).__module__]
+                k_BHTD = place.apply_rotary_pos_emb(k_BHTD, k_BHTD, *angles)[1]
+            view.update(k_BHTD, v_BHTD)
 
     def state_kinds(self, index: int) -> tuple[StateKind, ...]:
         """What the block keeps."""
@@ -145,16 +150,30 @@ class HFBackbone(Backbone):
         return self.row.scale_logits(self.model.config, at_least_float32(logits))
 
     def block_cost(self, index: int) -> BlockCost:
-        """What the block costs."""
-        config, held = self.model.config, self._blocks[index].named_parameters()
-        return block_cost(
-            config,
-            {name: parameter for name, parameter in held if self.row.uses_parameter(config, index, name)},
-            self._state_kinds[index],
-            mixer=self._mixers[index],
+        """What the block costs: products only; norms and biases are left out."""
+        config, mixer, block = self.model.config, self._mixers[index], self._blocks[index]
+        held = [pair for pair in block.named_parameters() if self.row.uses_parameter(config, index, pair[0])]
+        plain, experts = linear_weights(held, 2), linear_weights(held, 3)
+        scores = keys = write = 0
+        if "keys" in self._state_kinds[index]:
+            known, queries = config.to_dict(), config.num_attention_heads
+            size = getattr(config, "head_dim", None) or config.hidden_size // queries
+            scores, keys = 2 * queries * size, 2 * (known.get("num_key_value_heads") or queries) * size
+            write = keys * (known.get("attention_hidden_size") or config.hidden_size)
+        mixed = MixerCost(0, 0, 0)
+        if mixer is not None:
+            mixed = mixer.cost()
+            if self.row.write is not None:  # all of the block but its mixer runs where only the state is wanted
+                write = plain - linear_weights(mixer.module.named_parameters(), 2)
+        return BlockCost(
+            weights=plain + experts,
+            active=plain + round(experts * self.row.expert_share(config)),
+            scores=scores,
+            keys=keys,
             window=self._windows[index],
-            share=self.row.expert_share(config),
-            runs_to_write=self.row.write is not None,
+            write=write + mixed.write,
+            state=mixed.state,
+            scan=mixed.scan,
         )
 
     def shift_keys(self, k_BHTD: Tensor, index: int) -> Tensor:
@@ -164,7 +183,7 @@ class HFBackbone(Backbone):
             return k_BHTD
         one_11 = torch.ones(1, 1, dtype=torch.long, device=k_BHTD.device)
         precise_BHTD = at_least_float32(k_BHTD)
-        cos_11R, sin_11R = rotary(precise_BHTD, one_11, self._kinds[index])
+        cos_11R, sin_11R = rotary(precise_BHTD, one_11, self._rotary_types[index])
         length = torch.hypot(cos_11R, sin_11R)  # not 1 where angles are scaled, and keys carry it already
         turned, kept = precise_BHTD.tensor_split([cos_11R.shape[-1]], -1)
         low, high = turned.chunk(2, -1)
@@ -172,11 +191,12 @@ class HFBackbone(Backbone):
         return torch.cat([turned, kept], -1).to(k_BHTD.dtype)
 
 
-def check_model(model: object) -> None:
-    """Refuse what is no causal language model of transformers.
+def check_model(model: object) -> FamilySpec:
+    """The row of a model's family; refuses what cannot be driven block by block.
 
     Raises:
-        UserError: If it is something else, or has no output matrix.
+        UserError: If it is no causal language model of transformers, its family is unknown, or it has an attention
+            implementation that takes other masks, or would drop a part of the model.
     """
     if not isinstance(model, PreTrainedModel):
         raise UserError(
@@ -188,18 +208,24 @@ def check_model(model: object) -> None:
             f"{type(model).__name__} has no output matrix; wanted: a causal language model. Load it with "
             f"AutoModelForCausalLM."
         )
+    given, row = model.config._attn_implementation, family(model.config.model_type)
+    if given not in (row.attention, "eager"):
+        wanted = row.attention if row.attention == "eager" else f"{row.attention} or eager"
+        raise UserError(
+            f"A {model.config.model_type} model was loaded with attention {given!r}; {wanted} is wanted. "
+            f"Load it with attn_implementation={row.attention!r}, or call "
+            f"model.set_attn_implementation({row.attention!r}) first."
+        )
+    return row
 
 
-def spec_of(config: PretrainedConfig, *, vocab: int, fingerprint: str) -> Spec:
-    """What a configuration tells of a backbone."""
-    return Spec(
-        family=config.model_type,
-        depth=config.num_hidden_layers,
-        width=config.hidden_size,
-        vocab=vocab,
-        context=context_of(config),
-        fingerprint=fingerprint,
-    )
+def linear_weights(parameters: Iterable[tuple[str, nn.Parameter]], dimensions: int) -> int:
+    """Weights of linear layers (matrices) or of experts (three dimensions).
+
+    A convolution's taps and Mamba's decays are left out: they are counted with the scan.
+    """
+    scanned = re.compile(r"(^|\.)(A_log|conv1d\.\w+|conv\.conv\.\w+)$")
+    return sum(p.numel() for name, p in parameters if p.ndim == dimensions and not scanned.search(name))
 
 
 def context_of(config: PretrainedConfig) -> int:
@@ -217,19 +243,3 @@ def context_of(config: PretrainedConfig) -> int:
 
 UNBOUNDED = 1 << 30
 """Context of a model that has no positions to run out of."""
-
-
-def check_attention(config: PretrainedConfig, row: FamilySpec) -> None:
-    """Refuse an attention implementation that takes other masks, or would drop a part of the model.
-
-    Raises:
-        UserError: If the implementation is neither the row's own nor eager.
-    """
-    given = config._attn_implementation
-    if given not in (row.attention, "eager"):
-        wanted = row.attention if row.attention == "eager" else f"{row.attention} or eager"
-        raise UserError(
-            f"A {config.model_type} model was loaded with attention {given!r}; {wanted} is wanted. "
-            f"Load it with attn_implementation={row.attention!r}, or call "
-            f"model.set_attn_implementation({row.attention!r}) first."
-        )

@@ -24,20 +24,14 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from dynamax.backbones.check import QUICK, check_modes
-from dynamax.backbones.checkpoint import Checkpoint, reading
+from dynamax.backbones.check import QUICK, check_backbone
+from dynamax.backbones.checkpoint import Checkpoint, fingerprint_of, reading
 from dynamax.backbones.families import FamilySpec, family
-from dynamax.backbones.fingerprint import fingerprint_of
 from dynamax.backbones.hf import HFBackbone
 from dynamax.errors import UserError
 from dynamax.types import Span
 
-DTYPES = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-    "float64": torch.float64,
-}
+DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
 TOKENIZER = ("tokenizer*", "vocab*", "merges*", "spiece.model", "tekken.json", "*.tiktoken")
@@ -109,11 +103,8 @@ def load_backbone(
     model.generation_config = read_generation_config(folder)
     backbone = HFBackbone(model, fingerprint=fingerprint_of(config, tensors)).to(place)
     if span == all_blocks and embedding and output:
-        check_modes(backbone, backbone.reference, QUICK)
+        check_backbone(backbone, backbone.reference, modes=QUICK)
     return backbone
-
-
-# -- the other files of a folder ---------------------------------------------------------------------------
 
 
 def read_config(folder: Path) -> PretrainedConfig:
@@ -148,9 +139,7 @@ def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 
 def read_generation_config(folder: Path) -> GenerationConfig:
-    """How the makers of a model want it to generate: end tokens, sampling, penalties.
-
-    Read from ``generation_config.json`` if the folder has one, else from the configuration, as transformers does.
+    """End tokens, sampling, penalties: from ``generation_config.json``, else from the configuration.
 
     Raises:
         UserError: If the file is damaged.
@@ -161,24 +150,17 @@ def read_generation_config(folder: Path) -> GenerationConfig:
         return GenerationConfig.from_pretrained(folder, local_files_only=True)
 
 
-# -- a part of a model -------------------------------------------------------------------------------------
-
-
 class NotLoaded(nn.Module):
-    """Stands where a part of a model was not read. Whoever runs it, or multiplies with it, is told so.
+    """Takes the place of a part of a model that was not read: to run it or to multiply with it is an error.
 
     Attributes:
-        shape: Shape of the matrix in whose place it stands; the size of the vocabulary is read from it.
+        shape: Shape of the matrix that was not read; the size of the vocabulary is read from it.
     """
 
     def __init__(self, name: str, shape: tuple[int, ...] = ()) -> None:
         super().__init__()
-        self.name = name
         self.shape = shape
-
-    def forward(self, *_: object, **__: object) -> Tensor:
-        """Refuse to run."""
-        raise UserError(f"{self.name} was not loaded with this part of the model. Load a part that has it.")
+        self._refusal = f"{name} was not loaded with this part of the model. Load a part that has it."
 
     @property
     def weight(self) -> NotLoaded:
@@ -188,13 +170,17 @@ class NotLoaded(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """Refuse to be multiplied with."""
-        raise UserError(f"{self.name} was not loaded with this part of the model. Load a part that has it.")
+        raise UserError(self._refusal)
+
+    def forward(self, *_: object, **__: object) -> Tensor:
+        """Refuse to run."""
+        raise UserError(self._refusal)
 
 
 def part_class(kind: type[PreTrainedModel], row: FamilySpec, span: Span) -> type[PreTrainedModel]:
-    """The model class whose instances are made without the blocks outside of ``span``.
+    """The model class, but its instances are made without the blocks outside of ``span``.
 
-    ``from_pretrained`` makes the model, then reads; only a class can come between the two. Blocks whose weights a
+    ``from_pretrained`` makes the model, then reads; only a class can act between the two. Blocks whose weights a
     block of the span shares (Zamba2) are read with it.
     """
 
@@ -226,7 +212,7 @@ def block_of(name: str, row: FamilySpec) -> int | None:
 
 
 def check_report(report: dict[str, Any], model: PreTrainedModel, row: FamilySpec, folder: Path) -> None:
-    """Refuse a model that is not what its files say.
+    """Refuse a model whose weights and configuration do not fit each other.
 
     transformers would leave missing weights random, and pass over what it has no place for. The latter is harmless
     only where it belongs to another part of a larger model, which is not read at all.
@@ -241,15 +227,12 @@ def check_report(report: dict[str, Any], model: PreTrainedModel, row: FamilySpec
         for key in report["unexpected_keys"]
         if block_of(key, row) is not None or key.rpartition(".")[0] in modules - {""}
     ]
-    told = [f"{key.replace('_', ' ')}: {sorted(map(str, found))[:3]}" for key, found in faults.items() if found]
-    if told:
+    found = [f"{key.replace('_', ' ')}: {sorted(map(str, keys))[:3]}" for key, keys in faults.items() if keys]
+    if found:
         raise UserError(
-            f"{folder} does not fit its own {CONFIG}; {'; '.join(told)}. Fetch the folder again, or mend {CONFIG} "
+            f"{folder} does not fit its own {CONFIG}; {'; '.join(found)}. Fetch the folder again, or mend {CONFIG} "
             f"(tie_word_embeddings, num_hidden_layers, sizes, biases)."
         )
-
-
-# -- dtypes and devices by name ----------------------------------------------------------------------------
 
 
 def dtype_of(name: str) -> torch.dtype:

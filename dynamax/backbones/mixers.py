@@ -1,34 +1,51 @@
 """Recurrent mixers of transformers, continued from a live state over any number of positions.
 
-A mixer stands in for the ``forward`` of one transformers module and uses its weights. It takes over where
+A mixer replaces the ``forward`` of one transformers module and uses its weights. It takes over where
 the cache it is given is a ``LayerView``; otherwise transformers' own code runs, which is what it is checked
-against. A mixer holds its module and names, no tensors, so that a copied model has copied mixers.
+against. A mixer holds its module and names, no tensors, so that a copied model has copied mixers. So what transformers
+gets wrong in chunks (Mamba-1's scan forgets the state, Mamba-2's pads every chunk to 256 positions) needs no repair.
 Knows modules and views, neither families nor positions.
 
-Padding changes no state: what it projects is masked. transformers masks what goes into the projection, whose bias,
-where there is one, then reaches the first live positions through the convolution.
+Padding changes no state: what it projects is masked. transformers masks the input of the projection instead, whose
+bias then reaches the first positions after the padding through the convolution.
 
 E counts the inner channels, N the entries of a channel's state, G the groups of heads.
 """
 
 from __future__ import annotations
 
+import functools
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any, final
+from types import FunctionType
+from typing import Any, NamedTuple, final
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dynamax.backbones.state import LayerView, Tensors
-from dynamax.kernels import selective, ssd
-from dynamax.kernels.backend import at_least_float32
+from dynamax.kernels import at_least_float32, selective, ssd
 from dynamax.kernels.convolution import convolve
 
 
+class MixerCost(NamedTuple):
+    """What a mixer costs, in counts.
+
+    Attributes:
+        write: Weights that ``Mixer.write`` multiplies a position with.
+        scan: Multiply-adds a position costs beside the weights of linear layers: convolution, state in, state out.
+        state: Values of state, window included, of one row.
+    """
+
+    write: int
+    scan: int
+    state: int
+
+
 class Mixer(ABC):
-    """One recurrent mixer.
+    """One recurrent mixer; replaces the ``forward`` of its module, which still runs where it is given another cache.
 
     Args:
         module: transformers' mixer, whose weights are used.
@@ -38,9 +55,7 @@ class Mixer(ABC):
         self.module: Any = module
         installed = vars(module).get("forward")
         self._own = installed._own if isinstance(installed, Mixer) else module.forward
-
-    def install(self) -> None:
-        """Stand in for the module's ``forward``; transformers' own is kept for whoever brings another cache."""
+        check_devices(module)
         self.module.forward = self
 
     def __call__(
@@ -62,16 +77,8 @@ class Mixer(ABC):
         """Advance the view's state over the chunk and nothing more: what only the output needs is not computed."""
 
     @abstractmethod
-    def write_weights(self) -> int:
-        """Weights that ``write`` multiplies a position with."""
-
-    @abstractmethod
-    def scan_products(self) -> int:
-        """Multiply-adds a position costs beside the weights of linear layers: convolution, state in, state out."""
-
-    @abstractmethod
-    def state_size(self) -> int:
-        """Values of state, window included, of one row."""
+    def cost(self) -> MixerCost:
+        """What the mixer costs."""
 
 
 @final
@@ -99,30 +106,28 @@ class SSDMixer(Mixer):
         self._finish = finish or self.module.norm
         self._inner = self.module.intermediate_size
         self._bc = self.module.n_groups * self.module.ssm_state_size
-        self._sizes = [self._inner, self._inner + 2 * self._bc, self.module.num_heads]
+        self._channels = self._inner + 2 * self._bc
 
     def mix(self, u_BTD: Tensor, view: LayerView) -> Tensor:
         """Project, advance, gate, project."""
-        z, xbc, dt = self._project(u_BTD, 0).split(self._sizes, -1)
-        y_BTE = view.advance(self._read, self._rows(xbc, dt, view))
-        return self.module.out_proj(self._finish(y_BTE, z).to(u_BTD.dtype))
+        z_BTE, y_BTE = self._advance(u_BTD, view, 0)
+        return self.module.out_proj(self._finish(y_BTE, z_BTE).to(u_BTD.dtype))
 
     def write(self, u_BTD: Tensor, view: LayerView) -> None:
         """Project all but the gate, advance."""
-        xbc, dt = self._project(u_BTD, self._inner).split(self._sizes[1:], -1)
-        view.advance(self._read, self._rows(xbc, dt, view))
+        self._advance(u_BTD, view, self._inner)
 
-    def _project(self, u_BTD: Tensor, first: int) -> Tensor:
-        """The input projection from channel ``first`` on."""
-        linear = self.module.in_proj
+    def _advance(self, u_BTD: Tensor, view: LayerView, first: int) -> tuple[Tensor, Tensor]:
+        """Project from channel ``first`` on and advance; the gate's channels, as far as they are projected, and y."""
+        m, linear = self.module, self.module.in_proj
         bias = None if linear.bias is None else linear.bias[first:]
-        projected = F.linear(u_BTD if self._gain == 1.0 else u_BTD * self._gain, linear.weight[first:], bias)
-        return projected if self._scale is None else projected * getattr(self.module, self._scale)[..., first:]
-
-    def _rows(self, xbc_BTC: Tensor, dt_BTH: Tensor, view: LayerView) -> Tensors:
-        low, high = self.module.time_step_limit
-        dt_BTH = F.softplus(at_least_float32(dt_BTH) + at_least_float32(self.module.dt_bias)).clamp(low, high)
-        return masked(view.live_BT, xbc_BTC, dt_BTH)
+        rows_BTC = F.linear(u_BTD if self._gain == 1.0 else u_BTD * self._gain, linear.weight[first:], bias)
+        if self._scale is not None:
+            rows_BTC = rows_BTC * getattr(m, self._scale)[..., first:]
+        z_BTE, xbc_BTC, dt_BTH = rows_BTC.split([self._inner - first, self._channels, m.num_heads], -1)
+        low, high = m.time_step_limit
+        dt_BTH = F.softplus(at_least_float32(dt_BTH) + at_least_float32(m.dt_bias)).clamp(low, high)
+        return z_BTE, view.advance(self._read, masked(view.live_BT, xbc_BTC, dt_BTH))
 
     def _read(self, past: Tensors | None, xbc_BTC: Tensor, dt_BTH: Tensor) -> tuple[Tensor, Tensors]:
         m = self.module
@@ -141,17 +146,14 @@ class SSDMixer(Mixer):
         y_BTHP = torch.addcmul(y_BTHP, x_BTHP, at_least_float32(m.D)[:, None])
         return y_BTHP.flatten(-2), (window, state_BHPN)
 
-    def write_weights(self) -> int:
-        """All of the input projection but the gate."""
-        return sum(self._sizes[1:]) * self.module.in_proj.in_features
-
-    def scan_products(self) -> int:
-        """Taps, and each entry of the state written and read."""
-        return self._sizes[1] * self.module.conv_kernel_size + 2 * self._inner * self.module.ssm_state_size
-
-    def state_size(self) -> int:
-        """Window and scan state."""
-        return self._sizes[1] * (self.module.conv_kernel_size - 1) + self._inner * self.module.ssm_state_size
+    def cost(self) -> MixerCost:
+        """Written: all channels but the gate's. Scanned: taps, and each entry of the state written and read."""
+        m, state = self.module, self._inner * self.module.ssm_state_size
+        return MixerCost(
+            write=(self._channels + m.num_heads) * m.in_proj.in_features,
+            scan=self._channels * m.conv_kernel_size + 2 * state,
+            state=self._channels * (m.conv_kernel_size - 1) + state,
+        )
 
 
 @final
@@ -201,18 +203,14 @@ class SelectiveMixer(Mixer):
         y_BTE, state_BEN = selective.scan(x_BTE, dt_BTE, decay_EN, b_BTN, c_BTN, state_BEN)
         return torch.addcmul(y_BTE, x_BTE, at_least_float32(m.D)), (window, state_BEN)
 
-    def write_weights(self) -> int:
-        """The input's half of the input projection, and what makes step, B and C of it."""
-        m = self.module
-        return self._inner * m.in_proj.in_features + m.x_proj.weight.numel() + m.dt_proj.weight.numel()
-
-    def scan_products(self) -> int:
-        """Taps, and each entry of the state decayed, written and read."""
-        return self._inner * (self.module.conv_kernel_size + 3 * self.module.ssm_state_size)
-
-    def state_size(self) -> int:
-        """Window and scan state."""
-        return self._inner * (self.module.conv_kernel_size - 1 + self.module.ssm_state_size)
+    def cost(self) -> MixerCost:
+        """Written: the input's half, and what makes step, B and C. Scanned: taps; entries decayed, written, read."""
+        m, state = self.module, self._inner * self.module.ssm_state_size
+        return MixerCost(
+            write=self._inner * m.in_proj.in_features + m.x_proj.weight.numel() + m.dt_proj.weight.numel(),
+            scan=self._inner * m.conv_kernel_size + 3 * state,
+            state=self._inner * (m.conv_kernel_size - 1) + state,
+        )
 
 
 @final
@@ -243,17 +241,11 @@ class ShortConvMixer(Mixer):
         y_BTD, window = convolve(x_BTD, window, conv.weight[:, 0], conv.bias)
         return y_BTD, (window,)
 
-    def write_weights(self) -> int:
-        """The input projection's parts for B and the input."""
-        return self.module.in_proj.weight.numel() * 2 // 3
-
-    def scan_products(self) -> int:
-        """Taps."""
-        return self.module.conv.weight.numel()
-
-    def state_size(self) -> int:
-        """The window."""
-        return self.module.conv.out_channels * (self.module.conv_kernel_size - 1)
+    def cost(self) -> MixerCost:
+        """Written: the projections to B and the input. Scanned: taps. State: the window."""
+        m = self.module
+        window = m.conv.out_channels * (m.conv_kernel_size - 1)
+        return MixerCost(m.in_proj.weight.numel() * 2 // 3, m.conv.weight.numel(), window)
 
 
 def masked(live_BT: Tensor | None, *rows: Tensor) -> Tensors:
@@ -261,3 +253,21 @@ def masked(live_BT: Tensor | None, *rows: Tensor) -> Tensors:
     if live_BT is None:
         return rows
     return tuple(row.masked_fill(~live_BT[..., None], 0.0) for row in rows)
+
+
+def check_devices(module: nn.Module) -> None:
+    """Where ``mamba_ssm`` can be imported, transformers calls its kernels on CPU tensors too, and they fail.
+
+    Each such function of the module's file keeps its kernel for CUDA tensors alone.
+    """
+    place = sys.modules[type(module).__module__]
+    for attribute, function in vars(place).copy().items():
+        wraps = isinstance(function, FunctionType) and "__wrapped__" in vars(function)
+        if wraps and function.__code__.co_filename.endswith("hub_kernels.py"):
+            setattr(place, attribute, functools.partial(by_device, function))
+
+
+def by_device(function: Any, *args: Any, **options: Any) -> Any:  # noqa: ANN401
+    """Call a function that has a kernel with that kernel on CUDA tensors only, else the plain function it wraps."""
+    on_gpu = any(isinstance(value, Tensor) and value.is_cuda for value in (*args, *options.values()))
+    return (function if on_gpu else function.__wrapped__)(*args, **options)

@@ -1,7 +1,7 @@
 """Where a chunk stands: positions, rotary angles, attention masks. Knows windows, not families.
 
-Rows of a chunk are contiguous, oldest debt first, so a start, a length and the padding determine
-everything here. The host makes a plan once for each chunk, and all blocks that the chunk passes share it.
+Rows of a chunk are contiguous, the oldest first, so a start, a length and the padding determine everything here.
+A plan is made once for each chunk; all blocks that the chunk passes share it.
 """
 
 from __future__ import annotations
@@ -28,6 +28,9 @@ class StepPlan:
         additive: True where attention adds its mask (eager), False where it takes booleans (sdpa).
         rotary: ``(h_BTD, positions_BT, kind) -> (cos, sin)``, or None for a model without.
         past: Keys held from before the chunk; ``start`` unless positions are owed.
+
+    Attributes:
+        key: Positions, dtype and device: two plans of one run with equal keys are the same.
     """
 
     def __init__(
@@ -44,19 +47,18 @@ class StepPlan:
         self.length = like.shape[1]
         self.past = start if past is None else past
         self.pad_B = pad_B
-        self._like = like
+        self.key = (self.start, self.length, self.past, like.dtype, like.device)
+        self._like = like.new_empty(0)
         self._additive = additive
         self._rotary = rotary
         self._angles: dict[str | None, tuple[Tensor, Tensor]] = {}
-        self._masks: dict[tuple[int | None, frozenset[int]], Tensor | None] = {}
+        self._masks: dict[tuple[int | None, frozenset[int]], Tensor] = {}
 
     @cached_property
     def positions_BT(self) -> Tensor:
         """Position ids, counted from each row's first token; 0 on padding. Shape [1 or B, T]."""
-        positions_1T = torch.arange(self.start, self.start + self.length, device=self._like.device)[None]
-        if self.pad_B is None:
-            return positions_1T
-        return (positions_1T - self.pad_B[:, None]).clamp_min(0)
+        rows_1T = torch.arange(self.start, self.start + self.length, device=self._like.device)[None]
+        return rows_1T if self.pad_B is None else (rows_1T - self.pad_B[:, None]).clamp_min(0)
 
     @cached_property
     def live_BT(self) -> Tensor | None:
@@ -75,8 +77,8 @@ class StepPlan:
         return self._angles[kind]
 
     def first_key(self, window: int | None) -> int:
-        """The oldest position any row of the chunk may attend to."""
-        return 0 if window is None else max(self.start - window + 1, 0)
+        """The oldest position that a row of the chunk may attend to; of keys held, those from there on are read."""
+        return 0 if window is None else min(max(self.start - window + 1, 0), self.past)
 
     def mask(self, window: int | None, holes: frozenset[int] = frozenset()) -> Tensor | None:
         """Attention mask over the keys from ``first_key(window)`` on, or None where none is needed.
@@ -88,35 +90,26 @@ class StepPlan:
         Returns:
             Booleans (True: may attend) or additive floats, shape [1 or B, 1, T, K].
         """
-        if not self._needs_mask(window, holes):
-            return None
+        if self.pad_B is None and not holes:
+            whole = self.start == 0 and (window is None or self.length <= window)
+            if self.length == 1 or (whole and not self._additive):
+                return None
         key = (window, holes)
-        if key not in self._masks:
-            self._masks[key] = self._build(window, holes)
-        return self._masks[key]
-
-    def _needs_mask(self, window: int | None, holes: frozenset[int]) -> bool:
-        if self.pad_B is not None or holes:
-            return True
-        if self.length == 1:
-            return False
-        whole = self.start == 0 and (window is None or self.length <= window)
-        return self._additive or not whole
-
-    def _build(self, window: int | None, holes: frozenset[int]) -> Tensor:
+        if key in self._masks:
+            return self._masks[key]
         device = self._like.device
         rows_T = torch.arange(self.start, self.start + self.length, device=device)
-        first = min(self.first_key(window), self.past)
-        keys_K = torch.cat([torch.arange(first, self.past, device=device), rows_T])
+        keys_K = torch.cat([torch.arange(self.first_key(window), self.past, device=device), rows_T])
         seen_TK = keys_K[None] <= rows_T[:, None]
         if window is not None:
             seen_TK &= keys_K[None] > rows_T[:, None] - window
         if holes:
             seen_TK &= ~torch.isin(keys_K, torch.tensor(sorted(holes), device=device))[None]
-        seen_B1TK = seen_TK[None, None]
+        mask = seen_TK[None, None]
         if self.pad_B is not None:
-            seen_B1TK = seen_B1TK & (keys_K[None] >= self.pad_B[:, None])[:, None, None]
-        if not self._additive:
-            return seen_B1TK
-        least = max(torch.finfo(self._like.dtype).min, torch.finfo(torch.float32).min) / 2  # a score may be added
-        return torch.zeros_like(seen_B1TK, dtype=self._like.dtype).masked_fill(~seen_B1TK, least)
+            mask = mask & (keys_K[None] >= self.pad_B[:, None])[:, None, None]
+        if self._additive:
+            least = max(torch.finfo(self._like.dtype).min, torch.finfo(torch.float32).min) / 2  # a score may be added
+            mask = torch.zeros_like(mask, dtype=self._like.dtype).masked_fill(~mask, least)
+        self._masks[key] = mask
+        return mask

@@ -1,8 +1,7 @@
 """Rules for the state of skipped blocks: what becomes of it when a position leaves early.
 
-``Exact`` owes the position to the blocks above, which read it along with a later one; the other
-rules are the approximations of the papers, under their own names. A rule knows backbones and
-caches, no heads: whoever applies it lets the gates above read what the rule lets them see.
+``Exact`` owes the position to the blocks above, which read it together with a later one; the other rules are the
+approximations of the papers. Knows backbones and caches, no heads: the caller lets the gates above read.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ class SkippedState(ABC):
     gates_read_exit: ClassVar[bool] = False
 
     def validate(self, backbone: Backbone) -> None:
-        """Refuse a backbone that the rule says nothing about.
+        """Refuse a backbone that the rule cannot be applied to.
 
         Raises:
             UserError: If keys would be copied and a block keeps a recurrent state.
@@ -45,6 +44,7 @@ class SkippedState(ABC):
                 f"Use Exact, Propagate or Skip."
             )
 
+    @abstractmethod
     def leave(self, backbone: Backbone, cache: Cache, depth: int, h_BTD: Tensor, *, last_block_ran: bool) -> None:
         """Positions ``h_BTD`` leave after ``depth`` blocks.
 
@@ -56,6 +56,23 @@ class SkippedState(ABC):
             last_block_ran: True if the exit's lens has run the last block (DYNAMAX): that block's keys
                 and values are then the ones it computed from ``h_BTD``, whatever the rule.
         """
+
+
+class Exact(SkippedState):
+    """Owe the positions: deeper blocks read them in one chunk with the next position that comes by."""
+
+    exact = True
+
+    def leave(self, backbone: Backbone, cache: Cache, depth: int, h_BTD: Tensor, *, last_block_ran: bool) -> None:
+        """Owe the positions at ``depth``; a last block that ran for the lens kept nothing."""
+        cache.group.owe(depth, h_BTD)
+
+
+class Approximation(SkippedState):
+    """A rule that fills the state of skipped blocks at once, one block after the other."""
+
+    def leave(self, backbone: Backbone, cache: Cache, depth: int, h_BTD: Tensor, *, last_block_ran: bool) -> None:
+        """Fill the state of the blocks above; a last block that ran for the lens is written from what it read."""
         top = backbone.spec.depth - 1 if last_block_ran else backbone.spec.depth
         for block in range(depth, top):
             self.fill(backbone, cache, block, h_BTD)
@@ -67,23 +84,8 @@ class SkippedState(ABC):
         """Bring the state of one skipped block past the positions ``h_BTD``."""
 
 
-class Exact(SkippedState):
-    """Owe the positions: deeper blocks read them in one chunk with the next position that comes by."""
-
-    exact = True
-
-    def leave(self, backbone: Backbone, cache: Cache, depth: int, h_BTD: Tensor, *, last_block_ran: bool) -> None:
-        """Owe the positions at ``depth``; a last block that ran for the lens left no trace."""
-        cache.group.owe(depth, h_BTD)
-
-    def fill(self, backbone: Backbone, cache: Cache, block: int, h_BTD: Tensor) -> None:
-        """Nothing: the debt is paid later."""
-
-
-class Propagate(SkippedState):
+class Propagate(Approximation):
     """Keys and values, or window and recurrent state, from the exit's hidden state, by each block's own projections.
-
-    A recurrent block projects all but its gate: its window holds C's channels too.
 
     Source: CALM (arXiv 2207.07061); DYNAMAX's "recompute".
     """
@@ -95,7 +97,7 @@ class Propagate(SkippedState):
         backbone.write(h_BTD, block, cache)
 
 
-class CopyToken(SkippedState):
+class CopyToken(Approximation):
     """Each skipped block repeats its own keys and values of the previous token, keys turned to the new position.
 
     Source: the code that DYNAMAX's authors published.
@@ -113,7 +115,7 @@ class CopyToken(SkippedState):
         cache.filled[block] += h_BTD.shape[1]
 
 
-class CopyLayer(SkippedState):
+class CopyLayer(Approximation):
     """Each skipped block takes the previous block's keys and values of the same token.
 
     Source: DYNAMAX as others describe it.
@@ -130,7 +132,7 @@ class CopyLayer(SkippedState):
         cache.filled[block] = stop
 
 
-class Skip(SkippedState):
+class Skip(Approximation):
     """State left as it is: no later position attends to the skipped ones, and a recurrent state never saw them.
 
     Source: DYNAMAX's "no recompute" on Mamba.

@@ -1,7 +1,7 @@
 """Where backbones come from: the model hub, a folder, a GGUF file, the default model.
 
-A source names a model; nothing is fetched or read before it is asked to load. All sources end in
-a folder in transformers' layout, which ``loading`` reads.
+A source names a model; nothing is fetched or read before it is asked to load. All sources here end in a folder in
+transformers' layout, which ``loading`` reads.
 """
 
 from __future__ import annotations
@@ -20,11 +20,10 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from dynamax.backbones.base import Backbone
+from dynamax.backbones.downloads import made_once, unpack_gguf
 from dynamax.backbones.gguf import LAYOUT, dequantise
 from dynamax.backbones.hf import HFBackbone
 from dynamax.backbones.loading import load_backbone, read_config, read_generation_config, read_tokenizer
-from dynamax.backbones.smollm2_package import unpack_gguf
-from dynamax.backbones.user_cache import made_once
 from dynamax.errors import UserError
 from dynamax.paths import InputPath
 from dynamax.registry import SOURCES
@@ -45,7 +44,7 @@ class Source(ABC):
     _given: dict[str, Any]
 
     def __new__(cls, *args: object, **options: object) -> Self:
-        """Make the source and keep its options, so that no subclass has to."""
+        """Make the source and record its options, so that no subclass has to."""
         source = super().__new__(cls)
         signature = inspect.signature(cls.__init__)
         given = signature.bind_partial(source, *args, **options)  # partial: copying makes sources without options
@@ -56,7 +55,9 @@ class Source(ABC):
                 source._given |= given.arguments[name]
             elif parameter.kind is parameter.VAR_POSITIONAL:
                 if given.arguments[name]:
-                    source._given[f"*{name}"] = list(given.arguments[name])  # told apart by no name: made again by none
+                    source._given[f"*{name}"] = list(
+                        given.arguments[name]
+                    )  # no name, so no keyword to make it again with
             elif name in given.arguments:
                 value = given.arguments[name]
                 is_path = isinstance(value, Path) or (name in cls.paths and isinstance(value, str))
@@ -65,9 +66,7 @@ class Source(ABC):
 
     @property
     def recipe(self) -> dict[str, Any]:
-        """Class and options, as JSON holds them: enough for ``source_from`` to make the source again anywhere.
-
-        The class is named as in its entry point; ``module.Class`` where it has none.
+        """Class (name of its entry point, else ``module.Class``) and options: what ``source_from`` takes, as JSON.
 
         Raises:
             UserError: If an option cannot be written as JSON.
@@ -94,7 +93,7 @@ class Source(ABC):
             device: Device to run on, such as ``cuda``.
 
         Raises:
-            UserError: If it cannot be had, or does not say what its model says.
+            UserError: If it cannot be fetched or read, or its logits are not its model's.
         """
 
     @abstractmethod
@@ -104,25 +103,20 @@ class Source(ABC):
     def output_stage(self, *, dtype: str = "float32", device: str = "cpu") -> Backbone:
         """A backbone of which at least the last block, the final norm and the output matrix can be used.
 
-        That is all heads are trained with: ``spec`` and ``site(depth)``. Here it is the whole backbone; a source that
-        can read a part reads that. Arguments and errors as for ``load``.
+        Heads are trained with no more. Here it is the whole backbone; a source that can read a part reads that.
+        Arguments and errors as for ``load``.
         """
         return self.load(dtype=dtype, device=device)
 
     def generation_config(self) -> GenerationConfig:
-        """How the makers of the model want it to generate: end tokens, sampling, penalties.
-
-        Here it is what the tokenizer tells: its end, beginning and padding tokens.
-        """
+        """The model's own end tokens, sampling and penalties; here its tokenizer's end, begin and padding tokens."""
         tokenizer = self.tokenizer()
         names = ("bos_token_id", "eos_token_id", "pad_token_id")
         return GenerationConfig(**{name: getattr(tokenizer, name) for name in names})
 
 
 def source_from(recipe: Mapping[str, Any]) -> Source:
-    """The source that a recipe tells of.
-
-    A class need not be registered: a name with a dot is imported, which runs its module.
+    """The source that a recipe describes. A class with a dot in its name is imported, which runs its module.
 
     Raises:
         UserError: If the class is unknown, is no source, or does not take the options.
@@ -179,10 +173,10 @@ class FolderSource(Source):
 
 @final
 class Folder(FolderSource):
-    """A model in a local folder, as ``save_pretrained`` writes it.
+    """A model in a local folder.
 
     Args:
-        path: The folder.
+        path: The folder, as ``save_pretrained`` writes it.
     """
 
     paths = ("path",)
@@ -277,12 +271,13 @@ class SmolLM2(FolderSource):
 
     def folder(self) -> Path:
         """The dense copy."""
-        return made_once(f"dense/{self.SHA256}-{LAYOUT}", self._make, room=self.ROOM)
 
-    def _make(self, fresh: Path) -> None:
-        with unpack_gguf(self.wheel, scratch=fresh.parent) as path:
-            check_hash(path, self.SHA256)
-            dequantise(path, fresh)
+        def make(fresh: Path) -> None:
+            with unpack_gguf(self.wheel, scratch=fresh.parent) as path:
+                check_hash(path, self.SHA256)
+                dequantise(path, fresh)
+
+        return made_once(f"dense/{self.SHA256}-{LAYOUT}", make, room=self.ROOM)
 
 
 def check_hash(path: Path, wanted: str | None) -> str:

@@ -1,8 +1,7 @@
 """The state of one block, and what a block is given as its cache while one chunk passes.
 
-A state knows neither positions owed nor other blocks. The host decides where a chunk's keys go and which of them it
-may see (``StepPlan``); while blocks run, a view only moves tensors. What a block left in its view becomes part of the
-state when the host commits it, after the span.
+A ``StepPlan`` decides where a chunk's keys go and which of them it may see; while blocks run, a view only moves
+tensors; what it holds becomes part of the state when it is committed, after the span. Knows no debts, no other blocks.
 """
 
 from __future__ import annotations
@@ -14,6 +13,7 @@ from typing import Literal, final
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from dynamax.backbones.plan import StepPlan
 
@@ -39,17 +39,7 @@ class Snapshot:
 
 
 class LayerState(ABC):
-    """What one block keeps of the positions it has been through."""
-
-    @property
-    def keys(self) -> KeyValueState | None:
-        """Keys and values; None for a block without attention."""
-        return None
-
-    @property
-    def recurrent(self) -> RecurrentState | None:
-        """Recurrent state; None for a block without one."""
-        return None
+    """What one block keeps of the positions it has been through, or a part of that."""
 
     @abstractmethod
     def skip(self, start: int, count: int) -> None:
@@ -62,21 +52,6 @@ class LayerState(ABC):
     @abstractmethod
     def crop(self, length: int, snapshot: Snapshot) -> None:
         """Forget the positions from ``length`` on; ``length`` is at or after the snapshot's."""
-
-
-@final
-class NoState(LayerState):
-    """A block that looks at each position alone."""
-
-    def skip(self, start: int, count: int) -> None:
-        """Nothing to do."""
-
-    def snapshot(self, filled: int) -> Snapshot:
-        """The fill level."""
-        return Snapshot(filled)
-
-    def crop(self, length: int, snapshot: Snapshot) -> None:
-        """Nothing to do."""
 
 
 @final
@@ -95,37 +70,26 @@ class KeyValueState(LayerState):
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
         self.holes: frozenset[int] = frozenset()
-        self._buffers: tuple[Tensor, Tensor] | None = None
-
-    @property
-    def keys(self) -> KeyValueState:
-        """This state itself."""
-        return self
+        self._buffers: tuple[Tensor, ...] = ()
 
     def reserve(self, positions: int) -> None:
         """Make room for so many positions, before blocks run."""
-        if self._buffers is None:
-            self.capacity = max(self.capacity, positions)
-        elif positions > self.capacity:
-            old, self.capacity = self._buffers, max(positions, 2 * self.capacity)
-            self._buffers = (self._new_buffer(old[0]), self._new_buffer(old[1]))
-            for new, previous in zip(self._buffers, old, strict=True):
-                new[:, :, : previous.shape[2]] = previous
-
-    def _new_buffer(self, like_BHTD: Tensor) -> Tensor:
-        return like_BHTD.new_zeros(*like_BHTD.shape[:2], self.capacity, like_BHTD.shape[3])
+        if positions <= self.capacity:
+            return
+        self.capacity = max(positions, 2 * self.capacity) if self._buffers else positions
+        self._buffers = tuple(F.pad(held, (0, 0, 0, self.capacity - held.shape[2])) for held in self._buffers)
 
     def write(self, k_BHTD: Tensor, v_BHTD: Tensor, start: int) -> None:
         """Write the keys and values of positions from ``start`` on; there is room for them."""
-        if self._buffers is None:
-            self._buffers = (self._new_buffer(k_BHTD), self._new_buffer(v_BHTD))
+        if not self._buffers:
+            self._buffers = tuple(x.new_zeros(*x.shape[:2], self.capacity, x.shape[3]) for x in (k_BHTD, v_BHTD))
         stop = start + k_BHTD.shape[2]
         self._buffers[0][:, :, start:stop] = k_BHTD
         self._buffers[1][:, :, start:stop] = v_BHTD
 
     def read(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
         """Keys and values of positions ``[start, stop)``, as views of the buffers."""
-        assert self._buffers is not None, "read before the first write"
+        assert self._buffers, "read before the first write"
         return self._buffers[0][:, :, start:stop], self._buffers[1][:, :, start:stop]
 
     def skip(self, start: int, count: int) -> None:
@@ -146,9 +110,8 @@ class KeyValueState(LayerState):
 class RecurrentState(LayerState):
     """Convolution window and scan state of one block, in whatever form its recurrence gives them.
 
-    A recurrent state cannot be cropped. A snapshot keeps it by reference, and from then on the rows that advance the
-    state are noted, so that a rollback can read the first few of them again: by the recurrence alone, without the
-    block's other weights.
+    It cannot be cropped. A snapshot keeps it by reference, and from then on the rows that advance the state are kept
+    too, so that a rollback can read the first few of them again, by the recurrence alone.
 
     Attributes:
         tensors: The state; None before the first position. They are replaced, never written into.
@@ -159,11 +122,6 @@ class RecurrentState(LayerState):
         self._snapshot: Snapshot | None = None
         self._recurrence: Recurrence | None = None
         self._noted: list[Tensors] = []
-
-    @property
-    def recurrent(self) -> RecurrentState:
-        """This state itself."""
-        return self
 
     def commit(self, recurrence: Recurrence, rows: Tensors, tensors: Tensors) -> None:
         """Take over the state that ``recurrence`` made of ``rows``."""
@@ -185,57 +143,45 @@ class RecurrentState(LayerState):
         """Return to the snapshot; if it is the newest, read the rows up to ``length`` again."""
         keep = length - snapshot.filled
         assert keep == 0 or snapshot is self._snapshot, "only positions after the newest snapshot can be kept"
-        noted = [torch.cat(parts, 1)[:, :keep] for parts in zip(*self._noted, strict=True)]
+        rows = tuple(torch.cat(parts, 1)[:, :keep] for parts in zip(*self._noted, strict=True))
         self.tensors = snapshot.recurrent
         self._snapshot, self._noted = snapshot, []
-        if keep and noted:
-            assert self._recurrence is not None
-            rows = tuple(noted)
+        if keep:
+            assert self._recurrence is not None, "rows were noted since the snapshot"
             self.commit(self._recurrence, rows, self._recurrence(self.tensors, *rows)[1])
 
 
 @final
-class HybridState(LayerState):
-    """Keys and values beside a recurrent state.
+class BlockState(LayerState):
+    """All that one block keeps.
 
     Args:
+        kinds: Which kinds of state it has: both, one, or none where it looks at each position alone.
         capacity: As for ``KeyValueState``.
+
+    Attributes:
+        keys: Keys and values; None for a block without attention.
+        recurrent: Recurrent state; None for a block without one.
     """
 
-    def __init__(self, capacity: int) -> None:
-        self._keys = KeyValueState(capacity)
-        self._recurrent = RecurrentState()
-
-    @property
-    def keys(self) -> KeyValueState:
-        """Keys and values."""
-        return self._keys
-
-    @property
-    def recurrent(self) -> RecurrentState:
-        """Recurrent state."""
-        return self._recurrent
+    def __init__(self, kinds: Collection[StateKind], capacity: int) -> None:
+        self.keys = KeyValueState(capacity) if "keys" in kinds else None
+        self.recurrent = RecurrentState() if "recurrent" in kinds else None
+        self._parts = tuple(part for part in (self.keys, self.recurrent) if part is not None)
 
     def skip(self, start: int, count: int) -> None:
-        """Both skip."""
-        self._keys.skip(start, count)
-        self._recurrent.skip(start, count)
+        """All parts skip."""
+        for part in self._parts:
+            part.skip(start, count)
 
     def snapshot(self, filled: int) -> Snapshot:
         """The recurrent state's, which holds all that is needed."""
-        return self._recurrent.snapshot(filled)
+        return Snapshot(filled) if self.recurrent is None else self.recurrent.snapshot(filled)
 
     def crop(self, length: int, snapshot: Snapshot) -> None:
-        """Both forget."""
-        self._keys.crop(length, snapshot)
-        self._recurrent.crop(length, snapshot)
-
-
-def new_state(kinds: Collection[StateKind], capacity: int) -> LayerState:
-    """The state of a block that keeps these kinds."""
-    if "keys" in kinds:
-        return HybridState(capacity) if "recurrent" in kinds else KeyValueState(capacity)
-    return RecurrentState() if "recurrent" in kinds else NoState()
+        """All parts forget."""
+        for part in self._parts:
+            part.crop(length, snapshot)
 
 
 class LayerView(ABC):
@@ -270,14 +216,13 @@ class CacheView(LayerView):
         window: Positions each row sees, its own included; None for all.
     """
 
-    def __init__(self, state: LayerState, plan: StepPlan, window: int | None) -> None:
+    def __init__(self, state: BlockState, plan: StepPlan, window: int | None) -> None:
         self._keys, self._recurrent = state.keys, state.recurrent
-        self._start, self._stop = plan.past, plan.past + plan.length
-        self._first = min(plan.first_key(window), plan.past)
         self._advanced: tuple[Recurrence, Tensors, Tensors] | None = None
         self.live_BT = plan.live_BT
         self.mask = None
         if self._keys is not None:
+            self._start, self._stop, self._first = plan.past, plan.past + plan.length, plan.first_key(window)
             self._keys.reserve(self._stop)
             self.mask = plan.mask(window, self._keys.holes)
 
@@ -296,8 +241,7 @@ class CacheView(LayerView):
 
     def commit(self) -> None:
         """Make the chunk part of the state."""
-        if self._advanced is not None:
-            assert self._recurrent is not None
+        if self._advanced is not None and self._recurrent is not None:
             self._recurrent.commit(*self._advanced)
 
 

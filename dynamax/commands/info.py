@@ -7,7 +7,7 @@ from importlib.util import find_spec
 
 from dynamax import __version__
 from dynamax.device import chosen
-from dynamax.kernels.backend import PACKAGES, backend
+from dynamax.kernels import PACKAGES, backend
 from dynamax.metrics.environment import environment
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dynamax.kernels.backend import backend, kernel
+from dynamax.kernels import backend, kernel
 
 CHUNK = 16
 """Positions scanned at once; more cost more passes over the states, fewer more calls."""
@@ -61,21 +61,16 @@ def chunked(
         decay_BQCN = (dt_BTC[:, part, :, None] * a_CN).exp()
         states_BQCN = written_BTC[:, part, :, None] * b_BTN[:, part, None]
         first_BCN = torch.addcmul(states_BQCN[:, 0], decay_BQCN[:, 0], state_BCN)
-        states_BQCN = _doubled(decay_BQCN, torch.cat([first_BCN[:, None], states_BQCN[:, 1:]], 1))
+        states_BQCN = torch.cat([first_BCN[:, None], states_BQCN[:, 1:]], 1)
+        reach, length = 1, states_BQCN.shape[1]
+        while reach < length:
+            later = torch.addcmul(states_BQCN[:, reach:], decay_BQCN[:, reach:], states_BQCN[:, :-reach])
+            states_BQCN = torch.cat([states_BQCN[:, :reach], later], 1)
+            decay_BQCN = torch.cat([decay_BQCN[:, :reach], decay_BQCN[:, reach:] * decay_BQCN[:, :-reach]], 1)
+            reach *= 2
         parts.append((states_BQCN @ c_BTN[:, part, :, None])[..., 0])
         state_BCN = states_BQCN[:, -1]
     return torch.cat(parts, 1), state_BCN
-
-
-def _doubled(decay_BQCN: Tensor, states_BQCN: Tensor) -> Tensor:
-    """States after each position, from what each position writes."""
-    reach, length = 1, states_BQCN.shape[1]
-    while reach < length:
-        later = torch.addcmul(states_BQCN[:, reach:], decay_BQCN[:, reach:], states_BQCN[:, :-reach])
-        states_BQCN = torch.cat([states_BQCN[:, :reach], later], 1)
-        decay_BQCN = torch.cat([decay_BQCN[:, :reach], decay_BQCN[:, reach:] * decay_BQCN[:, :-reach]], 1)
-        reach *= 2
-    return states_BQCN
 
 
 def by_kernel(

@@ -15,7 +15,7 @@ import math
 import torch
 from torch import Tensor
 
-from dynamax.kernels.backend import backend, kernel
+from dynamax.kernels import backend, kernel
 
 CHUNK = 64
 KERNEL_CHUNK = 64
@@ -74,34 +74,32 @@ def chunked(
     *,
     chunk: int = CHUNK,
 ) -> tuple[Tensor, Tensor]:
-    """``scan`` as matrix products: the positions of a chunk all at once, chunks in turn."""
+    """``scan`` as matrix products: the positions of a chunk all at once, chunks in turn.
+
+    S counts the heads and channels of a group: they share b and c.
+    """
+    batch, _, heads, channels = x_BTHP.shape
+    groups = b_BTGN.shape[2]
     parts = []
-    for x, dt, b, c in zip(*(z.split(chunk, 1) for z in (x_BTHP, dt_BTH, b_BTGN, c_BTGN)), strict=True):
-        y_BQHP, state_BHPN = one_chunk(x, dt, a_H, b, c, state_BHPN)
-        parts.append(y_BQHP)
+    for x_BQHP, dt_BQH, b_BQGN, c_BQGN in zip(
+        *(rows.split(chunk, 1) for rows in (x_BTHP, dt_BTH, b_BTGN, c_BTGN)), strict=True
+    ):
+        total_BHQ = (dt_BQH * a_H).cumsum(1).transpose(1, 2)
+        left_BHQQ = decays(total_BHQ)
+        x_BHQP = (x_BQHP * dt_BQH[..., None]).transpose(1, 2)
+
+        scores_BGQQ = c_BQGN.transpose(1, 2) @ b_BQGN.permute(0, 2, 3, 1)
+        weights_BHQQ = (left_BHQQ.unflatten(1, (groups, -1)) * scores_BGQQ[:, :, None]).flatten(1, 2)
+        carried_BGSQ = state_BHPN.reshape(batch, groups, -1, state_BHPN.shape[-1]) @ c_BQGN.permute(0, 2, 3, 1)
+        carried_BHQP = carried_BGSQ.reshape(batch, heads, channels, -1).transpose(2, 3)
+        y_BHQP = torch.addcmul(weights_BHQQ @ x_BHQP, carried_BHQP, total_BHQ.exp()[..., None])
+        parts.append(y_BHQP.transpose(1, 2))
+
+        last_BHPQ = (x_BHQP * left_BHQQ[..., -1, :, None]).transpose(2, 3)
+        written_BGSN = last_BHPQ.reshape(batch, groups, -1, x_BQHP.shape[1]) @ b_BQGN.transpose(1, 2)
+        left_BH11 = total_BHQ[..., -1].exp()[..., None, None]
+        state_BHPN = torch.addcmul(written_BGSN.reshape(state_BHPN.shape), state_BHPN, left_BH11)
     return (parts[0] if len(parts) == 1 else torch.cat(parts, 1)), state_BHPN
-
-
-def one_chunk(
-    x_BQHP: Tensor, dt_BQH: Tensor, a_H: Tensor, b_BQGN: Tensor, c_BQGN: Tensor, state_BHPN: Tensor
-) -> tuple[Tensor, Tensor]:
-    """``scan`` over few positions. S counts the heads and channels of a group: they share b and c."""
-    batch, length, heads, channels = x_BQHP.shape
-    groups = b_BQGN.shape[2]
-    total_BHQ = (dt_BQH * a_H).cumsum(1).transpose(1, 2)
-    left_BHQQ = decays(total_BHQ)
-    x_BHQP = (x_BQHP * dt_BQH[..., None]).transpose(1, 2)
-
-    scores_BGQQ = c_BQGN.transpose(1, 2) @ b_BQGN.permute(0, 2, 3, 1)
-    weights_BHQQ = (left_BHQQ.unflatten(1, (groups, -1)) * scores_BGQQ[:, :, None]).flatten(1, 2)
-    carried_BGSQ = state_BHPN.reshape(batch, groups, -1, state_BHPN.shape[-1]) @ c_BQGN.permute(0, 2, 3, 1)
-    carried_BHQP = carried_BGSQ.reshape(batch, heads, channels, length).transpose(2, 3)
-    y_BHQP = torch.addcmul(weights_BHQQ @ x_BHQP, carried_BHQP, total_BHQ.exp()[..., None])
-
-    last_BHPQ = (x_BHQP * left_BHQQ[..., -1, :, None]).transpose(2, 3)
-    written_BGSN = last_BHPQ.reshape(batch, groups, -1, length) @ b_BQGN.transpose(1, 2)
-    left_BH11 = total_BHQ[..., -1].exp()[..., None, None]
-    return y_BHQP.transpose(1, 2), torch.addcmul(written_BGSN.reshape(state_BHPN.shape), state_BHPN, left_BH11)
 
 
 def by_kernel(

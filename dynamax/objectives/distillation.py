@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from dynamax.backbones.base import Backbone
 from dynamax.errors import UserError
-from dynamax.kernels.backend import at_least_float32
+from dynamax.kernels import at_least_float32
 
 
 class DistillationLoss(ABC):

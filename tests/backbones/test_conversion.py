@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from dynamax.backbones.conversion import student_configuration, student_weights
 from dynamax.backbones.hf import HFBackbone
-from dynamax.backbones.repairs import check_devices
+from dynamax.backbones.mixers import check_devices
 from dynamax.types import Span
 from tests.tiny import tiny
 

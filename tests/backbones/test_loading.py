@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from dynamax.backbones import families
-from dynamax.backbones.fingerprint import NO_EFFECT, facts, fingerprint_of
+from dynamax.backbones.checkpoint import NO_EFFECT, facts, fingerprint_of
 from dynamax.backbones.hf import HFBackbone
 from dynamax.backbones.loading import load_backbone, read_config
 from dynamax.backbones.sources import Folder

@@ -38,7 +38,7 @@ def by_transformers(backbone: HFBackbone, block: int, h_BTD: Tensor, chunk: Step
     options = {
         "attention_mask": None,
         "position_ids": chunk.positions_BT,
-        "position_embeddings": chunk.angles(backbone._kinds[block]),
+        "position_embeddings": chunk.angles(backbone._rotary_types[block]),
         backbone.row.cache_argument: held,
     }
     return backbone.row.call_block(backbone._blocks[block], h_BTD, block, options)

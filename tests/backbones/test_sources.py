@@ -13,7 +13,7 @@ from huggingface_hub.errors import OfflineModeIsEnabled
 from safetensors.torch import load_file, save_file
 from transformers import GenerationConfig
 
-from dynamax.backbones import families, family_functions, sources
+from dynamax.backbones import families, sources
 from dynamax.backbones.hf import HFBackbone
 from dynamax.backbones.sources import GGUF, Folder, Hub, SmolLM2, Source, source_from
 from tests.tiny import tiny
@@ -114,7 +114,7 @@ def test_a_missing_weight_is_not_left_random(lost, llama):
 
 def test_a_row_that_is_wrong_is_found_at_load_time(monkeypatch, tmp_path):
     tiny("gemma2", dtype=torch.float32).save_pretrained(tmp_path)
-    wrong = dataclasses.replace(families.FAMILIES["gemma2"], scale_logits=family_functions.logits_as_is)
+    wrong = dataclasses.replace(families.FAMILIES["gemma2"], scale_logits=families.FamilySpec().scale_logits)
     monkeypatch.setitem(families.FAMILIES, "gemma2", wrong)
     with pytest.raises(ValueError, match="logits differ from the model's own"):
         Folder(str(tmp_path)).load()

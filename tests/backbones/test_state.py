@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from dynamax.backbones.cache import Cache
-from dynamax.backbones.state import KeyValueState, RecurrentState, StateKind, Tensors, new_state
+from dynamax.backbones.state import BlockState, KeyValueState, RecurrentState, StateKind, Tensors
 from dynamax.types import Memory, Span
 
 
@@ -58,9 +58,9 @@ def test_keys_and_values_outlive_the_growth_of_their_buffer() -> None:
 
 @pytest.mark.parametrize(("kinds", "held"), [(("keys",), (True, False)), (("recurrent",), (False, True))])
 def test_a_state_has_the_parts_its_block_keeps(kinds: tuple[StateKind, ...], held: tuple[bool, bool]) -> None:
-    state = new_state(kinds, 4)
+    state = BlockState(kinds, 4)
     assert (state.keys is not None, state.recurrent is not None) == held
-    both, none = new_state(("keys", "recurrent"), 4), new_state((), 4)
+    both, none = BlockState(("keys", "recurrent"), 4), BlockState((), 4)
     assert both.keys is not None
     assert both.recurrent is not None
     assert none.keys is none.recurrent is None

@@ -7,7 +7,8 @@ import dataclasses
 import pytest
 import torch
 
-from dynamax.backbones import families, family_functions
+from dynamax.backbones import families
+from dynamax.backbones.families import FamilySpec
 from dynamax.backbones.hf import HFBackbone
 from dynamax.backbones.plan import StepPlan
 from dynamax.testing import check_backbone
@@ -43,18 +44,19 @@ def test_edges(depth, length):
 # -- teeth: each fault must be found --------------------------------------------------------------
 
 
+LLAMA, ROWS = FamilySpec(), families.FAMILIES
 FAULTS = {
-    "a window too wide": ("mistral", {"windows": family_functions.no_windows}),
-    "layer types ignored": ("qwen2-window", {"windows": family_functions.no_windows}),
-    "one window for all": ("gemma3_text", {"windows": family_functions.one_window}),
-    "the cap lost": ("gemma2", {"scale_logits": family_functions.logits_as_is}),
-    "positions lost": ("gpt2", {"after_embedding": family_functions.embedding_as_is}),
+    "a window too wide": ("mistral", {"windows": LLAMA.windows}),
+    "layer types ignored": ("qwen2-window", {"windows": LLAMA.windows}),
+    "one window for all": ("gemma3_text", {"windows": ROWS["mistral"].windows}),
+    "the cap lost": ("gemma2", {"scale_logits": LLAMA.scale_logits}),
+    "positions lost": ("gpt2", {"after_embedding": LLAMA.after_embedding}),
     "another norm": ("llama", {"final_norm": "embed_tokens"}),
-    "norms on step, B and C lost": ("falcon_mamba", {"mixer": family_functions.mamba1_mixer}),
-    "the embedding's scale lost": ("granitemoehybrid-dense", {"after_embedding": family_functions.embedding_as_is}),
-    "the logits' scale lost": ("granitemoehybrid-dense", {"scale_logits": family_functions.logits_as_is}),
-    "the channels' scales lost": ("falcon_h1", {"mixer": family_functions.mamba2_mixer}),
-    "no rotary angles": ("lfm2", {"rotary": family_functions.no_rotary}),
+    "norms on step, B and C lost": ("falcon_mamba", {"mixer": ROWS["mamba"].mixer}),
+    "the embedding's scale lost": ("granitemoehybrid-dense", {"after_embedding": LLAMA.after_embedding}),
+    "the logits' scale lost": ("granitemoehybrid-dense", {"scale_logits": LLAMA.scale_logits}),
+    "the channels' scales lost": ("falcon_h1", {"mixer": ROWS["mamba2"].mixer}),
+    "no rotary angles": ("lfm2", {"rotary": ROWS["gpt2"].rotary}),
 }
 
 

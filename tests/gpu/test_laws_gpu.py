@@ -12,7 +12,7 @@ from dynamax.decoding.full import Full
 from dynamax.decoding.speculative import SelfSpeculative
 from dynamax.heads.bank import Exit, ExitBank
 from dynamax.heads.gates import LinearGate, MambaGate
-from dynamax.kernels.backend import backend
+from dynamax.kernels import backend
 from dynamax.policies.base import TerminationPolicy
 from dynamax.policies.schedule import AtDepth, Never
 from dynamax.types import Evidence, Span

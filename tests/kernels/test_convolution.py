@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from dynamax.kernels import convolution
-from dynamax.kernels.backend import backend
+from dynamax.kernels import backend, convolution
 from dynamax.kernels.convolution import convolve
 from tests.kernels.installed import install
 

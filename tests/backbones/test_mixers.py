@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache, PreTrainedModel
 
 from dynamax.backbones.hf import HFBackbone
-from dynamax.backbones.repairs import check_devices
+from dynamax.backbones.mixers import check_devices
 from dynamax.types import Span
 from tests.float64 import upcast64
 from tests.states import PURE
