@@ -12,7 +12,7 @@ from dynamax.decoding.sampling import Sampled
 from dynamax.decoding.speculative import SelfSpeculative
 from dynamax.heads.bank import Exit, ExitBank
 from dynamax.heads.gates import AttentionGate, MambaGate
-from dynamax.policies.learned import GateConfidence
+from dynamax.policies.confidence import GateConfidence
 from dynamax.policies.schedule import AtDepth, Never
 from tests.float64 import upcast64
 from tests.laws.house import DEPTH, VOCAB, Dice, LyingLens, exits, pair, prompt
