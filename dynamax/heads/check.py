@@ -16,9 +16,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dynamax.errors import UserError
-from dynamax.heads.bank import ExitBank
+from dynamax.heads.bank import Exit, ExitBank
 from dynamax.heads.base import ExitHead, Gate, Lens
-from dynamax.heads.exits import Exit
 from dynamax.types import Evidence, Memory, Site, Spec
 
 TOLERANCE = 1e-10
