@@ -12,8 +12,7 @@ import torch
 from dynamax.errors import UserError
 from dynamax.heads import AttentionGate, Exit, ExitBank, LinearGate, LowRankLens, MambaGate, TunedLens, saved
 from dynamax.heads.base import Gate
-from dynamax.heads.check import stir
-from dynamax.testing import toy_evidence, toy_site
+from dynamax.testing import stir, toy_evidence, toy_site
 from dynamax.types import Memory
 
 SPEC = toy_site().spec
