@@ -117,7 +117,7 @@ def overview() -> str:
             "A later -c lies over an earlier one, and options lie over both:",
             "  dynamax fit -c configs/demo/fit.yaml -c mine.yaml --trainer.max_epochs 12",
             "",
-            "dynamax COMMAND --help lists the options of a command; --print_config prints all that a run would use.",
+            "dynamax COMMAND --help lists its options; --print_config prints all that a run would use.",
             "--debug shows where an error was raised; --version, the version.",
         ]
     )

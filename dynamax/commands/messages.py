@@ -90,7 +90,7 @@ def _no_option(where: str, given: str, known: Known, lines: Sequence[str]) -> st
     above = nested.group(1).rpartition(".")[0] if nested else ""
     place = where if where.endswith(above) else f"{where}.{above}"
     return (
-        f"{place} has no option {given}.{near(given, known.options(), CUTOFF)} "
+        f"{place} has no option {given}.{near(given, set(known.options()) - {given}, CUTOFF)} "
         f"All options of a run with their values: add --print_config."
     )
 
@@ -99,7 +99,8 @@ def _unrecognized(where: str, given: str, known: Known, lines: Sequence[str]) ->
     option = given.split("=")[0].split()[0]
     if not option.startswith("-"):
         return f'{given!r} is one value too many. A value of several words stands in quotes: "...".'
-    return f"There is no option {option}.{near(option.lstrip('-'), known.options(), CUTOFF)} See --help."
+    name = option.lstrip("-")  # which an option of a part may have too
+    return f"There is no option {option}.{near(name, set(known.options()) - {name}, CUTOFF)} See --help."
 
 
 def _missing(where: str, given: str, known: Known, lines: Sequence[str]) -> str:
