@@ -13,7 +13,7 @@ from torch import Tensor
 from benchmarks.cross_readings import Ledger, Readings, always, first, oracle
 from dynamax.backbones.base import Backbone
 from dynamax.heads.bank import ExitBank
-from dynamax.metrics.functional import auroc
+from dynamax.metrics.exits import auroc
 from dynamax.testing import toy_evidence
 from dynamax.types import Memory
 

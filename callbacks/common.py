@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
@@ -10,7 +11,7 @@ from lightning.pytorch import LightningModule, Trainer
 from dynamax.errors import UserError
 from dynamax.modules.decoding import DecodingModule
 from dynamax.modules.heads import HeadsModule
-from dynamax.modules.results import DecodingResults
+from dynamax.modules.results import DecodingResults, PolicyRow
 
 
 def decoding(pl_module: LightningModule, observer: object) -> DecodingModule:
@@ -44,6 +45,14 @@ def heads(pl_module: LightningModule, observer: object) -> HeadsModule:
             f"Use it with HeadsModule, as in `dynamax fit`, or take it out of trainer.callbacks."
         )
     return pl_module
+
+
+def by_step(rows: Sequence[PolicyRow]) -> Iterator[tuple[int, PolicyRow]]:
+    """Rows with a logger's step each: it counts the thresholds of the row's policy."""
+    seen: Counter[str] = Counter()
+    for row in rows:
+        yield seen[row.policy], row
+        seen[row.policy] += 1
 
 
 def log(trainer: Trainer, figures: Mapping[str, Any], step: int) -> None:

@@ -23,15 +23,12 @@ class ExitDepth(Callback):
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the shares and print the histogram."""
         rows = common.results(pl_module, self).frontier
-        seen: dict[str, int] = {}
-        for row in rows:
-            policy = row.policy
-            seen[policy] = seen.get(policy, -1) + 1
+        for step, row in common.by_step(rows):
             figures: dict[str, float | None] = {
-                f"depth/{policy}/share_at_{depth}": share for depth, share in shares(row.depth_counts).items()
+                f"depth/{row.policy}/share_at_{depth}": share for depth, share in shares(row.depth_counts).items()
             }
-            figures[f"depth/{policy}/blocks_per_token"] = row.blocks_per_token
-            common.log(trainer, figures, step=seen[policy])
+            figures[f"depth/{row.policy}/blocks_per_token"] = row.blocks_per_token
+            common.log(trainer, figures, step=step)
         if trainer.is_global_zero:
             print(table(rows))
 

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from callbacks import common
+from dynamax.errors import UserError
 from dynamax.files import write_atomically
-from dynamax.modules.results import DecodingResults, PolicyRow
+from dynamax.modules.results import DecodingResults
 
 FIGURES = (
     "agreement",
@@ -25,6 +25,8 @@ FIGURES = (
     "speed_up",
     "score",
 )
+FORMATS = ("{:.1%}", "{:.0%}", "{:.1f}", "{:.0%}", "{:.0%}", "{:.2f}", "{:.2f}×", "{:.3f}")
+"""Of the figures; a table has one of the first two."""
 
 
 class ExitFrontier(Callback):
@@ -39,14 +41,36 @@ class ExitFrontier(Callback):
     def __init__(self, folder: str | None = None) -> None:
         self.folder = folder
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Make the folder: one that cannot be written is told before the sweep, not after it.
+
+        Raises:
+            UserError: If it cannot be made, or something lies where a file should go.
+        """
+        if stage != "test" or not trainer.is_global_zero:
+            return
+        common.decoding(pl_module, self)
+        folder = self._place(trainer)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"ExitFrontier cannot make the folder {folder}: {error}. Name another folder.") from error
+        for name in ("report.json", "frontier.png"):
+            if (folder / name).is_dir():
+                raise UserError(f"ExitFrontier writes {folder / name}, but that is a folder. Name another folder.")
+
+    def _place(self, trainer: Trainer) -> Path:
+        return Path(self.folder or trainer.log_dir or trainer.default_root_dir)
+
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log, print, draw, write."""
         found = common.results(pl_module, self)
-        _log(trainer, found.frontier)
+        for step, row in common.by_step(found.frontier):
+            named = {f"frontier/{row.policy}/{name}": getattr(row, name) for name in ("threshold", *FIGURES)}
+            common.log(trainer, named, step=step)
         if not trainer.is_global_zero:
             return
-        folder = Path(self.folder or trainer.log_dir or trainer.default_root_dir)
-        folder.mkdir(parents=True, exist_ok=True)
+        folder = self._place(trainer)
         write(found.as_json(), folder / "report.json")
         picture(found, folder / "frontier.png")
         print(table(found))
@@ -54,18 +78,8 @@ class ExitFrontier(Callback):
 
 
 def write(content: Mapping[str, Any], path: Path) -> None:
-    """Write JSON whole or not at all; figures that are not finite become null."""
-    write_atomically(path, f"{json.dumps(_finite(content), indent=2, allow_nan=False)}\n".encode())
-
-
-def _finite(value: Any) -> Any:  # noqa: ANN401 - any JSON value
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {str(key): _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return value
+    """Write JSON whole or not at all."""
+    write_atomically(path, f"{json.dumps(content, indent=2, allow_nan=False)}\n".encode())
 
 
 def picture(found: DecodingResults, path: Path) -> None:
@@ -75,7 +89,7 @@ def picture(found: DecodingResults, path: Path) -> None:
     draw(
         found.frontier,
         depth=found.backbone["depth"],
-        title=f"Leaving early on {found.task['name']}: what is kept, and what it costs",
+        title=f"Leaving early on {found.task.name}: what is kept, and what it costs",
         subtitle=_measured_on(found),
         path=path,
         height=DRAFTS if _drafts(found) else AGREEMENT,
@@ -86,17 +100,18 @@ def _measured_on(found: DecodingResults) -> str:
     backbone, where = found.backbone, found.environment
     name = f"{backbone['family']}, {backbone['depth']} blocks of width {backbone['width']}"
     machine = ", ".join(str(where[key]) for key in ("device", "dtype") if key in where)
-    parts = (name, f"{found.task['examples']} examples", machine, *_manner(found))
+    parts = (name, f"{found.task.examples} examples", machine, *_manner(found))
     return " · ".join(parts)
 
 
 def _manner(found: DecodingResults) -> list[str]:
     """How decoding was done, where it was not as usual: early exit, exact state, greedy."""
     known = found.decoding
-    told = [] if known["decoder"] == "EarlyExit" else [known["decoder"]]
-    told += [f"{name} {value}" for name, value in known["options"].items() if value != "Exact"]
-    sampler = known["sampler"]
-    return told + ([f"sampler {sampler['name']}"] if sampler is not None and sampler["name"] != "Greedy" else [])
+    told = [] if known.decoder == "EarlyExit" else [known.decoder]
+    told += [f"{name} {value}" for name, value in known.options.items() if value != "Exact"]
+    if known.sampler is not None and known.sampler["name"] != "Greedy":
+        told.append(f"sampler {known.sampler['name']}")
+    return told
 
 
 def _drafts(found: DecodingResults) -> bool:
@@ -105,7 +120,7 @@ def _drafts(found: DecodingResults) -> bool:
 
 def table(found: DecodingResults) -> str:
     """The frontier, a line for each policy and threshold."""
-    name, headline = found.task["name"], found.task["headline"]
+    name, headline = found.task.name, found.task.headline
     heads = [
         "drafts\nkept" if _drafts(found) else "same\ntokens",
         "same\nanswers",
@@ -116,27 +131,13 @@ def table(found: DecodingResults) -> str:
         "speed-\nup",
     ]
     heads.append(headline.replace("_", "\n"))
-    lines = [(row.policy, common.threshold(row.threshold), _cells(row, _columns(found))) for row in found.frontier]
-    title = f"{name}, {found.task['examples']} examples: each policy beside the full model"
+    # lossless text is the full model's whatever the policy: there the drafts kept tell policies apart
+    columns = [name for name in FIGURES if name != ("agreement" if _drafts(found) else "drafts_kept")]
+    lines = []
+    for row in found.frontier:
+        values = [getattr(row, name) for name in columns]
+        cells = ["" if value is None else form.format(value) for form, value in zip(FORMATS, values, strict=True)]
+        lines.append((row.policy, common.threshold(row.threshold), cells))
+    title = f"{name}, {found.task.examples} examples: each policy beside the full model"
     manner = _manner(found)
     return common.table("\n".join([title, *(["Decoding: " + ", ".join(manner)] if manner else [])]), heads, lines)
-
-
-def _columns(found: DecodingResults) -> list[str]:
-    """Lossless text is the full model's whatever the policy: there the drafts kept tell policies apart."""
-    return [name for name in FIGURES if name != ("agreement" if _drafts(found) else "drafts_kept")]
-
-
-def _cells(row: PolicyRow, columns: Sequence[str]) -> list[str]:
-    formats = ("{:.1%}", "{:.0%}", "{:.1f}", "{:.0%}", "{:.0%}", "{:.2f}", "{:.2f}×", "{:.3f}")
-    values = [getattr(row, figure) for figure in columns]
-    return ["" if value is None else form.format(value) for form, value in zip(formats, values, strict=True)]
-
-
-def _log(trainer: Trainer, rows: Sequence[PolicyRow]) -> None:
-    seen: dict[str, int] = {}
-    for row in rows:
-        policy = row.policy
-        seen[policy] = seen.get(policy, -1) + 1
-        named = {f"frontier/{policy}/{name}": getattr(row, name) for name in ("threshold", *FIGURES)}
-        common.log(trainer, named, step=seen[policy])

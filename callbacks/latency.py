@@ -9,6 +9,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from callbacks import common
 from dynamax.decoding.probe import Clock, clock
 from dynamax.errors import UserError
+from dynamax.modules.results import percentiles
 
 Times = Mapping[str, Mapping[int, Sequence[float]]]
 
@@ -53,33 +54,13 @@ class ExitLatency(Callback):
             print(table(times, f"{type(self._clock).__name__} on {pl_module.device}"))
 
 
-def percentiles(times_ms: Sequence[float]) -> tuple[float, float]:
-    """Median and 95th percentile, interpolated linearly.
-
-    >>> percentiles([1.0, 2.0, 3.0])
-    (2.0, 2.9)
-    """
-    ordered = sorted(times_ms)
-    return _quantile(ordered, 0.5), _quantile(ordered, 0.95)
-
-
-def _quantile(ordered: Sequence[float], share: float) -> float:
-    place = share * (len(ordered) - 1)
-    low = int(place)
-    high = min(low + 1, len(ordered) - 1)
-    return round(ordered[low] + (place - low) * (ordered[high] - ordered[low]), 9)
-
-
 def table(times: Times, source: str) -> str:
     """The latencies: a line for each depth, median and 95th percentile of each kind."""
     kinds = [kind for kind in KINDS if kind in times]
     depths = sorted({depth for by_depth in times.values() for depth in by_depth})
-    lines = [("", f"{depth} blocks", [_cell(times[kind].get(depth, ())) for kind in kinds]) for depth in depths]
+    lines = []
+    for depth in depths:
+        taken = [times[kind].get(depth, ()) for kind in kinds]
+        cells = ["{:.2f} / {:.2f} ({})".format(*percentiles(ms), len(ms)) if ms else "" for ms in taken]
+        lines.append(("", f"{depth} blocks", cells))
     return common.table(f"Latency, ms: median / p95 (steps); {source}", [KINDS[kind] for kind in kinds], lines)
-
-
-def _cell(times_ms: Sequence[float]) -> str:
-    if not times_ms:
-        return ""
-    p50, p95 = percentiles(times_ms)
-    return f"{p50:.2f} / {p95:.2f} ({len(times_ms)})"

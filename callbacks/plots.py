@@ -101,7 +101,10 @@ def draw(
     figure.legend(handles, labels, loc="lower center", ncols=columns, frameon=False, fontsize=9.5)
     bottom = 0.165 + 0.043 * -(-len(handles) // columns)
     figure.subplots_adjust(left=0.065, right=0.98, top=0.85, bottom=bottom, wspace=0.07)
-    _write(figure, path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = BytesIO()
+    figure.savefig(content, format="png")
+    write_atomically(path, content.getvalue())
 
 
 def _plot(axes: Axes, rows: Sequence[PolicyRow], panel: Panel, height: Height) -> None:
@@ -147,10 +150,3 @@ def _dress(axes: Axes, panel: Panel) -> None:
     axes.spines[["left", "bottom"]].set_color("#999999")
     axes.tick_params(colors="#555555", labelsize=9)
     axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
-
-
-def _write(figure: Figure, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    content = BytesIO()
-    figure.savefig(content, format="png")
-    write_atomically(path, content.getvalue())

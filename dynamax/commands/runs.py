@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import re
@@ -10,7 +11,7 @@ import time
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, TextIO, cast
 
 from jsonargparse import Namespace
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer, callbacks
@@ -67,6 +68,29 @@ class RunParser(Rules, LightningArgumentParser):
     def instantiate_classes(self, cfg: Any, **kwargs: Any) -> Namespace:  # noqa: ANN401 - those of jsonargparse
         """What LightningCLI calls, by the name that jsonargparse has for it now."""
         return self.instantiate(cfg, **kwargs)
+
+
+class AnswersPrinter(Callback):
+    """Writes each answer of ``predict`` as a line of JSON.
+
+    Args:
+        stream: Where to.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self.stream = stream
+
+    def on_predict_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: object,
+        batch: object,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Write one line."""
+        print(json.dumps(outputs), file=self.stream, flush=True)
 
 
 class StoreTrainer(Trainer):
@@ -217,9 +241,11 @@ class DynamaxCLI(LightningCLI):
     before_distill = before_train
 
     def predict(self, **options: Any) -> None:  # noqa: ANN401 - those of Trainer.predict
-        """Print each answer as a line of JSON."""
-        for answer in self.trainer.predict(**options) or []:
-            print(json.dumps(answer))
+        """Print each answer as a line of JSON as soon as it is there. All else, such as progress, goes to stderr."""
+        trainer = cast(Any, self.trainer)
+        trainer.callbacks.append(AnswersPrinter(sys.stdout))
+        with contextlib.redirect_stdout(sys.stderr):
+            trainer.predict(**{**options, "return_predictions": False})
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -16,6 +16,8 @@ def environment(device: torch.device | str = "cpu", *, dtype: str, batch: int) -
     return {
         "device": torch.cuda.get_device_name(device) if on_gpu else _processor(),
         "threads": torch.get_num_threads(),
+        "matmul": torch.get_float32_matmul_precision(),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
         "dtype": dtype,
         "batch": batch,
         "system": platform.platform(terse=True),

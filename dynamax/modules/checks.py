@@ -10,6 +10,8 @@ from typing import Any, cast
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.plugins.precision import Precision
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import Tensor
 
 from dynamax.errors import UserError
@@ -40,6 +42,39 @@ def one_device(trainer: Trainer, module: LightningModule) -> None:
         raise UserError(
             f"{type(module).__name__} was given {trainer.world_size} devices; it runs on one. Set trainer.devices to 1 "
             f"and trainer.num_nodes to 1."
+        )
+
+
+def as_loaded(trainer: Trainer, module: LightningModule) -> None:
+    """Refuse a trainer under which a model would not compute as it was loaded, and the report would not know.
+
+    Raises:
+        UserError: For a precision or a strategy of the trainer's own; if it has several devices.
+    """
+    one_device(trainer, module)
+    precision, strategy = trainer.precision_plugin, trainer.strategy
+    if type(precision) is not Precision:
+        raise UserError(
+            f"trainer.precision {precision.precision} ({type(precision).__name__}) would change what "
+            f"{type(module).__name__} computes in. Leave trainer.precision out, and set model.dtype, such as bfloat16."
+        )
+    if not isinstance(strategy, SingleDeviceStrategy):
+        raise UserError(
+            f"{type(module).__name__} runs in one process on one device, as it was loaded; the trainer's strategy is "
+            f"{type(strategy).__name__}. Leave trainer.strategy out."
+        )
+
+
+def measurable(trainer: Trainer) -> None:
+    """Refuse a device whose work cannot be timed.
+
+    Raises:
+        UserError: If it is neither a processor nor a CUDA device.
+    """
+    kind = trainer.strategy.root_device.type
+    if kind not in ("cpu", "cuda"):
+        raise UserError(
+            f"test takes times, and there is no clock for the device {kind}. Set trainer.accelerator to cpu or cuda."
         )
 
 

@@ -11,20 +11,21 @@ from lightning.pytorch import LightningModule
 
 from dynamax.backbones.hf import UNBOUNDED
 from dynamax.backbones.sources import Source
+from dynamax.data.tasks import TaskData
 from dynamax.decoding.base import DecoderFactory
 from dynamax.decoding.cost import CostModel
 from dynamax.decoding.probe import Probe
-from dynamax.decoding.sampling import Sampler
+from dynamax.decoding.sampling import Greedy, Sampler
 from dynamax.engine import Engine, load
 from dynamax.errors import UserError
 from dynamax.heads.bank import Exit
 from dynamax.metrics.environment import environment
-from dynamax.modules.checks import one_device
-from dynamax.modules.evaluation import Evaluation, Generation, OperatingPoint, new_evaluation
-from dynamax.modules.results import DecodingResults, PolicyStats, point_name
+from dynamax.modules.checks import as_loaded, measurable
+from dynamax.modules.evaluation import Evaluation, Generation, Likelihood, OperatingPoint, check_options
+from dynamax.modules.results import DecodingFacts, DecodingResults, PolicyStats, TaskFacts, point_name
 from dynamax.paths import InputPath
 from dynamax.policies.base import TerminationPolicy
-from dynamax.tasks.base import Example, GenerationTask
+from dynamax.tasks.base import ChoiceTask, Example, GenerationTask, Task, TextTask
 
 
 @dataclass
@@ -54,9 +55,8 @@ class DecodingModule(LightningModule):
         sampler: How tokens are drawn; left out, as the model's ``generation_config`` says, which is greedy for most.
         chat: Wrap prompts as a user's turn in the chat template; plain text if left out.
         dtype: Of the backbone, such as float32 or bfloat16.
-        timed: Examples on which time and cost are taken, policy by policy, beside the full model; 8 if left out. On
-            the others agreement and depth are read off one pass. With approximate state, or a decoder that drafts, all
-            are timed.
+        timed: Examples on which ``test`` takes time and cost, policy by policy, beside the full model; 8 if left out.
+            On the others it takes agreement and depth alone. Only for tasks that generate, as ``sampler`` and ``chat``.
 
     Attributes:
         engine: The model and its exits; there once ``configure_model`` has run.
@@ -100,8 +100,21 @@ class DecodingModule(LightningModule):
         self._probes.append(probe)
 
     def setup(self, stage: str) -> None:
-        """Refuse several devices."""
-        one_device(self.trainer, self)
+        """Forget an earlier run; refuse a trainer or a task that cannot do what was asked, before anything is loaded.
+
+        Raises:
+            UserError: If an option of trainer or module would change what is measured behind the report's back, or
+                would change nothing.
+        """
+        self._evaluation = None
+        vars(self).pop("results", None)
+        as_loaded(self.trainer, self)
+        name = type(self._task).__name__
+        if stage != "predict":
+            check_options(self._task, sampler=self.sampler, chat=self.chat, timed=self.timed)
+            measurable(self.trainer)
+        elif not isinstance(self._task, GenerationTask):
+            raise UserError(f"predict answers in words, but {name} asks for likelihoods. Use test.")
 
     def configure_model(self) -> None:
         """Load backbone and heads, once; a policy that does not fit them is refused now."""
@@ -116,20 +129,24 @@ class DecodingModule(LightningModule):
         """Begin a run over the data module's task.
 
         Raises:
-            UserError: If an option would change nothing for this task, or the model asks for what is not done.
+            UserError: If the task needs exact state and a decoder has none, or the model asks for what is not done.
         """
         probes, self._probes = self._probes, []
-        sampler = self.engine.options(sampler=self.sampler).sampler
-        full = OperatingPoint(self.engine.decoder(sampler=sampler), self.engine.costs, PolicyStats("Full", None), None)
-        points = [self._point(policy, sampler) for policy in self.policies]
-        self._evaluation = new_evaluation(
-            self._task, self.engine, full, points, sampler=self.sampler, chat=self.chat, timed=self.timed, probes=probes
-        )
-
-    def _point(self, policy: TerminationPolicy, sampler: Sampler) -> OperatingPoint:
-        decoder = self.engine.decoder(policy, self.decoder, sampler=sampler)
-        stats = PolicyStats(policy.label, policy.threshold, drafts=decoder.drafts)
-        return OperatingPoint(decoder, CostModel(self.engine.backbone, decoder.exits), stats, policy)
+        task, engine = self._task, self.engine
+        generates = isinstance(task, GenerationTask)
+        sampler = engine.options(sampler=self.sampler).sampler if generates else Greedy()
+        points = []
+        for policy in self.policies:
+            decoder = engine.decoder(policy, self.decoder, sampler=sampler)
+            stats = PolicyStats(policy.label, policy.threshold, drafts=decoder.drafts)
+            points.append(OperatingPoint(decoder, CostModel(engine.backbone, decoder.exits), stats, policy))
+        full = OperatingPoint(engine.decoder(sampler=sampler), engine.costs, PolicyStats("Full", None), None)
+        if generates:
+            options = {"sampler": sampler, "chat": bool(self.chat), "timed": self.timed, "probes": probes}
+            self._evaluation = Generation(task, engine, full, points, **options)
+        else:
+            assert isinstance(task, ChoiceTask | TextTask), "setup has refused other tasks"
+            self._evaluation = Likelihood(task, engine, full, points)
 
     def test_step(self, example: Any, index: int) -> None:  # noqa: ANN401 - each task has its own class of example
         """Put one example to the full model and to every policy."""
@@ -141,10 +158,10 @@ class DecodingModule(LightningModule):
         task, run = self._task, self._evaluation
         assert run is not None
         self.results = DecodingResults(
-            task={"name": type(task).__name__, "headline": task.headline, "examples": run.examples},
+            task=TaskFacts(type(task).__name__, task.headline, run.examples),
             backbone=spec_facts(self.engine),
             decoding=self._manner(run),
-            environment=environment(self.device, dtype=self.dtype_name, batch=1),
+            environment=environment(self.engine.device, dtype=str(self.engine.dtype).removeprefix("torch."), batch=1),
             exits=[stats.row(run.bank.lens(depth), run.bank.gates(depth)) for depth, stats in run.exits.items()],
             frontier=[point.stats.row(task, run.full.stats) for point in (run.full, *run.points)],
         )
@@ -153,8 +170,8 @@ class DecodingModule(LightningModule):
                 if (value := getattr(row, name)) is not None:
                     self.log(f"test/{row.name}/{name}", float(value))
 
-    def _manner(self, run: Evaluation) -> dict[str, Any]:
-        """How tokens were decoded, as JSON values; None where nothing was generated."""
+    def _manner(self, run: Evaluation) -> DecodingFacts:
+        """How tokens were decoded."""
         generated = run if isinstance(run, Generation) else None
         decoder = (run.points or [run.full])[0].decoder
         sampler: dict[str, Any] | None = None
@@ -162,20 +179,11 @@ class DecodingModule(LightningModule):
             options = {name: value for name, value in vars(generated.sampler).items() if not name.startswith("_")}
             plain = {name: value for name, value in options.items() if isinstance(value, int | float | str | None)}
             sampler = {"name": type(generated.sampler).__name__, **plain}
-        return {
-            "decoder": type(decoder).__name__,
-            "lossless": decoder.lossless,
-            "options": decoder.options(),
-            "sampler": sampler,
-            "chat": None if generated is None else generated.chat,
-            "heads": self.heads,
-        }
+        chat = None if generated is None else generated.chat
+        return DecodingFacts(type(decoder).__name__, decoder.lossless, decoder.options(), sampler, chat, self.heads)
 
     def predict_step(self, example: Example, index: int) -> dict[str, Any]:
         """Answer one example with the first policy: text, tokens, and the depth each token left at."""
-        if not isinstance(self._task, GenerationTask):
-            name = type(self._task).__name__
-            raise UserError(f"predict answers in words, but {name} asks for likelihoods. Use test.")
         options = self.engine.options(
             sampler=self.sampler, max_new_tokens=example.max_new_tokens, stop_strings=example.stop_strings or None
         )
@@ -184,9 +192,23 @@ class DecodingModule(LightningModule):
         answer = self.engine.answer(decoder, self.engine.encode(example.prompt, chat=bool(self.chat)), options)
         return {"id": example.id, "text": answer.text, "tokens": answer.tokens, "depths": answer.depths}
 
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse: heads come from their folder, where it is written whose they are.
+
+        Raises:
+            UserError: Always.
+        """
+        raise UserError("DecodingModule takes no checkpoint of the trainer. Leave out ckpt_path, and give model.heads.")
+
     @property
-    def _task(self) -> Any:  # noqa: ANN401 - the DataModule's
-        return self.trainer.datamodule.task  # type: ignore[attr-defined]
+    def _task(self) -> Task:
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        if not isinstance(data, TaskData):
+            raise UserError(
+                f"DecodingModule decodes the examples of a task, but the data is {type(data).__name__}. Give it "
+                f"TaskData with a task."
+            )
+        return data.task
 
 
 def spec_facts(engine: Engine) -> dict[str, Any]:

@@ -6,7 +6,6 @@ asked about the same positions; scores are taken from answers of its own.
 
 from __future__ import annotations
 
-import sys
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,7 +26,7 @@ from dynamax.heads.bank import ExitBank
 from dynamax.modules.results import ExitStats, PolicyStats
 from dynamax.policies.base import TerminationPolicy
 from dynamax.policies.schedule import AtDepth
-from dynamax.tasks.base import ChoiceExample, ChoiceTask, Example, GenerationTask, Task, TextExample, TextTask
+from dynamax.tasks.base import ChoiceExample, ChoiceTask, Example, GenerationTask, TextExample, TextTask
 from dynamax.types import Step
 
 TIMED = 8
@@ -89,9 +88,10 @@ class Generation(Evaluation):
         points: Policies at thresholds.
         sampler: What all of them draw with; each answer begins it anew, so that all have the same chances.
         chat: Wrap prompts in the chat template.
-        timed: Examples that are decoded along the full model's answer, and so timed and charged; on the others
-            agreement and depth are read off one pass. Where that would not tell the same, all are decoded.
-        probes: Watchers of every policy's decoding.
+        timed: Examples on which every policy is timed and charged, decoding along the full model's answer in turn
+            with the full model; None for the usual number. On the others only agreement and depth are taken: read off
+            one pass where that tells the same, else decoded too.
+        probes: Watchers of the policies' timed decoding.
     """
 
     def __init__(
@@ -108,32 +108,38 @@ class Generation(Evaluation):
     ) -> None:
         super().__init__(engine, full, points)
         self.task, self.sampler, self.chat, self.probes = task, sampler, chat, tuple(probes)
-        readable = all(point.decoder.teacher_forced for point in points)
-        self.timed = (TIMED if timed is None else timed) if readable else sys.maxsize
+        self.timed = TIMED if timed is None else timed
 
     def add(self, example: Example) -> None:
         """Answer in full, follow every point along that answer, and let it answer on its own."""
         prompt_1T = self.engine.encode(example.prompt, chat=self.chat)
         whole = self._answer(self.full, example, prompt_1T)
-        self._count(self.full.stats, example, whole, whole)
         target_1T = torch.stack([step.token_B for step in whole.steps], 1)
         top_T = torch.cat([step.logits_BV.argmax(-1) for step in whole.steps])
         self.full.stats.add_steps(whole.steps[1:], top_T[1:])
         start = prompt_1T.shape[1] - 1
         read = self._read(torch.cat([prompt_1T, target_1T[:, :-1]], 1), start, top_T)
+        timed = self.examples < self.timed
+        answers = [(self.full, whole)]
         for point in self.points:
-            if self.examples < self.timed:
-                self._along(self.full, prompt_1T, target_1T)
-                steps = self._along(point, prompt_1T, target_1T, self.probes)
+            if timed or not point.decoder.teacher_forced:
+                if timed:
+                    self._along(self.full, prompt_1T, target_1T, timed=True)
+                steps = self._along(point, prompt_1T, target_1T, timed=timed)
                 # a drafting decoder draws the full model's tokens too, but other ones, and then the texts part
                 comparable = not point.decoder.drafts or isinstance(self.sampler, Greedy)
                 point.stats.add_steps(steps, top_T[1:] if comparable else None)
             else:
                 point.stats.add_path(read.apply_policy(point.policy), top_T)
-            self._count(point.stats, example, self._answer(point, example, prompt_1T), whole)
-        if self.examples < self.timed:
-            for depth, stats in self.exits.items():
-                stats.times_ms += self._time_exit(depth, prompt_1T, target_1T)
+            answers.append((point, self._answer(point, example, prompt_1T)))
+        for point, answer in answers:
+            point.stats.scores.append(self.task.score(example, answer.text))
+            point.stats.answers.update([answer.text], [whole.text])
+        for depth, stats in self.exits.items() if timed else ():
+            watch = clock(self.engine.device)
+            decoder = EarlyExit(self.engine.backbone, self.bank, AtDepth(depth))
+            list(decoder.decode(prompt_1T, max_new_tokens=target_1T.shape[1], forced_BT=target_1T, probe=watch))
+            stats.times_ms += watch.read().get("end", {}).get(depth, [])
         self.examples += 1
 
     def _answer(self, point: OperatingPoint, example: Example, prompt_1T: Tensor) -> Answer:
@@ -143,31 +149,33 @@ class Generation(Evaluation):
         )
         return self.engine.answer(point.decoder, prompt_1T, options)
 
-    def _count(self, stats: PolicyStats, example: Example, answer: Answer, whole: Answer) -> None:
-        stats.scores.append(self.task.score(example, answer.text))
-        stats.answers.update([answer.text], [whole.text])
+    def _along(self, point: OperatingPoint, prompt_1T: Tensor, target_1T: Tensor, *, timed: bool) -> list[Step]:
+        """Decode along known tokens; a decoder that drafts decodes as many tokens of its own.
 
-    def _along(
-        self, point: OperatingPoint, prompt_1T: Tensor, target_1T: Tensor, probes: Sequence[Probe] = ()
-    ) -> list[Step]:
-        """Decode along known tokens, timed; a decoder that drafts decodes as many tokens of its own."""
+        Args:
+            point: Who decodes.
+            prompt_1T: The prompt.
+            target_1T: The full model's answer.
+            timed: Whether to count time and cost, and let the probes watch; they do not watch the full model.
+        """
         watch = clock(self.engine.device, warmup=0)
+        probes = [watch, *(() if point is self.full else self.probes)]
         forced_BT = None if point.decoder.drafts else target_1T
+        self.sampler.restart(self.examples)
         decoded = point.decoder.decode(
-            prompt_1T, max_new_tokens=target_1T.shape[1], forced_BT=forced_BT, probe=Together([watch, *probes])
+            prompt_1T,
+            max_new_tokens=target_1T.shape[1],
+            forced_BT=forced_BT,
+            probe=Together(probes) if timed else None,
         )
         steps = list(decoded)[1:]
+        if not timed:
+            return steps
         ms = sum(ms for times in watch.read().get("end", {}).values() for ms in times)
         places = range(prompt_1T.shape[1], prompt_1T.shape[1] + len(steps))
         costs = [point.costs.step(step, place) for step, place in zip(steps, places, strict=True)]
         point.stats.add_time(ms, costs, [point.costs.full(place) for place in places])
         return steps
-
-    def _time_exit(self, depth: int, prompt_1T: Tensor, target_1T: Tensor) -> list[float]:
-        watch = clock(self.engine.device)
-        decoder = EarlyExit(self.engine.backbone, self.bank, AtDepth(depth))
-        list(decoder.decode(prompt_1T, max_new_tokens=target_1T.shape[1], forced_BT=target_1T, probe=watch))
-        return watch.read().get("end", {}).get(depth, [])
 
 
 class Likelihood(Evaluation):
@@ -236,41 +244,30 @@ class Likelihood(Evaluation):
         return float(path.logits_TV.log_softmax(-1).gather(1, target_T[:, None]).sum())
 
 
-def new_evaluation(
-    task: Task,
-    engine: Engine,
-    full: OperatingPoint,
-    points: Sequence[OperatingPoint],
-    *,
-    sampler: Sampler | None,
-    chat: bool | None,
-    timed: int | None,
-    probes: Sequence[Probe],
-) -> Evaluation:
-    """A test run of this task, from nothing. Options that this kind of task cannot use are refused.
+def check_options(task: object, *, sampler: Sampler | None, chat: bool | None, timed: int | None) -> None:
+    """Refuse options that a task cannot use, and tasks of an unknown kind.
 
     Args:
         task: The task.
-        engine: The model and its exits.
-        full: The full model.
-        points: Policies at thresholds.
         sampler: As given; None for the model's own way.
         chat: As given; None for plain text.
         timed: As given; None for the usual number.
-        probes: Watchers of decoding.
 
     Raises:
         UserError: If an option was given that would change nothing.
     """
     if isinstance(task, GenerationTask):
-        own = engine.options(sampler=sampler).sampler
-        return Generation(task, engine, full, points, sampler=own, chat=bool(chat), timed=timed, probes=probes)
-    assert isinstance(task, ChoiceTask | TextTask), f"{type(task).__name__} is of no known kind"
+        return
+    name = type(task).__name__
+    if not isinstance(task, ChoiceTask | TextTask):
+        raise UserError(
+            f"{name} is neither a GenerationTask nor a ChoiceTask nor a TextTask, so nobody knows what to ask the "
+            f"model. Make it a subclass of one of these."
+        )
     given = {"chat": chat, "sampler": sampler, "timed": timed}
-    idle = [name for name, value in given.items() if value not in (None, False)]
+    idle = [option for option, value in given.items() if value not in (None, False)]
     if idle:
         raise UserError(
-            f"{type(task).__name__} scores likelihoods of plain text, so {' and '.join(idle)} would change nothing. "
+            f"{name} scores likelihoods of plain text, so {' and '.join(idle)} would change nothing. "
             f"Leave {'it' if len(idle) == 1 else 'them'} out."
         )
-    return Likelihood(task, engine, full, points)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -83,7 +84,7 @@ class ExitRow:
     Attributes:
         depth: Blocks completed.
         agreement: Share of positions at which the lens' token is the full model's.
-        gate_auroc: For each gate, how well its confidence ranks those positions.
+        gate_auroc: For each gate, how well its score ranks those positions.
         latency_ms: Median (``p50``) and 95th percentile (``p95``) of a step that leaves here.
         lens: The lens.
         gates: The gates.
@@ -98,31 +99,60 @@ class ExitRow:
 
 
 @dataclass(frozen=True)
+class TaskFacts:
+    """What was asked: class name of the task, its headline score, and how many examples were run."""
+
+    name: str
+    headline: str
+    examples: int
+
+
+@dataclass(frozen=True)
+class DecodingFacts:
+    """How it was answered.
+
+    Attributes:
+        decoder: Class name of the decoder of all policies.
+        lossless: Whether its tokens are those of full decoding.
+        options: The decoder's own options.
+        sampler: Class name (``name``) and options of the sampler; None where nothing was generated.
+        chat: Whether prompts stood in the chat template; None where nothing was generated.
+        heads: Folder of the heads; None for untrained exits.
+    """
+
+    decoder: str
+    lossless: bool
+    options: dict[str, Any]
+    sampler: dict[str, Any] | None
+    chat: bool | None
+    heads: str | None
+
+
+@dataclass(frozen=True)
 class DecodingResults:
     """All that a report needs.
 
     Attributes:
-        task: Class name of the task, its headline score and how many examples were run.
+        task: What was asked.
         backbone: Its spec; ``context`` is None where no length is too long.
-        decoding: Decoder and its options, sampler, whether prompts stood in the chat template, folder of the heads
-            (None for untrained exits).
+        decoding: How it was answered.
         environment: Machine, device, versions.
         exits: One row an exit, shallowest first.
         frontier: The full model first, then one row for each policy at each threshold.
         schema_version: Of these fields.
     """
 
-    task: dict[str, Any]
+    task: TaskFacts
     backbone: dict[str, Any]
-    decoding: dict[str, Any]
+    decoding: DecodingFacts
     environment: dict[str, Any]
     exits: list[ExitRow]
     frontier: list[PolicyRow]
     schema_version: int = SCHEMA_VERSION
 
     def as_json(self) -> dict[str, Any]:
-        """The content of ``report.json``."""
-        return asdict(self)
+        """The content of ``report.json``: keys are text, and figures that are not finite are None."""
+        return _json(asdict(self))
 
 
 def point_name(policy: str, threshold: Threshold) -> str:
@@ -169,8 +199,8 @@ class PolicyStats:
 
         Args:
             steps: The steps.
-            top_T: The full model's most likely token at each of their positions; None where they stand at positions
-                of their own, so that nothing can be compared.
+            top_T: The full model's most likely token at each of their positions; None where the text is another one,
+                so that nothing can be compared.
         """
         self.kept += sum(step.accepted for step in steps)
         self.depths.update(step.depth for step in steps)
@@ -232,13 +262,11 @@ class ExitStats:
         right_T = evidence.token == top_T
         self.agreement.update(evidence.token.cpu(), top_T.cpu())
         for name in gates:
-            self.gates.setdefault(name, GateAUROC()).update(evidence.confidence(name).float().cpu(), right_T.cpu())
+            self.gates.setdefault(name, GateAUROC()).update(evidence.score(name).float().cpu(), right_T.cpu())
 
     def row(self, lens: ExitHead, gates: Mapping[str, ExitHead]) -> ExitRow:
         """One line of the exits."""
-        p50, p95 = None, None
-        if self.times_ms:
-            p50, p95 = torch.tensor(self.times_ms).quantile(torch.tensor([0.5, 0.95])).tolist()
+        p50, p95 = percentiles(self.times_ms) if self.times_ms else (None, None)
         return ExitRow(
             self.depth,
             _computed(self.agreement),
@@ -249,8 +277,27 @@ class ExitStats:
         )
 
 
+def percentiles(times_ms: Sequence[float]) -> tuple[float, float]:
+    """Median and 95th percentile, interpolated linearly.
+
+    >>> percentiles([1.0, 2.0, 3.0])
+    (2.0, 2.9)
+    """
+    shares = torch.tensor([0.5, 0.95], dtype=torch.float64)
+    p50, p95 = torch.tensor(times_ms, dtype=torch.float64).quantile(shares).tolist()
+    return round(p50, 9), round(p95, 9)  # of what a clock can tell
+
+
 def _head_row(head: ExitHead) -> HeadRow:
     return HeadRow(type(head).__name__, sum(p.numel() for p in head.parameters()), head.flops())
+
+
+def _json(value: Any) -> Any:  # noqa: ANN401 - any value of a report
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): _json(item) for key, item in value.items()}
+    return [_json(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def _ratio(part: float, whole: float) -> float | None:

@@ -30,7 +30,7 @@ GATES = ["LinearGate", "FFNGate", "MambaGate", "AttentionGate"]
 
 
 def entrant(folder: Path, family: str, lens: str) -> Contender:
-    text = SelfGenerated(questions=16, passages=0, form="plain", documents=16, length=12, batch=8)
+    text = SelfGenerated(questions=16, passages=0, chat=False, documents=16, max_new_tokens=12, batch=8)
     source = Folder(str(model_folder(folder / family, family, depth=6)))
     return Contender(family, family.title(), source, text, (2, 3, 5), lens)  # type: ignore[arg-type]
 
@@ -55,7 +55,7 @@ def decoded(backbone: Backbone, fitted: Fitted, policy) -> dict[str, float]:
             text_T = batch.tokens_BT[row][batch.live_BT[row]]
             start = int(batch.answer_BT[row].int().argmax()) + 1
             forced_1T, limit = text_T[None, start:], len(text_T) - start
-            along = {"limit": limit, "forced_BT": forced_1T}
+            along = {"max_new_tokens": limit, "forced_BT": forced_1T}
             full = list(Full(backbone).decode(text_T[None, :start], **along))
             steps = list(EarlyExit(backbone, fitted.bank, policy).decode(text_T[None, :start], **along))
             for index in range(1, limit):

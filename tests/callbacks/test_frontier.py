@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,92 +12,76 @@ import pytest
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 
-from callbacks import drawing, frontier
+from callbacks import frontier, plots
 from callbacks.common import table
 from callbacks.depth import bar, shares
-from dynamax.modules.results import DecodingResults
-
-SCHEMA = {
-    "policy",
-    "threshold",
-    "agreement",
-    "drafts_kept",
-    "blocks_per_token",
-    "flops_fraction",
-    "bytes_fraction",
-    "ms_per_token",
-    "speed_up",
-    "score",
-}
+from dynamax.modules.results import DecodingFacts, DecodingResults, ExitRow, HeadRow, PolicyRow, TaskFacts
 
 
-def row(policy: str, threshold: Any, saved: float, **changed: Any) -> dict[str, Any]:
-    return {
-        "policy": policy,
-        "threshold": threshold,
-        "agreement": 1 - saved / 2,
-        "drafts_kept": None,
-        "answer_agreement": 1 - saved,
-        "blocks_per_token": 30 * (1 - saved),
-        "flops_fraction": 1 - saved,
-        "bytes_fraction": 1 - saved,
-        "ms_per_token": 30 * (1 - saved),
-        "speed_up": 1 / (1 - saved),
-        "score": 0.5,
-        "depth_counts": {15: 3, 30: 1},
-        **changed,
-    }
+def row(policy: str, threshold: Any, saved: float, **changed: Any) -> PolicyRow:
+    usual = PolicyRow(
+        policy,
+        threshold,
+        agreement=1 - saved / 2,
+        drafts_kept=None,
+        answer_agreement=1 - saved,
+        blocks_per_token=30 * (1 - saved),
+        flops_fraction=1 - saved,
+        bytes_fraction=1 - saved,
+        ms_per_token=30 * (1 - saved),
+        speed_up=1 / (1 - saved),
+        score=0.5,
+        scores={"exact_match": 0.5},
+        tokens=4,
+        timed_tokens=4,
+        depth_counts={15: 3, 30: 1},
+    )
+    return replace(usual, **changed)
 
 
-USUAL = {
-    "mode": "early-exit",
-    "rule": "Exact",
-    "draft_limit": None,
-    "sampler": {"name": "Greedy"},
-    "chat": False,
-    "heads": "runs/heads",
-}
-LOSSLESS = {**USUAL, "mode": "lossless", "draft_limit": 4}
+USUAL = DecodingFacts("EarlyExit", False, {"skipped_state": "Exact"}, {"name": "Greedy"}, False, "runs/heads")
+LOSSLESS = {"decoder": "SelfSpeculative", "lossless": True, "options": {"draft_limit": 4}}
 
 
-def found(*rows: dict[str, Any], **manner: Any) -> DecodingResults:  # noqa: ANN401 - decoding's own values
+def found(*rows: PolicyRow, **manner: Any) -> DecodingResults:  # noqa: ANN401 - decoding's own values
     return DecodingResults(
-        task={"name": "Questions", "headline": "exact_match", "examples": 3},
+        task=TaskFacts("Questions", "exact_match", 3),
         backbone={"family": "llama", "depth": 30, "width": 576},
-        decoding={**USUAL, **manner},
+        decoding=replace(USUAL, **manner),
         environment={"device": "a machine", "dtype": "float32"},
-        exits=[{"depth": 15, "agreement": 0.5, "gate_auroc": {"LinearGate": None}, "latency_ms": {"p50": 1, "p95": 2}}],
-        rows=[row("Full", None, 0.0), *rows],
+        exits=[
+            ExitRow(15, 0.5, {"LinearGate": None}, {"p50": 1.0, "p95": 2.0}, HeadRow("LogitLens", 0, 0), gates=[]),
+        ],
+        frontier=[row("Full", None, 0.0), *rows],
     )
 
 
-def test_the_report_has_its_schema_and_survives_json(tmp_path: Path) -> None:
+def test_the_report_survives_json(tmp_path: Path) -> None:
     odd = row("MaxProb", 0.9, 0.1, score=math.nan, speed_up=math.inf)
-    frontier.write(
-        frontier.report(found(odd, row("GateConfidence", {15: 0.5, 20: 0.6}, 0.2))), tmp_path / "report.json"
-    )
+    frontier.write(found(odd, row("GateConfidence", {15: 0.5, 20: 0.6}, 0.2)).as_json(), tmp_path / "report.json")
     text = (tmp_path / "report.json").read_text()
     assert "NaN" not in text
     assert "Infinity" not in text
     report = json.loads(text)
-    assert list(report) == ["task", "backbone", "decoding", "environment", "exits", "frontier"]
-    assert report["decoding"] == USUAL
-    assert all(line.keys() >= SCHEMA for line in report["frontier"])
+    assert set(report) == {"schema_version", "task", "backbone", "decoding", "environment", "exits", "frontier"}
+    assert report["decoding"] == asdict(USUAL)
     assert report["frontier"][1]["score"] is None
+    assert report["frontier"][1]["speed_up"] is None
     assert report["frontier"][2]["threshold"] == {"15": 0.5, "20": 0.6}
+    assert report["frontier"][2]["depth_counts"] == {"15": 3, "30": 1}
     assert [path.name for path in tmp_path.iterdir()] == ["report.json"]
 
 
 def test_how_decoding_was_done_is_told_where_it_was_not_as_usual() -> None:
-    rows = [row("MaxProb", 0.9, 0.1, drafts_kept=0.25)]
+    rows = [row("MaxProb", 0.9, 0.1)]
     usual = frontier.table(found(*rows))
     assert "Decoding:" not in usual
     assert "95.0%" in usual
-    skipping = found(*rows, rule="Skip", sampler={"name": "Sampled", "seed": 0})
-    assert "Decoding: rule Skip, sampler Sampled" in frontier.table(skipping)
-    assert "rule Skip · sampler Sampled" in frontier._measured_on(skipping)
-    lossless = frontier.table(found(*rows, **LOSSLESS))
-    assert "Decoding: lossless, at most 4 drafts" in lossless
+    skipping = found(*rows, options={"skipped_state": "Skip"}, sampler={"name": "Sampled", "seed": 0})
+    assert "Decoding: skipped_state Skip, sampler Sampled" in frontier.table(skipping)
+    assert "skipped_state Skip · sampler Sampled" in frontier._measured_on(skipping)
+    lossless = frontier.table(found(row("MaxProb", 0.9, 0.1, drafts_kept=0.25), **LOSSLESS))
+    assert "Decoding: SelfSpeculative, draft_limit 4" in lossless
     assert "drafts" in lossless
     assert "25.0%" in lossless
     assert "95.0%" not in lossless
@@ -104,8 +89,8 @@ def test_how_decoding_was_done_is_told_where_it_was_not_as_usual() -> None:
 
 def test_lossless_runs_are_drawn_over_the_drafts_kept(tmp_path: Path) -> None:
     rows = [row("MaxProb", level, level / 2, agreement=None, drafts_kept=1 - level) for level in (0.5, 0.9)]
-    assert drawing.curves(rows, "flops_fraction") == {}
-    assert [line["threshold"] for line in drawing.curves(rows, "flops_fraction", drawing.DRAFTS)["MaxProb"]] == [
+    assert plots.curves(rows, "flops_fraction") == {}
+    assert [line.threshold for line in plots.curves(rows, "flops_fraction", plots.DRAFTS)["MaxProb"]] == [
         0.5,
         0.9,
     ]
@@ -133,15 +118,15 @@ def test_the_picture_is_drawn(tmp_path: Path) -> None:
 
 def test_curves_go_up_the_thresholds_and_leave_the_full_model_out() -> None:
     rows = [row("Full", None, 0), row("MaxProb", 0.9, 0.1), row("MaxProb", 0.5, 0.4), row("Never", None, 0)]
-    lines = drawing.curves(rows, "flops_fraction")
+    lines = plots.curves(rows, "flops_fraction")
     assert list(lines) == ["MaxProb", "Never"]
-    assert [line["threshold"] for line in lines["MaxProb"]] == [0.5, 0.9]
+    assert [line.threshold for line in lines["MaxProb"]] == [0.5, 0.9]
 
 
 def test_gates_go_by_their_own_name_and_the_full_model_hides_no_point() -> None:
     axes = Figure().subplots()
     rows = [row("GateConfidence(MambaGate)", level, 1 - level) for level in (0.5, 1.0)]
-    drawing._plot(axes, rows, drawing.panels(rows, 30)[0], drawing.AGREEMENT)
+    plots._plot(axes, rows, plots.panels(rows, 30)[0], plots.AGREEMENT)
     curve, star = axes.get_lines()[-2:]
     assert (curve.get_label(), star.get_label()) == ("MambaGate, 0.5 to 1", "full model")
     assert star.get_zorder() < curve.get_zorder()
@@ -149,7 +134,7 @@ def test_gates_go_by_their_own_name_and_the_full_model_hides_no_point() -> None:
 
 def test_likelihood_tasks_are_drawn_over_depth(tmp_path: Path) -> None:
     rows = [row("MaxProb", 0.9, 0.1, flops_fraction=None, bytes_fraction=None, speed_up=None)]
-    (panel,) = drawing.panels(rows, 30)
+    (panel,) = plots.panels(rows, 30)
     assert (panel.key, panel.whole) == ("blocks_per_token", 30)
     frontier.picture(found(*rows), tmp_path / "frontier.png")
 
@@ -166,7 +151,7 @@ def test_what_was_not_measured_is_blank_in_the_table() -> None:
 
 
 def test_shares_and_bars() -> None:
-    assert shares({"depth_counts": {}}) == {}
+    assert shares({}) == {}
     assert bar(1.0) == "100% █████"
     assert bar(0.0).strip() == "·"
     assert {len(bar(share / 100)) for share in range(101)} == {10}

@@ -67,9 +67,9 @@ def test_latency_is_of_every_policy_and_grows_with_depth(tiny_source: Folder, tm
     _, module = evaluated(tiny_source, tmp_path, [watch])
     assert watch._clock is not None
     times = watch._clock.read()
-    rows = module.results.rows[1:]
+    rows = module.results.frontier[1:]
     steps = sum(len(times["end"].get(depth, [])) for depth in (2, 4, 6))
-    assert steps == sum(row["timed_tokens"] for row in rows)
+    assert steps == sum(row.timed_tokens for row in rows)
     assert len(times["mark"][2]) == steps
     assert set(times["prefill"]) == {6}
     assert percentiles(times["mark"][2])[0] < percentiles(times["mark"][4])[0]

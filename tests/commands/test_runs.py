@@ -201,8 +201,11 @@ def test_predict_prints_a_line_of_json_for_each_example(
     run: Run, fitted: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     capsys.readouterr()
-    assert run("predict", "-c", "test.yaml", "--trainer.callbacks", "null", "--data.task.limit", "2") == 0
-    answers = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
+    options = ["--trainer.callbacks", "null", "--data.task.limit", "2", "--trainer.enable_progress_bar", "true"]
+    assert run("predict", "-c", "test.yaml", *options) == 0
+    printed = capsys.readouterr()
+    answers = [json.loads(line) for line in printed.out.splitlines()]
+    assert "Predicting" in printed.err
     assert len(answers) == 2
     assert all(len(answer["depths"]) == len(answer["tokens"]) <= 4 for answer in answers)
 

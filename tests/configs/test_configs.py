@@ -7,6 +7,7 @@ import tomllib
 from collections.abc import Iterator
 from importlib.metadata import EntryPoint
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -125,14 +126,18 @@ def test_a_distillation_is_built(name: str, monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.mark.parametrize("name", [name for name in FILES if Path(name).stem == "generate"])
 def test_options_of_generate_are_taken(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    given: list[dict] = []
-    monkeypatch.setattr(generate, "speak", lambda module, prompt, *, limit: given.append({"module": module}))
-    monkeypatch.setattr(generate, "_folder", str)  # heads need not be there
-    monkeypatch.setattr(generate.DecodingModule, "configure_model", lambda self: None)
+    engine, loaded = Mock(), Mock()
+    loaded.return_value = engine
+    monkeypatch.setattr(generate, "RECORD", __file__)  # heads need not be there
+    monkeypatch.setattr(generate, "load", loaded)
+    monkeypatch.setattr(generate, "show", lambda *_: None)
     with pytest.raises(SystemExit) as ended:
         main(["generate", "Who?", "-c", str(CONFIGS / name)])
     assert ended.value.code == 0
-    assert len(given) == 1
+    ((source,), options), ((prompt, policy), _) = loaded.call_args, engine.stream.call_args
+    assert isinstance(source, Source)
+    assert Path(options["heads"]) == ROOT / "runs" / Path(name).parent / "heads"
+    assert (prompt, policy.label, policy.threshold) == ("Who?", "GateConfidence(MambaGate)", 0.8)
 
 
 def classes(kind: type) -> Iterator[type]:

@@ -4,6 +4,7 @@ import pytest
 from transformers import PreTrainedTokenizerBase
 
 from dynamax.backbones.hf import HFBackbone
+from dynamax.engine import Engine
 from tests.data.small import characters, small_backbone
 
 
@@ -15,6 +16,11 @@ def backbone() -> HFBackbone:
 @pytest.fixture(scope="session")
 def tokenizer() -> PreTrainedTokenizerBase:
     return characters()
+
+
+@pytest.fixture(scope="session")
+def engine(backbone: HFBackbone, tokenizer: PreTrainedTokenizerBase) -> Engine:
+    return Engine(backbone, tokenizer)
 
 
 @pytest.fixture(autouse=True)

@@ -10,6 +10,7 @@ from typing import Any
 from dynamax.data.fill import fill_store
 from dynamax.data.store import Store
 from dynamax.data.text import Document, TextSource
+from dynamax.engine import Engine
 from tests.data.small import RandomText, characters, small_backbone
 
 
@@ -25,16 +26,15 @@ class Slow(TextSource):
     def count(self) -> int | None:
         return self.text.count()
 
-    def groups(self, tokenizer, backbone, *, skip: int = 0) -> Iterator[list[Document]]:
-        for group in self.text.groups(tokenizer, backbone, skip=skip):
+    def groups(self, engine, *, skip: int = 0) -> Iterator[list[Document]]:
+        for group in self.text.groups(engine, skip=skip):
             time.sleep(self.seconds)
             yield group
 
 
 def fill(folder: str, seconds: float) -> Store:
-    return fill_store(
-        folder, small_backbone(), characters(), Slow(seconds), [2, 5], k=4, shard_bytes=5000, progress=False
-    )
+    engine = Engine(small_backbone(), characters())
+    return fill_store(folder, engine, Slow(seconds), [2, 5], k=4, shard_bytes=5000, progress=False)
 
 
 if __name__ == "__main__":

@@ -46,7 +46,7 @@ class RandomText(TextSource):
     def count(self) -> int | None:
         return self._count
 
-    def groups(self, tokenizer, backbone, *, skip: int = 0) -> Iterator[list[Document]]:
+    def groups(self, engine, *, skip: int = 0) -> Iterator[list[Document]]:
         for index in range(skip, self._count):
             self.asked.append(index)
             draw = random.Random(1000 * self.seed + index)
@@ -61,4 +61,4 @@ class RandomText(TextSource):
             ]
 
     def documents(self) -> list[Document]:
-        return [document for group in self.groups(None, None) for document in group]
+        return [document for group in self.groups(None) for document in group]

@@ -18,7 +18,7 @@ def folder(tmp_path_factory) -> Path:
 
 def answers(folder: Path, place: Path, **options) -> Answers:
     (place.parent / "prompts.txt").write_text("Tell a story.\nWho is it?\nWhy?\n")
-    given = {"documents": 5, "length": 6, "batch": 2, "form": "plain"} | options
+    given = {"documents": 5, "max_new_tokens": 6, "batch": 2, "chat": False} | options
     text = SelfGenerated(str(place.parent / "prompts.txt"), field="text", **given)
     return Answers(Folder(str(folder)), text, folder=str(place), device="cpu")
 
@@ -48,7 +48,7 @@ def test_identity_tells_writer_and_way_of_asking(folder: Path, tmp_path: Path) -
     place = tmp_path / "answers"
     identities = [
         answers(folder, place).identity(),
-        answers(folder, place, length=7).identity(),
+        answers(folder, place, max_new_tokens=7).identity(),
         answers(other, place).identity(),
     ]
     assert identities[0] == answers(folder, place).identity()

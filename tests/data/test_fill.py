@@ -12,21 +12,23 @@ from pathlib import Path
 from unittest.mock import patch
 
 import pytest
+from transformers import GenerationConfig
 
 from dynamax.data import writer
 from dynamax.data.fill import fill_store, find_store, store_folder, store_inputs, tokenizer_hash
 from dynamax.data.manifest import Manifest
 from dynamax.data.store import Store
 from dynamax.data.writer import locked
+from dynamax.engine import Engine
 from tests.data.filling import fill as fill_slowly
 from tests.data.small import TEMPLATE, RandomText, characters, small_backbone
 
 ROOT = Path(__file__).parents[2]
 
 
-def fill(folder, backbone, tokenizer, source=None, exits=(2, 5), **options):
+def fill(folder, engine, source=None, exits=(2, 5), **options):
     options = {"k": 4, "shard_bytes": 6000, "progress": False, **options}
-    return fill_store(folder, backbone, tokenizer, source or RandomText(), exits, **options)
+    return fill_store(folder, engine, source or RandomText(), exits, **options)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -34,21 +36,22 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory, backbone, tokenizer):
-    return contents(fill(tmp_path_factory.mktemp("whole"), backbone, tokenizer).folder)
+def uninterrupted(tmp_path_factory, engine):
+    return contents(fill(tmp_path_factory.mktemp("whole"), engine).folder)
 
 
-def test_a_second_run_finds_all_there(tmp_path, backbone, tokenizer, uninterrupted):
-    fill(tmp_path, backbone, tokenizer)
+def test_a_second_run_finds_all_there(tmp_path, engine, uninterrupted):
+    fill(tmp_path, engine)
     again = RandomText()
-    store = fill(tmp_path, backbone, tokenizer, again)
+    store = fill(tmp_path, engine, again)
     assert again.asked == []
     assert contents(store.folder) == uninterrupted
 
 
 CHANGES = {
-    "backbone": {"backbone": small_backbone(seed=1)},
-    "tokenizer": {"tokenizer": characters(TEMPLATE + "!")},
+    "backbone": {"engine": Engine(small_backbone(seed=1), characters())},
+    "tokenizer": {"engine": Engine(small_backbone(), characters(TEMPLATE + "!"))},
+    "end tokens": {"engine": Engine(small_backbone(), characters(), None, GenerationConfig(eos_token_id=[1, 5]))},
     "text": {"source": RandomText(seed=1)},
     "exits": {"exits": (2, 4)},
     "k": {"k": 5},
@@ -57,9 +60,9 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
-def test_a_changed_input_is_a_new_folder(tmp_path, backbone, tokenizer, change):
+def test_a_changed_input_is_a_new_folder(tmp_path, engine, change):
     one = RandomText(groups=1)
-    options = {"backbone": backbone, "tokenizer": tokenizer, "source": one}
+    options = {"engine": engine, "source": one}
     first, second = fill(tmp_path, **options), fill(tmp_path, **{**options, **change})
     assert first.folder != second.folder
     assert first.folder.parent == second.folder.parent == tmp_path
@@ -67,15 +70,15 @@ def test_a_changed_input_is_a_new_folder(tmp_path, backbone, tokenizer, change):
     assert fill(tmp_path, **options).folder == first.folder
 
 
-def test_the_order_of_exits_is_no_change(tmp_path, backbone, tokenizer):
+def test_the_order_of_exits_is_no_change(tmp_path, engine):
     one = RandomText(groups=1)
-    assert fill(tmp_path, backbone, tokenizer, one, (5, 2)).folder == fill(tmp_path, backbone, tokenizer, one).folder
+    assert fill(tmp_path, engine, one, (5, 2)).folder == fill(tmp_path, engine, one).folder
 
 
-def test_the_manifest_tells_what_went_in(uninterrupted, backbone, tokenizer):
+def test_the_manifest_tells_what_went_in(uninterrupted, engine):
     manifest = json.loads(uninterrupted["manifest.json"])
-    assert manifest["inputs"]["backbone"] == backbone.spec.fingerprint
-    assert manifest["inputs"]["tokenizer"] == tokenizer_hash(tokenizer)
+    assert manifest["inputs"]["backbone"] == engine.backbone.spec.fingerprint
+    assert manifest["inputs"]["tokenizer"] == tokenizer_hash(engine.tokenizer)
     assert manifest["inputs"]["text"] == RandomText().identity()
     assert (manifest["inputs"]["exits"], manifest["inputs"]["k"], manifest["inputs"]["dtype"]) == ([2, 5], 4, "float16")
     assert manifest["inputs"]["compute"] == "float32"
@@ -118,48 +121,48 @@ class Crash:
             raise self.error
 
 
-def test_a_run_that_dies_at_any_point_is_continued_to_the_same_bytes(tmp_path, backbone, tokenizer, uninterrupted):
-    points = crash_points(lambda: fill(tmp_path / "count", backbone, tokenizer))
+def test_a_run_that_dies_at_any_point_is_continued_to_the_same_bytes(tmp_path, engine, uninterrupted):
+    points = crash_points(lambda: fill(tmp_path / "count", engine))
     assert points > 20
     for point in range(1, points + 1):
         folder = tmp_path / str(point)
         for after in (False, True):
             with pytest.raises(Killed):
-                Crash(1 if after else point, after=after).during(lambda: fill(folder, backbone, tokenizer))  # noqa: B023
+                Crash(1 if after else point, after=after).during(lambda: fill(folder, engine))  # noqa: B023
             if point == points:
                 break  # with the last point done nothing is left to crash
-        assert contents(fill(folder, backbone, tokenizer).folder) == uninterrupted, f"crash at point {point}"
+        assert contents(fill(folder, engine).folder) == uninterrupted, f"crash at point {point}"
 
 
-def test_a_resumed_run_makes_no_group_twice(tmp_path, backbone, tokenizer):
+def test_a_resumed_run_makes_no_group_twice(tmp_path, engine):
     with pytest.raises(Killed):
-        Crash(12).during(lambda: fill(tmp_path, backbone, tokenizer))
+        Crash(12).during(lambda: fill(tmp_path, engine))
     (folder,) = tmp_path.iterdir()
     done = Manifest.load(folder).next_group
     assert done > 0
     rest = RandomText()
-    fill(tmp_path, backbone, tokenizer, rest)
+    fill(tmp_path, engine, rest)
     assert rest.asked == list(range(done, 6))
 
 
-def test_what_an_interrupted_run_left_can_be_read(tmp_path, backbone, tokenizer):
+def test_what_an_interrupted_run_left_can_be_read(tmp_path, engine):
     with pytest.raises(Killed):
-        Crash(12).during(lambda: fill(tmp_path, backbone, tokenizer))
+        Crash(12).during(lambda: fill(tmp_path, engine))
     store = Store(next(tmp_path.iterdir()))
     assert not store.whole
     assert 0 < len(store) < 30
     store.verify()
 
 
-def test_an_interrupted_run_tells_what_is_kept_and_goes_on(tmp_path, backbone, tokenizer, uninterrupted, caplog):
+def test_an_interrupted_run_tells_what_is_kept_and_goes_on(tmp_path, engine, uninterrupted, caplog):
     with pytest.raises(KeyboardInterrupt):
-        Crash(12, error=KeyboardInterrupt()).during(lambda: fill(tmp_path, backbone, tokenizer))
+        Crash(12, error=KeyboardInterrupt()).during(lambda: fill(tmp_path, engine))
     (folder,) = tmp_path.iterdir()
     done = Manifest.load(folder).next_group
     assert 0 < done < 6
     told = f"Stopped. {done} of 6 groups of documents are kept; run the same command to go on."
     assert [record.getMessage() for record in caplog.records] == [told]
-    assert contents(fill(tmp_path, backbone, tokenizer).folder) == uninterrupted
+    assert contents(fill(tmp_path, engine).folder) == uninterrupted
 
 
 @pytest.mark.slow
@@ -190,8 +193,8 @@ def wait_for(condition, child: subprocess.Popen, seconds: float = 120) -> None:
 
 
 @pytest.mark.parametrize("how", ["flip", "truncate", "remove"])
-def test_damaged_shards_are_named_and_made_again(tmp_path, backbone, tokenizer, uninterrupted, caplog, how):
-    folder = fill(tmp_path, backbone, tokenizer).folder
+def test_damaged_shards_are_named_and_made_again(tmp_path, engine, uninterrupted, caplog, how):
+    folder = fill(tmp_path, engine).folder
     file = folder / "shard-00001.safetensors"
     content = bytearray(file.read_bytes())
     content[-3] ^= 4
@@ -202,7 +205,7 @@ def test_damaged_shards_are_named_and_made_again(tmp_path, backbone, tokenizer, 
     assert find_store(tmp_path, inputs) is None
     source = RandomText()
     with caplog.at_level(logging.WARNING):
-        fill(tmp_path, backbone, tokenizer, source)
+        fill(tmp_path, engine, source)
     assert "shard-00001.safetensors" in caplog.text
     assert "made again" in caplog.text
     assert 0 < len(source.asked) < 6
@@ -210,22 +213,23 @@ def test_damaged_shards_are_named_and_made_again(tmp_path, backbone, tokenizer, 
     assert find_store(tmp_path, inputs) is not None
 
 
-def test_an_unfinished_store_is_mended_before_it_goes_on(tmp_path, backbone, tokenizer, uninterrupted):
+def test_an_unfinished_store_is_mended_before_it_goes_on(tmp_path, engine, uninterrupted):
     with pytest.raises(Killed):
-        Crash(16).during(lambda: fill(tmp_path, backbone, tokenizer))
+        Crash(16).during(lambda: fill(tmp_path, engine))
     (folder,) = tmp_path.iterdir()
     (folder / "shard-00000.safetensors").write_bytes(b"not a shard")
-    assert contents(fill(tmp_path, backbone, tokenizer).folder) == uninterrupted
+    assert contents(fill(tmp_path, engine).folder) == uninterrupted
 
 
-def test_find_store_wants_it_whole(tmp_path, backbone, tokenizer):
-    inputs = store_inputs(backbone.spec, tokenizer, RandomText(), [2, 5], k=4, dtype="float16", compute="float32")
+def test_find_store_wants_it_whole(tmp_path, engine):
+    spec, options = engine.backbone.spec, {"k": 4, "dtype": "float16", "compute": "float32"}
+    inputs = store_inputs(spec, engine.tokenizer, None, RandomText(), [2, 5], **options)
     assert find_store(tmp_path, inputs) is None
     with pytest.raises(Killed):
-        Crash(12).during(lambda: fill(tmp_path, backbone, tokenizer))
+        Crash(12).during(lambda: fill(tmp_path, engine))
     assert store_folder(tmp_path, inputs).is_dir()
     assert find_store(tmp_path, inputs) is None
-    fill(tmp_path, backbone, tokenizer)
+    fill(tmp_path, engine)
     assert len(find_store(tmp_path, inputs)) == 30
 
 
@@ -234,10 +238,10 @@ def test_find_store_wants_it_whole(tmp_path, backbone, tokenizer):
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
 @pytest.mark.parametrize("point", [13, 16], ids=["shard", "manifest"])
-def test_a_full_disk_is_told_and_what_was_written_stays(tmp_path, backbone, tokenizer, uninterrupted, code, point):
+def test_a_full_disk_is_told_and_what_was_written_stays(tmp_path, engine, uninterrupted, code, point):
     full = Crash(point, error=OSError(code, "No space left on device"))
     with pytest.raises(OSError, match="Free some space") as caught:
-        full.during(lambda: fill(tmp_path, backbone, tokenizer))
+        full.during(lambda: fill(tmp_path, engine))
     assert caught.value.errno == code
     (folder,) = tmp_path.iterdir()
     assert not list(folder.glob("*.part"))
@@ -245,41 +249,41 @@ def test_a_full_disk_is_told_and_what_was_written_stays(tmp_path, backbone, toke
     assert f"{len(store.manifest.shards)} shards with {len(store)} documents" in str(caught.value)
     assert len(store) > 0
     store.verify()
-    assert contents(fill(tmp_path, backbone, tokenizer).folder) == uninterrupted
+    assert contents(fill(tmp_path, engine).folder) == uninterrupted
 
 
-def test_a_really_full_disk(tmp_path, backbone, tokenizer, uninterrupted):
+def test_a_really_full_disk(tmp_path, engine, uninterrupted):
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=40k", "tmpfs", tmp_path], capture_output=True)
     if mounted.returncode:
         pytest.skip(f"a small file system could not be mounted: {mounted.stderr.decode().strip()}")
     try:
         with pytest.raises(OSError, match="shards with .* documents are whole and stay"):
-            fill(tmp_path, backbone, tokenizer)
+            fill(tmp_path, engine)
         (folder,) = tmp_path.iterdir()
         assert not list(folder.glob("*.part"))
         store = Store(folder)
         assert len(store) > 0
         store.verify()
         subprocess.run(["mount", "-o", "remount,size=10m", tmp_path], check=True)
-        assert contents(fill(tmp_path, backbone, tokenizer).folder) == uninterrupted
+        assert contents(fill(tmp_path, engine).folder) == uninterrupted
     finally:
         subprocess.run(["umount", "-l", tmp_path], check=True)
 
 
-def test_other_errors_of_the_disk_are_passed_on(tmp_path, backbone, tokenizer):
+def test_other_errors_of_the_disk_are_passed_on(tmp_path, engine):
     def fails(file, content):
         raise OSError(errno.EIO, "the disk broke")
 
     with patch.object(writer, "write_atomically", fails), pytest.raises(OSError, match="the disk broke"):
-        fill(tmp_path, backbone, tokenizer)
+        fill(tmp_path, engine)
 
 
-def test_two_writers_of_one_folder_are_refused(tmp_path, backbone, tokenizer):
-    folder = fill(tmp_path, backbone, tokenizer, RandomText(groups=1)).folder
+def test_two_writers_of_one_folder_are_refused(tmp_path, engine):
+    folder = fill(tmp_path, engine, RandomText(groups=1)).folder
     with locked(folder), pytest.raises(ValueError, match=rf"written by another process \(pid {os.getpid()}\).*Wait"):
-        fill(tmp_path, backbone, tokenizer, RandomText(groups=1))
+        fill(tmp_path, engine, RandomText(groups=1))
 
 
-def test_a_source_without_documents_is_refused(tmp_path, backbone, tokenizer):
+def test_a_source_without_documents_is_refused(tmp_path, engine):
     with pytest.raises(ValueError, match="RandomText gave no documents"):
-        fill(tmp_path, backbone, tokenizer, RandomText(groups=0))
+        fill(tmp_path, engine, RandomText(groups=0))

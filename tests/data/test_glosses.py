@@ -40,9 +40,9 @@ def test_words_are_counted_in_hexadecimal() -> None:
     assert gloss(f"1 03 n 0a {words} 000 | ten") == f"{', '.join(f'w{number}' for number in range(10))} (noun): ten"
 
 
-def test_it_is_a_source_of_documents_too(wordnet: Path, tokenizer, backbone) -> None:
+def test_it_is_a_source_of_documents_too(wordnet: Path, engine) -> None:
     source = Glosses(str(wordnet), length=16)
-    groups = list(source.groups(tokenizer, backbone))
+    groups = list(source.groups(engine))
     assert source.count() == len(groups) == 1
     assert sum(len(document.tokens) for document in groups[0]) == sum(map(len, TEXTS))
 

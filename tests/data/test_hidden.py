@@ -51,9 +51,9 @@ def numbers(loader: Iterable[HiddenBatch]) -> list[int]:
 # -- batches ------------------------------------------------------------------------------------
 
 
-def test_padding_and_answers_are_marked(tmp_path, backbone, tokenizer):
+def test_padding_and_answers_are_marked(tmp_path, engine):
     source = RandomText(groups=2)
-    store = fill_store(tmp_path, backbone, tokenizer, source, [2, 5], k=4, progress=False)
+    store = fill_store(tmp_path, engine, source, [2, 5], k=4, progress=False)
     documents = source.documents()
     batch = collate([store[number] for number in range(10)], list(range(10)))
     longest = max(len(document.tokens) for document in documents)
@@ -75,8 +75,8 @@ def test_padding_and_answers_are_marked(tmp_path, backbone, tokenizer):
     assert batch.tokens_BT.dtype == batch.top_tokens_BTK.dtype == torch.int64
 
 
-def test_one_document_of_one_token(tmp_path, backbone, tokenizer):
-    store = fill_store(tmp_path, backbone, tokenizer, RandomText(1, 1, 1), [2], k=1, progress=False)
+def test_one_document_of_one_token(tmp_path, engine):
+    store = fill_store(tmp_path, engine, RandomText(1, 1, 1), [2], k=1, progress=False)
     batch = collate([store[0]], [0])
     assert batch.live_BT.tolist() == [[True]]
     assert batch.answer_BT.tolist() == [[False]]
@@ -245,14 +245,14 @@ def test_yaml_composes_it(model_folder, tmp_path):
     parser.add_class_arguments(HiddenStates, "data")
     config = {
         "backbone": {"class_path": "dynamax.backbones.sources.Folder", "init_args": {"path": model_folder}},
-        "text": {"class_path": "dynamax.data.generated.SelfGenerated", "init_args": {"documents": 3, "form": "plain"}},
+        "text": {"class_path": "dynamax.data.generated.SelfGenerated", "init_args": {"documents": 3, "chat": False}},
         "exits": [2],
         "folder": str(tmp_path),
     }
     module = parser.instantiate(parser.parse_object({"data": config})).data
     assert isinstance(module.backbone, Source)
     assert isinstance(module.text, TextSource)
-    assert (module.text.documents, module.text.form, module.exits) == (3, "plain", [2])
+    assert (module.text.documents, module.text.chat, module.exits) == (3, False, [2])
     local = {"class_path": "dynamax.data.corpora.LocalText", "init_args": {"path": "a.txt", "sample_by": "line"}}
     assert parser.instantiate(parser.parse_object({"data": {**config, "text": local}})).data.text.sample_by == "line"
 

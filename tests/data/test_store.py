@@ -17,9 +17,9 @@ SOURCE = RandomText()
 
 
 @pytest.fixture(scope="module")
-def filled(tmp_path_factory, backbone, tokenizer):
+def filled(tmp_path_factory, engine):
     folder = tmp_path_factory.mktemp("store")
-    return fill_store(folder, backbone, tokenizer, SOURCE, [2, 5], k=4, shard_bytes=6000, progress=False)
+    return fill_store(folder, engine, SOURCE, [2, 5], k=4, shard_bytes=6000, progress=False)
 
 
 @pytest.fixture
@@ -37,7 +37,7 @@ def same(left, right):
 
 def test_every_document_comes_back_in_the_source_order(filled, backbone):
     reader = StateReader(backbone, [2, 5], k=4, dtype="float16")
-    wanted = [stored for group in SOURCE.groups(None, None) for stored in reader.read(group)]
+    wanted = [stored for group in SOURCE.groups(None) for stored in reader.read(group)]
     assert len(filled.manifest.shards) > 2
     assert len(filled) == len(wanted) == 30
     for index, document in enumerate(wanted):

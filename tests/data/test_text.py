@@ -8,6 +8,7 @@ import pytest
 
 from dynamax.data.corpora import GROUP, HubText, LocalText
 from dynamax.data.text import derived_seed, windows
+from dynamax.engine import Engine
 from tests.data.small import characters, small_backbone
 
 TEXTS = ["one fish", "two fish, red fish", "  ", "null", "blue fish: the end."]
@@ -29,8 +30,8 @@ def write(folder, suffix, rows):
     return str(file)
 
 
-def all_documents(source, tokenizer, backbone, skip=0):
-    return [document for group in source.groups(tokenizer, backbone, skip=skip) for document in group]
+def all_documents(source, engine, skip=0):
+    return [document for group in source.groups(engine, skip=skip) for document in group]
 
 
 def texts_of(documents, tokenizer):
@@ -38,37 +39,37 @@ def texts_of(documents, tokenizer):
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".json", ".parquet", ".txt"])
-def test_every_kind_of_file_is_read(tmp_path, tokenizer, backbone, suffix):
+def test_every_kind_of_file_is_read(tmp_path, tokenizer, engine, suffix):
     path = write(tmp_path, suffix, [{"text": text, "number": 3} for text in TEXTS])
     source = LocalText(path)
-    documents = all_documents(source, tokenizer, backbone)
+    documents = all_documents(source, engine)
     assert texts_of(documents, tokenizer) == [text for text in TEXTS if text.strip()]
     assert all(document.prompt == 0 for document in documents)
     assert source.count() == 1
 
 
 @pytest.mark.parametrize(("by", "wanted"), [("line", 4), ("paragraph", 2), ("document", 1)])
-def test_a_text_file_has_lines_or_paragraphs(tmp_path, tokenizer, backbone, by, wanted):
+def test_a_text_file_has_lines_or_paragraphs(tmp_path, engine, by, wanted):
     (tmp_path / "a.txt").write_text("one\ntwo\n\nthree\nfour")
-    assert len(all_documents(LocalText(str(tmp_path / "a.txt"), sample_by=by), tokenizer, backbone)) == wanted
+    assert len(all_documents(LocalText(str(tmp_path / "a.txt"), sample_by=by), engine)) == wanted
 
 
-def test_long_rows_become_several_documents_of_one_origin(tokenizer):
-    documents = windows("abcdefg", tokenizer, length=3)
+def test_long_rows_become_several_documents_of_one_origin(tokenizer, engine):
+    documents = windows("abcdefg", engine, length=3)
     assert texts_of(documents, tokenizer) == ["abc", "def", "g"]
     assert {document.origin for document in documents} == {"abcdefg"}
-    assert len(windows("abc", tokenizer, length=3)) == 1
+    assert len(windows("abc", engine, length=3)) == 1
 
 
 @pytest.mark.parametrize("rows", [1, GROUP, GROUP + 1, 2 * GROUP, 1000])
 @pytest.mark.parametrize("skip", [0, 1, 5])
-def test_going_on_gives_the_groups_that_are_left(tmp_path, tokenizer, backbone, rows, skip):
+def test_going_on_gives_the_groups_that_are_left(tmp_path, engine, rows, skip):
     path = write(tmp_path, ".jsonl", [{"text": f"row {'abcdefghij'[row % 10]}"} for row in range(2 * GROUP)])
     source = LocalText(path, rows=rows)
-    groups = list(source.groups(tokenizer, backbone))
+    groups = list(source.groups(engine))
     assert len(groups) == source.count() == math.ceil(min(rows, 2 * GROUP) / GROUP)
     assert sum(map(len, groups)) == min(rows, 2 * GROUP)
-    assert list(source.groups(tokenizer, backbone, skip=skip)) == groups[skip:]
+    assert list(source.groups(engine, skip=skip)) == groups[skip:]
 
 
 def test_identity_goes_by_contents_and_options_and_not_by_place(tmp_path):
@@ -88,7 +89,7 @@ def test_identity_goes_by_contents_and_options_and_not_by_place(tmp_path):
 
 def refused(path, message, **options):
     with pytest.raises(ValueError, match=message):
-        all_documents(LocalText(str(path), **options), characters(), small_backbone())
+        all_documents(LocalText(str(path), **options), Engine(small_backbone(), characters()))
 
 
 def test_a_missing_field_names_row_field_and_the_fields_there_are(tmp_path):
@@ -142,14 +143,14 @@ def test_counts_below_one_are_refused(source, option):
 
 
 @pytest.mark.parametrize("streaming", [True, False])
-def test_a_data_set_laid_out_as_on_the_hub_is_read(tmp_path, tokenizer, backbone, streaming):
+def test_a_data_set_laid_out_as_on_the_hub_is_read(tmp_path, engine, streaming):
     write(tmp_path, ".jsonl", [{"body": f"row {'abc'[row % 3]}"} for row in range(GROUP + 5)])
     source = HubText(str(tmp_path), field="body", streaming=streaming)
-    groups = list(source.groups(tokenizer, backbone))
+    groups = list(source.groups(engine))
     assert list(map(len, groups)) == [GROUP, 5]
-    assert list(source.groups(tokenizer, backbone, skip=1)) == groups[1:]
+    assert list(source.groups(engine, skip=1)) == groups[1:]
     few = HubText(str(tmp_path), field="body", streaming=streaming, rows=3)
-    assert len(all_documents(few, tokenizer, backbone)) == 3
+    assert len(all_documents(few, engine)) == 3
     assert (few.count(), HubText("x", rows=None).count()) == (1, None)
 
 
@@ -161,7 +162,7 @@ def test_identity_of_a_data_set_changes_with_its_contents(tmp_path):
     assert HubText(str(tmp_path)).identity() != first
 
 
-def test_what_is_asked_of_the_hub(monkeypatch, tokenizer, backbone):
+def test_what_is_asked_of_the_hub(monkeypatch, tokenizer, engine):
     asked: dict[str, object] = {}
 
     def load_dataset(name, config, **options):
@@ -170,7 +171,7 @@ def test_what_is_asked_of_the_hub(monkeypatch, tokenizer, backbone):
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     source = HubText("owner/set", config="en", split="train[:5]", revision="v1", streaming=False)
-    assert texts_of(all_documents(source, tokenizer, backbone), tokenizer) == ["hello"]
+    assert texts_of(all_documents(source, engine), tokenizer) == ["hello"]
     assert source.identity()["version"] == "v1"  # and nobody was asked
     assert asked == {"name": "owner/set", "config": "en", "split": "train[:5]", "revision": "v1", "streaming": False}
 

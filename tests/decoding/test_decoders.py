@@ -11,7 +11,9 @@ from dynamax.decoding.probe import Together, WallClock
 from dynamax.decoding.sampling import Sampled
 from dynamax.decoding.speculative import SelfSpeculative
 from dynamax.heads.bank import Exit, ExitBank
-from dynamax.heads.gates import AttentionGate, MambaGate
+from dynamax.heads.base import Gate
+from dynamax.heads.gates import AttentionGate, LinearGate, MambaGate
+from dynamax.policies.base import TerminationPolicy
 from dynamax.policies.confidence import GateConfidence
 from dynamax.policies.schedule import AtDepth, Never
 from tests.float64 import upcast64
@@ -167,3 +169,64 @@ def test_recurrent_gates_that_a_policy_never_asks_are_not_run(house, monkeypatch
     assert read == []
     list(EarlyExit(backbone, bank, GateConfidence(1.0, gate="MambaGate")).decode(prompt(6), max_new_tokens=4))
     assert set(read) == {"MambaGate"}
+
+
+class Sure(Gate):
+    """Reads the lens, and the exit before where there is one."""
+
+    def __init__(self, site):
+        super().__init__()
+
+    def score(self, evidence, memory=None):
+        before = evidence.trail[-1].probs.amax(-1) if evidence.trail else 0.0
+        return evidence.probs.amax(-1) + before
+
+    def flops(self):
+        return 1
+
+
+def test_what_a_gate_reads_is_charged_and_what_nobody_reads_is_not(house) -> None:  # noqa: ANN001
+    """The policy reads no logits itself; the gates of the exits do, those of the exit before included."""
+    backbone, _ = house
+    never = GateConfidence(1.0, gate="Sure")
+    bank = ExitBank({2: Exit(), 3: Exit(gates=[Sure]), 5: Exit(gates=[Sure])}, backbone.site).double()
+    with pytest.raises(ValueError, match="asked exit 2 for the gate Sure"):
+        list(EarlyExit(backbone, bank, never).decode(prompt(6), max_new_tokens=2))
+    bank = ExitBank({2: Exit(gates=[Sure]), 3: Exit(gates=[Sure])}, backbone.site).double()
+    steps = list(EarlyExit(backbone, bank, never).decode(prompt(6), max_new_tokens=3))
+    assert [step.logits_read for step in steps[1:]] == [((2, 1), (3, 1), (DEPTH, 1))] * 2
+    plain = ExitBank({2: Exit(gates=[LinearGate]), 3: Exit(gates=[LinearGate])}, backbone.site).double()
+    steps = list(EarlyExit(backbone, plain, GateConfidence(1.0)).decode(prompt(6), max_new_tokens=3))
+    assert [step.logits_read for step in steps[1:]] == [((DEPTH, 1),)] * 2
+
+
+class Remembering(Gate):
+    """A recurrent gate that reads the lens at every position, those that left below it too."""
+
+    recurrent = True
+
+    def __init__(self, site):
+        super().__init__()
+
+    def score(self, evidence, memory=None):
+        return evidence.probs.amax(-1)
+
+    def flops(self):
+        return 1
+
+
+def test_a_recurrent_gate_reads_the_lens_of_debts_too_and_is_charged(house) -> None:  # noqa: ANN001
+    backbone, _ = house
+    exits = {2: Exit(), 4: Exit(gates=[Remembering])}
+    decoder = EarlyExit(backbone, ExitBank(exits, backbone.site).double(), Alternating())
+    steps = list(decoder.decode(prompt(6), max_new_tokens=5))
+    assert steps[0].logits_read == ((4, 6), (DEPTH, 1)), "the prompt goes by the gate"
+    assert [step.depth for step in steps[1:]] == [2, DEPTH, 2, DEPTH]
+    assert [step.logits_read for step in steps[1:]] == [((2, 1),), ((4, 2), (DEPTH, 1))] * 2
+
+
+class Alternating(TerminationPolicy):
+    """Leaves at the first exit in every other step."""
+
+    def __call__(self, evidence):
+        return torch.full(evidence.hidden.shape[:1], evidence.depth == 2 and evidence.step % 2 == 1)

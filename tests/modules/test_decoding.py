@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +19,16 @@ from dynamax.decoding.early_exit import EarlyExit
 from dynamax.decoding.full import Full
 from dynamax.decoding.sampling import Sampled
 from dynamax.decoding.speculative import SelfSpeculative
+from dynamax.engine import Engine
 from dynamax.heads.bank import Exit
 from dynamax.heads.gates import LinearGate, MambaGate
-from dynamax.modules.decoding import DecodingModule, Sweep, facts
+from dynamax.modules.decoding import DecodingModule, Sweep, spec_facts
+from dynamax.modules.results import DecodingFacts
 from dynamax.policies.combine import AnyOf
 from dynamax.policies.confidence import GateConfidence, Margin, MaxProb
 from dynamax.policies.schedule import AtDepth, Decaying, Never
 from dynamax.tasks import Perplexity, Questions
-from dynamax.tasks.base import ChoiceTask
+from dynamax.tasks.base import ChoiceTask, GenerationTask
 from tests.folders import model_folder
 
 
@@ -36,28 +39,30 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Folder:
 
 def run(source: Folder, policies: list[Sweep], task: Any = None, **options: Any) -> DecodingModule:  # noqa: ANN401
     exit_ = Exit(gates=[LinearGate, MambaGate])
-    module = DecodingModule(source, policies, exits={2: exit_, 4: exit_}, **{"timed": 1, **options})
+    task = task or Questions(limit=3, max_new_tokens=12)
+    timed = {"timed": 1} if isinstance(task, GenerationTask) else {}
+    module = DecodingModule(source, policies, exits={2: exit_, 4: exit_}, **{**timed, **options})
     trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
-    trainer.test(module, datamodule=TaskData(task or Questions(limit=3, max_new_tokens=12)), verbose=False)
+    trainer.test(module, datamodule=TaskData(task), verbose=False)
     return module
 
 
 def test_the_full_model_is_the_first_row_and_the_measure(folder: Folder) -> None:
-    rows = run(folder, [Sweep(Never())]).results.rows
-    assert [row["policy"] for row in rows] == ["Full", "Never"]
+    rows = run(folder, [Sweep(Never())]).results.frontier
+    assert [row.policy for row in rows] == ["Full", "Never"]
     for row in rows:
-        assert row["agreement"] == row["answer_agreement"] == 1.0
-        assert row["blocks_per_token"] == 6
-        assert row["depth_counts"] == {6: row["tokens"]}
-        assert row["score"] == rows[0]["score"]
-    assert rows[0]["speed_up"] == rows[0]["flops_fraction"] == rows[0]["bytes_fraction"] == 1.0
+        assert row.agreement == row.answer_agreement == 1.0
+        assert row.blocks_per_token == 6
+        assert row.depth_counts == {6: row.tokens}
+        assert row.score == rows[0].score
+    assert rows[0].speed_up == rows[0].flops_fraction == rows[0].bytes_fraction == 1.0
 
 
 def test_a_forced_depth_costs_what_its_blocks_cost(folder: Folder) -> None:
-    row = run(folder, [Sweep(AtDepth(2))]).results.rows[1]
-    assert row["blocks_per_token"] == 2
-    assert row["depth_counts"] == {2: row["tokens"]}
-    assert row["flops_fraction"] < 0.6
+    row = run(folder, [Sweep(AtDepth(2))]).results.frontier[1]
+    assert row.blocks_per_token == 2
+    assert row.depth_counts == {2: row.tokens}
+    assert row.flops_fraction < 0.6
 
 
 def test_agreement_is_that_of_forced_decoding(folder: Folder) -> None:
@@ -66,36 +71,39 @@ def test_agreement_is_that_of_forced_decoding(folder: Folder) -> None:
     module = run(folder, [Sweep(MaxProb(0.5), [0.01, 0.05, 0.9])], task)
     agreed: dict[float, list[bool]] = {0.01: [], 0.05: [], 0.9: []}
     for example in task.examples():
-        prompt_1T = torch.tensor([module.bench.tokenizer(example.prompt)["input_ids"]])
+        prompt_1T = torch.tensor([module.engine.tokenizer(example.prompt)["input_ids"]])
         full = [int(s.token_B) for s in Full(module.backbone).decode(prompt_1T, max_new_tokens=12, eos_token_id=[0])]
-        text = module.bench.tokenizer.decode(full)
-        assert not any(stop in text[:-1] for stop in example.stop), "the reference below would need cutting"
+        text = module.engine.tokenizer.decode(full)
+        assert not any(stop in text[:-1] for stop in example.stop_strings), "the reference below would need cutting"
         for threshold, found in agreed.items():
             decoder = EarlyExit(module.backbone, module.bank, MaxProb(threshold))
             steps = decoder.decode(prompt_1T, max_new_tokens=len(full), forced_BT=torch.tensor([full]))
             found += [int(s.token_B) == wanted for s, wanted in zip(steps, full, strict=True)][1:]
-    for row in module.results.rows[1:]:
-        assert row["agreement"] == pytest.approx(sum(agreed[row["threshold"]]) / len(agreed[row["threshold"]]))
+    for row in module.results.frontier[1:]:
+        assert row.agreement == pytest.approx(sum(agreed[row.threshold]) / len(agreed[row.threshold]))
 
 
-def test_exits_are_surveyed_and_timed(folder: Folder) -> None:
-    exits = run(folder, [Sweep(Never())]).results.exits
-    assert [exit_["depth"] for exit_ in exits] == [2, 4]
+def test_exits_are_read_and_timed(folder: Folder) -> None:
+    module = run(folder, [Sweep(Never())])
+    exits = module.results.exits
+    assert [exit_.depth for exit_ in exits] == [2, 4]
     for exit_ in exits:
-        assert 0 <= exit_["agreement"] <= 1
-        assert set(exit_["gate_auroc"]) == {"LinearGate", "MambaGate"}
-        assert 0 < exit_["latency_ms"]["p50"] <= exit_["latency_ms"]["p95"]
-        assert exit_["params"] == sum(head["params"] for head in exit_["heads"].values()) > 0
+        assert 0 <= exit_.agreement <= 1
+        assert set(exit_.gate_auroc) == {"LinearGate", "MambaGate"}
+        assert 0 < exit_.latency_ms["p50"] <= exit_.latency_ms["p95"]
+        heads, ours = [exit_.lens, *exit_.gates], module.bank.exits[str(exit_.depth)]
+        assert [head.name for head in heads] == ["LogitLens", "LinearGate", "MambaGate"]
+        assert sum(head.params for head in heads) == sum(p.numel() for p in ours.parameters()) > 0
 
 
 def test_lossless_decoding_says_what_the_full_model_says(folder: Folder) -> None:
-    module = run(folder, [Sweep(MaxProb(0.5), [0.0, 1.0])], mode="lossless", draft_limit=3)
-    whole, always, never = module.results.rows
-    assert all(row["agreement"] == row["answer_agreement"] == 1.0 for row in (whole, always, never))
-    assert always["blocks_per_token"] != 6
-    assert whole["drafts_kept"] is None
-    assert never["drafts_kept"] == 0.0
-    assert always["drafts_kept"] == drafts_kept(module) > 0
+    module = run(folder, [Sweep(MaxProb(0.5), [0.0, 1.0])], decoder=partial(SelfSpeculative, draft_limit=3))
+    whole, always, never = module.results.frontier
+    assert all(row.agreement == row.answer_agreement == 1.0 for row in (whole, always, never))
+    assert always.blocks_per_token != 6
+    assert whole.drafts_kept is None
+    assert never.drafts_kept == 0.0
+    assert always.drafts_kept == drafts_kept(module) > 0
 
 
 def drafts_kept(module: DecodingModule) -> float:
@@ -103,7 +111,7 @@ def drafts_kept(module: DecodingModule) -> float:
     decoder = SelfSpeculative(module.backbone, module.bank, MaxProb(0.0), draft_limit=3)
     accepted: list[bool] = []
     for example in Questions(limit=3, max_new_tokens=12).examples():
-        prompt_1T = torch.tensor([module.bench.tokenizer(example.prompt)["input_ids"]])
+        prompt_1T = torch.tensor([module.engine.tokenizer(example.prompt)["input_ids"]])
         limit = len(list(Full(module.backbone).decode(prompt_1T, max_new_tokens=12, eos_token_id=[0])))
         accepted += [step.accepted for step in decoder.decode(prompt_1T, max_new_tokens=limit)][1:]
     return sum(accepted) / len(accepted)
@@ -112,20 +120,23 @@ def drafts_kept(module: DecodingModule) -> float:
 def test_results_tell_how_decoding_was_done(folder: Folder) -> None:
     task = Questions(limit=1, max_new_tokens=4)
     usual = run(folder, [Sweep(Never())], task).results
-    assert usual.decoding == {
-        "mode": "early-exit",
-        "rule": "Exact",
-        "draft_limit": None,
-        "sampler": {"name": "Greedy"},
-        "chat": False,
-        "heads": None,
-    }
-    assert usual.rows[1]["drafts_kept"] is None
+    assert usual.decoding == DecodingFacts(
+        decoder="EarlyExit",
+        lossless=False,
+        options={"skipped_state": "Exact"},
+        sampler={"name": "Greedy"},
+        chat=False,
+        heads=None,
+    )
+    assert usual.frontier[1].drafts_kept is None
     sampler = Sampled(0.5, top_k=3, seed=4)
-    drafted = run(folder, [Sweep(Never())], task, mode="lossless", draft_limit=3, sampler=sampler).results.decoding
+    drafting = partial(SelfSpeculative, draft_limit=3)
+    drafted = run(folder, [Sweep(Never())], task, decoder=drafting, sampler=sampler).results.decoding
     told = {"name": "Sampled", "temperature": 0.5, "top_k": 3, "top_p": 1.0, "seed": 4}
-    assert (drafted["mode"], drafted["draft_limit"], drafted["sampler"]) == ("lossless", 3, told)
-    assert run(folder, [Sweep(Never())], task, rule=Propagate()).results.decoding["rule"] == "Propagate"
+    assert (drafted.decoder, drafted.lossless) == ("SelfSpeculative", True)
+    assert (drafted.options, drafted.sampler) == ({"draft_limit": 3}, told)
+    propagating = run(folder, [Sweep(Never())], task, decoder=partial(EarlyExit, skipped_state=Propagate())).results
+    assert propagating.decoding.options == {"skipped_state": "Propagate"}
 
 
 def test_a_model_without_a_limit_has_no_context(folder: Folder, tmp_path: Path) -> None:
@@ -133,49 +144,49 @@ def test_a_model_without_a_limit_has_no_context(folder: Folder, tmp_path: Path) 
     config = json.loads((recurrent / "config.json").read_text())
     del config["max_position_embeddings"]  # mamba2's own configuration has none
     (recurrent / "config.json").write_text(json.dumps(config))
-    contexts = {source: facts(source.load().spec)["context"] for source in (folder, Folder(str(recurrent)))}
+    contexts = {source: spec_facts(Engine(source.load()))["context"] for source in (folder, Folder(str(recurrent)))}
     assert list(contexts.values()) == [512, None]
 
 
 def test_sampling_compares_what_is_most_likely(folder: Folder) -> None:
     """Along sampled text too, the reference decodes once more, and compares the argmax of both."""
     task, policies = Questions(limit=3, max_new_tokens=12), [Sweep(Never()), Sweep(MaxProb(0.05))]
-    greedy = run(folder, policies, task).results.rows
+    greedy = run(folder, policies, task).results.frontier
     sampled = {timed: run(folder, policies, task, sampler=Sampled(1.0, seed=4), timed=timed) for timed in (0, 3)}
     module = sampled[3]
     agreed: list[bool] = []
     for turn, example in enumerate(task.examples()):
-        prompt_1T = torch.tensor([module.bench.tokenizer(example.prompt)["input_ids"]])
+        prompt_1T = torch.tensor([module.engine.tokenizer(example.prompt)["input_ids"]])
         sampler = Sampled(1.0, seed=4)
         sampler.restart(turn)
-        full = list(Full(module.backbone, sampler).decode(prompt_1T, max_new_tokens=12, eos_token_id=[0]))
+        full = list(Full(module.backbone, sampler=sampler).decode(prompt_1T, max_new_tokens=12, eos_token_id=[0]))
         target_1T = torch.stack([step.token_B for step in full], 1)
         decoder = EarlyExit(module.backbone, module.bank, MaxProb(0.05))
         steps = list(decoder.decode(prompt_1T, max_new_tokens=len(full), forced_BT=target_1T))
         agreed += [int(s.token_B) == int(f.logits_BV.argmax()) for s, f in zip(steps, full, strict=True)][1:]
     for one in sampled.values():
-        whole, never, early = one.results.rows
-        assert whole["agreement"] == never["agreement"] == whole["answer_agreement"] == never["answer_agreement"] == 1
-        assert early["agreement"] == pytest.approx(sum(agreed) / len(agreed))
-        assert early["tokens"] == whole["tokens"] == len(agreed)
-    assert greedy[2]["tokens"] != len(agreed) or greedy[2]["agreement"] != early["agreement"]
+        whole, never, early = one.results.frontier
+        assert whole.agreement == never.agreement == whole.answer_agreement == never.answer_agreement == 1
+        assert early.agreement == pytest.approx(sum(agreed) / len(agreed))
+        assert early.tokens == whole.tokens == len(agreed)
+    assert greedy[2].tokens != len(agreed) or greedy[2].agreement != early.agreement
 
 
 def test_sampled_lossless_text_is_not_compared_token_by_token(folder: Folder) -> None:
-    rows = run(folder, [Sweep(MaxProb(0.02))], mode="lossless", sampler=Sampled(1.0)).results.rows
-    assert rows[0]["agreement"] == 1
-    assert rows[1]["agreement"] is None
+    rows = run(folder, [Sweep(MaxProb(0.02))], decoder=SelfSpeculative, sampler=Sampled(1.0)).results.frontier
+    assert rows[0].agreement == 1
+    assert rows[1].agreement is None
 
 
 def test_the_full_models_tokens_are_counted_once(folder: Folder) -> None:
-    whole, *others = run(folder, [Sweep(MaxProb(0.5), [0.01, 0.9]), Sweep(Never())]).results.rows
-    assert {row["tokens"] for row in others} == {whole["tokens"]}
-    assert whole["timed_tokens"] == sum(row["timed_tokens"] for row in others)
+    whole, *others = run(folder, [Sweep(MaxProb(0.5), [0.01, 0.9]), Sweep(Never())]).results.frontier
+    assert {row.tokens for row in others} == {whole.tokens}
+    assert whole.timed_tokens == sum(row.timed_tokens for row in others)
 
 
 def test_gates_can_be_named(folder: Folder) -> None:
-    rows = run(folder, [Sweep(GateConfidence(0.5, gate="MambaGate"), [0.3, 0.7])]).results.rows
-    assert [(row["policy"], row["threshold"]) for row in rows[1:]] == [
+    rows = run(folder, [Sweep(GateConfidence(0.5, gate="MambaGate"), [0.3, 0.7])]).results.frontier
+    assert [(row.policy, row.threshold) for row in rows[1:]] == [
         ("GateConfidence(MambaGate)", 0.3),
         ("GateConfidence(MambaGate)", 0.7),
     ]
@@ -206,7 +217,7 @@ def test_a_candidate_without_tokens_of_its_own_is_refused(
     tokenizer = folder.tokenizer()
     tokenizer.backend_tokenizer.normalizer = normalizers.NFC()  # joins the accent to the prompt's last letter
     monkeypatch.setattr(Folder, "tokenizer", lambda self: tokenizer)
-    with pytest.raises(ValueError, match=r"Example q7: the tokens of the prompt with .* Begin candidates with a space"):
+    with pytest.raises(ValueError, match=r"Example q7: the tokens of the prompt with .* Begin it with a space"):
         run(folder, [Sweep(Never())], TwoWays())
 
 
@@ -228,25 +239,25 @@ def test_several_devices_are_refused(folder: Folder) -> None:
 
 def test_likelihoods_are_the_models(folder: Folder) -> None:
     module = run(folder, [Sweep(Never()), Sweep(AtDepth(2))], TwoWays())
-    full, never, early = module.results.rows
-    model, tokenizer = module.backbone.model, module.bench.tokenizer  # type: ignore[union-attr]
+    full, never, early = module.results.frontier
+    model, tokenizer = module.backbone.model, module.engine.tokenizer  # type: ignore[union-attr]
     for name, text in (("first", " one"), ("second", " two")):
         ids = torch.tensor([tokenizer("Q: one or two?" + text)["input_ids"]])
         logp = model(ids).logits[0].log_softmax(-1)
         start = ids.shape[1] - 4
         wanted = sum(float(logp[t - 1, ids[0, t]]) for t in range(start, ids.shape[1]))
-        assert full["scores"][name] == pytest.approx(wanted, rel=1e-4)
-        assert never["scores"][name] == pytest.approx(wanted, rel=1e-4)
-        assert early["scores"][name] != pytest.approx(wanted, rel=1e-4)
+        assert full.scores[name] == pytest.approx(wanted, rel=1e-4)
+        assert never.scores[name] == pytest.approx(wanted, rel=1e-4)
+        assert early.scores[name] != pytest.approx(wanted, rel=1e-4)
 
 
 def test_perplexity_is_the_models(folder: Folder, tmp_path: Path) -> None:
     text = "The quick brown fox jumps over the lazy dog. " * 4
     (tmp_path / "text.txt").write_text(text)
     module = run(folder, [Sweep(Never())], Perplexity(str(tmp_path / "text.txt")))
-    ids = torch.tensor([[0, *module.bench.tokenizer(text)["input_ids"]]])
+    ids = torch.tensor([[0, *module.engine.tokenizer(text)["input_ids"]]])
     loss = module.backbone.model(ids, labels=ids).loss  # type: ignore[union-attr]
-    assert module.results.rows[0]["score"] == pytest.approx(float(loss.exp()), rel=1e-3)
+    assert module.results.frontier[0].score == pytest.approx(float(loss.exp()), rel=1e-3)
 
 
 def test_predict_answers_with_the_first_policy(folder: Folder) -> None:
@@ -278,8 +289,8 @@ def test_policies_made_of_policies_are_told_apart(folder: Folder) -> None:
 
 
 def test_likelihoods_under_an_approximate_rule_are_refused(folder: Folder) -> None:
-    with pytest.raises(ValueError, match="Use the rule Exact"):
-        run(folder, [Sweep(Never())], TwoWays(), rule=Propagate())
+    with pytest.raises(ValueError, match="Use EarlyExit with Exact state"):
+        run(folder, [Sweep(Never())], TwoWays(), decoder=partial(EarlyExit, skipped_state=Propagate()))
 
 
 def test_a_policy_at_a_depth_without_an_exit_is_refused(folder: Folder) -> None:

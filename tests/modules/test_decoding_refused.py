@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 
-from dynamax.backbones.skipped_state import Propagate
 from dynamax.backbones.sources import Folder
 from dynamax.heads.bank import Exit
 from dynamax.modules.decoding import DecodingModule, Sweep
@@ -17,7 +16,6 @@ from dynamax.policies.schedule import Never
     [
         ({}, "exactly one of the two"),
         ({"heads": "a", "exits": {2: Exit()}}, "exactly one of the two"),
-        ({"exits": {2: Exit()}, "mode": "lossless", "rule": Propagate()}, "needs Exact"),
         ({"exits": {2: Exit()}, "policies": [Sweep(Never()), Sweep(Never())]}, "Two policies go by the name Never,"),
         ({"exits": {2: Exit()}, "policies": [Sweep(MaxProb(0.1), [0.5, 0.5])]}, "by the name MaxProb@0.5,"),
     ],

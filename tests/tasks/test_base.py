@@ -5,8 +5,9 @@ import math
 import pytest
 from jsonargparse import ArgumentParser
 
+from dynamax.generation import cut
 from dynamax.registry import TASKS
-from dynamax.tasks import ChoiceTask, GenerationTask, Perplexity, Task, TextExample, TextTask, cut
+from dynamax.tasks import ChoiceTask, GenerationTask, Perplexity, Task, TextExample, TextTask
 from dynamax.tasks.base import mean
 
 

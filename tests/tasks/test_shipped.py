@@ -2,7 +2,8 @@ import json
 
 import pytest
 
-from dynamax.tasks import Passages, Questions, cut, shipped
+from dynamax.generation import cut
+from dynamax.tasks import Passages, Questions, shipped
 
 QUESTIONS = [
     {"question": "Who wrote Emma?", "answers": ["Jane Austen", "Austen"], "topic": "books"},
@@ -36,7 +37,7 @@ def test_questions(prompts):
     assert [e.references for e in examples] == [("Jane Austen", "Austen"), ("Oslo",), ("Jupiter",)]
     assert task.score(examples[0], " It was by Austen, in 1815.") == {"accuracy": 1.0, "f1": pytest.approx(2 / 7)}
     assert task.score(examples[0], "") == {"accuracy": 0.0, "f1": 0.0}
-    assert cut(" Oslo.\nQuestion: next", examples[0].stop) == " Oslo."
+    assert cut(" Oslo.\nQuestion: next", examples[0].stop_strings) == " Oslo."
 
 
 def test_question_shots_are_not_asked(prompts):
@@ -51,7 +52,7 @@ def test_passages_carry_the_conversation(prompts):
     first, second, third = task.examples()
     assert second.prompt == "Ida keeps bees.\n\nQ: Who?\n\nA: Ida\n\nQ: Keeps what?\n\nA:"
     assert third.prompt == "It rains.\n\nQ: Does it snow?\n\nA:"
-    assert {first.limit, second.limit} == {9}
+    assert {first.max_new_tokens, second.max_new_tokens} == {9}
     assert task.score(second, " Bees.\n") == {"f1": 1.0, "em": 1.0}
     assert Passages(offset=1, limit=1, max_new_tokens=9).examples() == [second]
 

@@ -36,7 +36,7 @@ def test_prompt_and_shots(jsonl):
         "Question: Largest planet??\nAnswer:"
     )
     assert (third.id, fourth.id) == ("q3", "q4")
-    assert third.stop == ("\n", ".", ",")
+    assert third.stop_strings == ("\n", ".", ",")
     bare = TriviaQA(jsonl, shots=0, offset=1, limit=1).examples()
     assert [e.prompt for e in bare] == ["Question: Capital of Norway?\nAnswer:"]
 

@@ -48,7 +48,7 @@ def test_generation_example(write):
         "I have no comment.",
     )
     assert example.incorrect == ("You grow melons.", "You die.")
-    assert (example.stop, example.limit) == (("\n\n",), 64)
+    assert (example.stop_strings, example.max_new_tokens) == (("\n\n",), 64)
 
 
 def test_no_comment_is_added_once(write):
