@@ -45,7 +45,7 @@ class Registry:
         return [different[key] for key in sorted(different)]
 
     def names(self) -> list[str]:
-        """All known names, sorted."""
+        """All names, sorted."""
         return sorted({point.name for point in self.points()})
 
     def find(self, name: str) -> EntryPoint:

@@ -28,7 +28,7 @@ def same_head(head: ExitHead, site: Site) -> Any:  # noqa: ANN401 - a lens or a 
 
 
 class Debts(Protocol):
-    """Fill levels and debts, as far as heads are concerned."""
+    """The part of fill levels and debts that heads read."""
 
     filled: list[int]
 
@@ -37,7 +37,7 @@ class Debts(Protocol):
 
 
 class RunState(Protocol):
-    """What is read of a cache, and the memories that are kept in it."""
+    """The part of a cache that heads read, and their memories in it."""
 
     pad_B: Tensor | None
     memories: dict[tuple[int, str], Memory]
@@ -157,7 +157,7 @@ class ExitBank(nn.Module):
         )
 
     def sequence(self, site: Site, h_BTD: Tensor, step: int | Tensor) -> Evidence:
-        """What a recurrent gate reads: all positions of ``h_BTD``, without a trail."""
+        """Evidence for a recurrent gate: all positions of ``h_BTD``, without a trail."""
         lens = self.lens(site.depth)
 
         def logits() -> Tensor:
@@ -192,8 +192,8 @@ class ExitBank(nn.Module):
     ) -> tuple[dict[str, Tensor], tuple[tuple[int, int], ...]]:
         """Let the recurrent gates of one exit read on, up to and including the caller's rows.
 
-        Rows that are owed at this depth and not yet read are read first, in the same chunk. Where a
-        rule for skipped state has left no debts, the gates go on without the skipped rows.
+        Rows owed at this depth and not yet read are read first, in the same chunk. Where a rule for skipped state has
+        left no debts, the gates go on without the skipped rows.
 
         Args:
             site: The exit's place.
@@ -223,10 +223,7 @@ class ExitBank(nn.Module):
         return scores, tuple(reads)
 
     def advance(self, site: Site, h_BTD: Tensor, cache: RunState) -> None:
-        """Let the recurrent gates of one exit read positions that skip it, as if they had come in as ``h_BTD``.
-
-        For rules that fill skipped state, and for positions kept by a rollback, which may be none.
-        """
+        """Let the recurrent gates of one exit read skipped positions, or those kept by a rollback, as ``h_BTD``."""
         for _, gate, memory in self._recurrent(site.depth, cache) if h_BTD.shape[1] else ():
             gate.score(self.sequence(site, h_BTD, 0), memory)
             memory.read += h_BTD.shape[1]

@@ -28,11 +28,10 @@ from dynamax.types import Evidence, Memory, Site
 class LinearGate(Gate):
     """One linear layer over the normed state.
 
-    Source: the early-exit classifier of Schuster et al., "Confident Adaptive Language Modeling", arXiv
-    2207.07061; the linear head of DYNAMAX (arXiv 2504.20922), which has no norm. Without one, the
-    massive activations of the residual stream dominate the gradient.
+    Source: the early-exit classifier of CALM (Schuster et al. 2022, arXiv 2207.07061); the linear head of DYNAMAX
+    (arXiv 2504.20922), which has no norm: without one, massive activations dominate the gradient.
 
-    Parameters: D + 1. FLOPs: 2 D. Starts at zero, which for a convex loss is as good as anywhere.
+    Parameters: D + 1. FLOPs: 2 D.
     """
 
     def __init__(self, site: Site) -> None:
