@@ -1,6 +1,6 @@
 """Contracts for plug-in authors: run these on a class of your own before anyone else does.
 
-Each check raises ``UserError`` with what differed; none needs the network or a GPU.
+Each check raises ``UserError`` naming the first thing that is wrong; none needs the network or a GPU.
 A head is checked at a toy site with random weights, a policy at made-up exits in several random *worlds*.
 """
 
@@ -89,9 +89,6 @@ def check_head(head_class: type[ExitHead], **options: object) -> None:
     Args:
         head_class: A subclass of ``Lens`` or ``Gate``.
         **options: Its options.
-
-    Raises:
-        UserError: Naming the first thing that is wrong.
 
     Example:
         >>> from dynamax.heads import MambaGate
@@ -234,9 +231,6 @@ def check_policy(
         thresholds: Thresholds to sweep it over, ascending; not used where the policy has none.
         depths: Depths of the made-up exits.
         gate: Class name of their gate.
-
-    Raises:
-        UserError: Naming the first thing that is wrong.
 
     Example:
         >>> from dynamax.policies import MaxProb

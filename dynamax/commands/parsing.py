@@ -20,23 +20,11 @@ import yaml
 from jsonargparse import ArgumentError, ArgumentParser, get_loader, set_loader
 from transformers.utils.logging import disable_progress_bar
 
+from dynamax import registry as registered
 from dynamax.commands.messages import Known, explain
 from dynamax.errors import UserError
 from dynamax.paths import ReadPath, read_path
-from dynamax.registry import (
-    ALL,
-    CALLBACKS,
-    DECODERS,
-    HEADS,
-    OBJECTIVES,
-    POLICIES,
-    SAMPLERS,
-    SKIPPED_STATE,
-    SOURCES,
-    TASKS,
-    TEXT_SOURCES,
-    Registry,
-)
+from dynamax.registry import ALL, Registry
 
 LOAD_YAML = get_loader("yaml")
 RESOLVE = typehints.resolve_class_path_by_name
@@ -45,17 +33,16 @@ _broken: list[UserError] = []
 """Parts that were named and cannot be imported: jsonargparse may then try something else, and report that alone."""
 
 KINDS: dict[str, Registry] = {
-    **dict.fromkeys(("backbone", "writer", "teacher", "tokenizer"), SOURCES),
-    **dict.fromkeys(("lens", "gates"), HEADS),
-    **dict.fromkeys(("policy", "policies"), POLICIES),
-    **dict.fromkeys(("objective", "loss"), OBJECTIVES),
-    **dict.fromkeys(("text", "corpus"), TEXT_SOURCES),
-    "decoder": DECODERS,
-    "task": TASKS,
-    "rule": SKIPPED_STATE,
-    "skipped_state": SKIPPED_STATE,
-    "sampler": SAMPLERS,
-    "callbacks": CALLBACKS,
+    **dict.fromkeys(("backbone", "writer", "teacher", "tokenizer"), registered.SOURCES),
+    **dict.fromkeys(("lens", "gates"), registered.HEADS),
+    **dict.fromkeys(("policy", "policies"), registered.POLICIES),
+    **dict.fromkeys(("objective", "loss"), registered.OBJECTIVES),
+    **dict.fromkeys(("text", "corpus"), registered.TEXT_SOURCES),
+    **dict.fromkeys(("rule", "skipped_state"), registered.SKIPPED_STATE),
+    "decoder": registered.DECODERS,
+    "task": registered.TASKS,
+    "sampler": registered.SAMPLERS,
+    "callbacks": registered.CALLBACKS,
 }
 """What may stand under a key, for messages."""
 
@@ -128,7 +115,7 @@ def prepare() -> None:
 
 
 def resolve(kind: Any, name: str) -> str:  # noqa: ANN401 - a class, or whatever else an option is annotated with
-    """The import path of the class that a name means where a class of some kind is wanted.
+    """The import path of the class that a name means, where a class of some kind is wanted.
 
     It replaces jsonargparse's own search, which finds imported classes only: all would have to be imported, and one
     broken plug-in would stop every command.

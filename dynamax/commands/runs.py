@@ -112,7 +112,7 @@ class StoreTrainer(Trainer):
         """
         self.fit(model, datamodule=datamodule, ckpt_path=ckpt_path)
 
-    distill = train
+    distill = train  # what differs is the model
 
 
 class DynamaxCLI(LightningCLI):

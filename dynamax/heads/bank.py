@@ -74,13 +74,9 @@ class ExitBank(nn.Module):
         self.recurrent_depths = tuple(d for d in self.depths if any(gate.recurrent for gate in self.gates(d).values()))
 
     def select_gates(self, names: Collection[str] | None) -> ExitBank:
-        """A bank of the same heads, without the gates that are not named: recurrent ones among those are not run.
+        """A bank of the same heads with the named gates alone, so that other recurrent gates are not run.
 
-        Args:
-            names: Class names of the gates to keep; None keeps all.
-
-        Raises:
-            UserError: If a gate is named that no exit has.
+        Names are those of classes; None keeps all. A UserError if a gate is named that no exit has.
         """
         if names is None:
             return self
@@ -259,9 +255,8 @@ class ExitBank(nn.Module):
     def load(cls, folder: str | Path, sites: Callable[[int], Site]) -> Self:
         """The bank that ``save`` wrote, in the precision it was saved in, on the CPU.
 
-        Raises:
-            UserError: If the files are missing or damaged, belong to another backbone, hold NaN or infinite numbers,
-                or hold a head whose class is unknown or has changed.
+        A UserError if the files are missing or damaged, belong to another backbone, hold NaN or infinite numbers, or
+        hold a head whose class is unknown or has changed.
         """
         record, tensors = saved.read(Path(folder), sites(1).spec)
         exits = {

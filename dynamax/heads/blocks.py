@@ -40,11 +40,7 @@ def zero_init(width: int) -> nn.Linear:
 
 
 def input_projection(width: int, inner: int | None) -> tuple[nn.Module, int]:
-    """The map into a gate's own width, and that width; the identity if ``inner`` is None.
-
-    Raises:
-        UserError: If ``inner`` is not positive.
-    """
+    """The map into a gate's own width, and that width; the identity if ``inner`` is None."""
     if inner is None:
         return nn.Identity(), width
     return nn.Linear(width, positive("width", inner), bias=False), inner
@@ -94,10 +90,7 @@ class CausalAttention(nn.Module):
 
     Args:
         width: Size of input and output.
-        heads: Attention heads; each has an even share of ``width``.
-
-    Raises:
-        UserError: If the heads do not divide the width into even sizes.
+        heads: Attention heads; they divide the width into even sizes.
     """
 
     def __init__(self, width: int, heads: int) -> None:
@@ -148,10 +141,7 @@ class MambaBlock(nn.Module):
         d_state: State size N of each channel.
         d_conv: Positions the convolution sees.
         expand: Inner width as a multiple of ``width``.
-        headdim: Channels of a head, P.
-
-    Raises:
-        UserError: If an option is not positive, or the heads do not divide the inner width.
+        headdim: Channels of a head, P; it divides the inner width.
     """
 
     def __init__(self, width: int, *, d_state: int, d_conv: int, expand: int, headdim: int) -> None:

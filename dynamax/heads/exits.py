@@ -37,11 +37,7 @@ class Exit:
 
 
 def check_depths(exits: Mapping[int, Exit], total: int) -> None:
-    """Refuse exits that no model of ``total`` blocks can have.
-
-    Raises:
-        UserError: Naming what was given, what is possible, and what to do.
-    """
+    """Raise a UserError for exits that no model of ``total`` blocks can have."""
     if not exits:
         raise UserError(
             "No exits were given; a bank needs at least one. Add one, such as exits: {20: {lens: TunedLens}}."

@@ -38,8 +38,7 @@ def recorded_name(head: type[ExitHead]) -> str:
 def recorded_class(name: str) -> type[ExitHead]:
     """The class that a record names: registered, imported already, or imported now if its name has a dot.
 
-    Raises:
-        UserError: If there is none, it cannot be imported, or it is no exit head.
+    A UserError if there is none, it cannot be imported, or it is no exit head.
     """
     if name in HEADS.names():
         return HEADS.get(name)
@@ -67,8 +66,7 @@ def recorded_class(name: str) -> type[ExitHead]:
 def factory(entry: Mapping[str, Any]) -> Callable[[Site], Any]:
     """What builds a saved lens or gate again at its site, from the name of its class and its options.
 
-    Raises:
-        UserError: If the class is not found; when called, if it no longer takes the options.
+    A UserError if the class is not found; when called, if it no longer takes the options.
     """
     head, options = recorded_class(entry["class"]), entry["options"]
 
@@ -142,10 +140,9 @@ def read(folder: Path, spec: Spec) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def read_record(folder: Path) -> dict[str, Any]:
-    """What is said of the heads in a folder: their backbone, where it comes from, and each head's class and options.
+    """The record of the heads in a folder: backbone, where it comes from, each head's class and options.
 
-    Raises:
-        UserError: If it is missing or damaged.
+    A UserError if it is missing or damaged.
     """
     try:
         return json.loads((folder / RECORD).read_text("utf-8"))

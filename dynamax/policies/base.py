@@ -43,19 +43,11 @@ class TerminationPolicy(ABC):
         return other
 
     def checked(self, threshold: float) -> float:
-        """The threshold, if it is in this policy's range.
-
-        Raises:
-            UserError: If it is out of range, or the policy has no threshold.
-        """
+        """The threshold; a UserError if it is out of this policy's range, or the policy has none."""
         raise UserError(f"{type(self).__name__} has no threshold, but {threshold} was given. Leave it out.")
 
     def validate(self, depths: Sequence[int]) -> None:  # noqa: B027 - most policies fit any exits
-        """Check the policy against the depths of the exits, ascending. A decoder calls this once.
-
-        Raises:
-            UserError: If the policy names a depth at which there is no exit.
-        """
+        """Check the policy, once, against the depths of the exits, ascending; a UserError if they do not fit."""
 
 
 class ScorePolicy(TerminationPolicy):
@@ -80,11 +72,7 @@ class ScorePolicy(TerminationPolicy):
         return self.score(evidence) >= self.level(evidence.depth)
 
     def level(self, depth: int) -> float:
-        """The threshold at one depth.
-
-        Raises:
-            UserError: If thresholds are given by depth and this depth has none.
-        """
+        """The threshold at one depth; a UserError if thresholds are given by depth and this depth has none."""
         assert self.threshold is not None, "a score policy has a threshold"
         if not isinstance(self.threshold, Mapping):
             return self.threshold
@@ -93,11 +81,7 @@ class ScorePolicy(TerminationPolicy):
         return self.threshold[depth]
 
     def checked(self, threshold: float) -> float:
-        """The threshold, if it lies in [0, 1].
-
-        Raises:
-            UserError: If it does not.
-        """
+        """The threshold; a UserError if it is not in [0, 1]."""
         if not 0.0 <= threshold <= 1.0:
             raise UserError(
                 f"{type(self).__name__} was given threshold {threshold}; it must lie in [0, 1]. "
@@ -124,11 +108,7 @@ class CountPolicy(TerminationPolicy):
         return self.threshold
 
     def checked(self, threshold: float) -> int:
-        """The count, if it is a whole number of at least 1.
-
-        Raises:
-            UserError: If it is not.
-        """
+        """The count; a UserError if it is not a whole number of at least 1."""
         if threshold < 1 or threshold != int(threshold):
             raise UserError(
                 f"{type(self).__name__} was given {threshold}; it counts and needs a whole number of at least 1."
