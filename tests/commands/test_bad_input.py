@@ -23,7 +23,11 @@ CASES = {
     ),
     "objective": ([*FIT, "--model.phases.gates.objective", "GateObj"], ["objective", "Did you mean GateObjective"]),
     "task": ([*TEST, "--data.task", "TriviaQ"], ["data.task", "Did you mean TriviaQA"]),
-    "rule": ([*TEST, "--model.rule", "Exakt"], ["model.rule", "Did you mean Exact"]),
+    "rule for skipped state": (
+        [*TEST, "--model.decoder=EarlyExit", "--model.decoder.skipped_state", "Exakt"],
+        ["skipped_state", "Did you mean Exact"],
+    ),
+    "decoder": ([*TEST, "--model.decoder", "EarlyExits"], ["model.decoder", "Did you mean EarlyExit"]),
     "callback": ([*FIT, "--trainer.callbacks", "ExitFronteer"], ["Did you mean ExitFrontier", "HeadsCheckpoint"]),
     "model": ([*FIT, "--model", "HeadModule"], ["Did you mean HeadsModule"]),
     "option of a head": (
@@ -36,15 +40,18 @@ CASES = {
         ["--trainer.max_epoch", "Did you mean trainer.max_ep"],
     ),
     "type": ([*FIT, "--trainer.max_epochs", "four"], ["trainer.max_epochs was given four", "int"]),
-    "choice": (
-        [*TEST, "--model.mode", "losless"],
-        ["model.mode was given losless; wanted: 'early-exit', 'lossless'. Did you mean lossless?"],
+    "decoder of generate": (
+        ["generate", "Who?", "--decoder", "Lossless"],
+        ["decoder names the class Lossless", "Full"],
     ),
     "choice of generate": (
-        ["generate", "Who?", "--mode", "losless"],
-        ["mode was given losless; wanted: 'early-exit', 'lossless'. Did you mean lossless?"],
+        ["generate", "Who?", "--device", "cudda"],
+        ["device was given cudda; wanted: 'auto', 'cpu', 'cuda'. Did you mean cuda?"],
     ),
-    "type of generate": (["generate", "Who?", "--limit", "many"], ["limit was given many; wanted: int. Change it."]),
+    "type of generate": (
+        ["generate", "Who?", "--max_new_tokens", "many"],
+        ["max_new_tokens was given many; wanted: int. Change it."],
+    ),
     "module of a gate": (
         [*FIT, "--model.exits={2: {gates: [{class_path: nobodys.EMAGate, init_args: {decay: 0.5}}]}}"],
         ["model.exits.gates: the module nobodys cannot be imported; put its folder on PYTHONPATH"],
