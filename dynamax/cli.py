@@ -1,6 +1,6 @@
-"""The command ``dynamax``: which command is meant, and how its errors reach a person.
+"""The command ``dynamax``: which command is meant, and how its errors are shown.
 
-Light on purpose: a command's own module, and torch with it, is imported when that command is run.
+A command's own module, and torch with it, is imported only when that command is run.
 """
 
 from __future__ import annotations
@@ -105,22 +105,18 @@ def _dispatch(options: list[str], texts: list[str]) -> None:
 
 def overview() -> str:
     """The help page."""
-    lines = [f"  {name:<10}{command.purpose}" for name, command in COMMANDS.items()]
-    return "\n".join(
-        [
-            "Dynamic depth (early exit) for decoder-only language models.",
-            "",
-            "usage: dynamax COMMAND [-c CONFIG]... [--OPTION VALUE]...",
-            "",
-            *lines,
-            "",
-            "A later -c lies over an earlier one, and options lie over both:",
-            "  dynamax fit -c configs/demo/fit.yaml -c mine.yaml --trainer.max_epochs 12",
-            "",
-            "dynamax COMMAND --help tells of a command's options; --print_config prints all that a run would use.",
-            "--debug shows where an error was raised; --version, the version.",
-        ]
-    )
+    commands = "\n".join(f"  {name:<10}{command.purpose}" for name, command in COMMANDS.items())
+    return f"""Dynamic depth (early exit) for decoder-only language models.
+
+usage: dynamax COMMAND [-c CONFIG]... [--OPTION VALUE]...
+
+{commands}
+
+A later -c lies over an earlier one, and options lie over both:
+  dynamax fit -c configs/demo/fit.yaml -c mine.yaml --trainer.max_epochs 12
+
+dynamax COMMAND --help lists its options; --print_config prints all that a run would use.
+--debug shows where an error was raised; --version, the version."""
 
 
 def verdict(error: BaseException) -> tuple[int | None, str]:

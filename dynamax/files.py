@@ -10,7 +10,7 @@ from pathlib import Path
 
 
 def write_atomically(file: Path, content: bytes) -> None:
-    """Write a file so that at every moment either the old one or the new one stands under its name, whole.
+    """Write a file so that at every moment its name leads to the old one or the new one, whole.
 
     The content reaches the disk before the name does. Nothing is left behind if it fails, as on a full disk.
     """
@@ -25,7 +25,11 @@ def write_atomically(file: Path, content: bytes) -> None:
     except Exception:
         part.unlink(missing_ok=True)
         raise
-    sync_folder(file.parent)
+    handle = os.open(file.parent, os.O_RDONLY)
+    try:  # the name, too, reaches the disk
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 @contextlib.contextmanager
@@ -44,12 +48,3 @@ def whole_folder(target: Path) -> Iterator[Path]:
         except OSError:
             if not target.is_dir():
                 raise
-
-
-def sync_folder(folder: Path) -> None:
-    """Make the folder's names durable."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -28,17 +28,16 @@ class Registry:
         kind: What one of them is called in messages, such as ``exit head``.
         bases: Classes that parts of this kind are made from, as ``module:Class``. An option that is annotated with
             one of them takes names of this registry.
+
+    Attributes:
+        word: What ``dynamax list`` calls the kind, such as ``heads``.
     """
 
     def __init__(self, group: str, kind: str, *bases: str) -> None:
         self.group = group
         self.kind = kind
         self.bases = bases
-
-    @property
-    def word(self) -> str:
-        """The kind as ``dynamax list`` calls it, such as ``heads``."""
-        return self.group.removeprefix("dynamax.")
+        self.word = group.removeprefix("dynamax.")
 
     def points(self) -> list[EntryPoint]:
         """All entry points, sorted by name; two with one name are possible, and ``find`` refuses them."""
@@ -46,7 +45,7 @@ class Registry:
         return [different[key] for key in sorted(different)]
 
     def names(self) -> list[str]:
-        """All known names, sorted."""
+        """All names, sorted."""
         return sorted({point.name for point in self.points()})
 
     def find(self, name: str) -> EntryPoint:
@@ -114,16 +113,5 @@ TEXT_SOURCES = Registry(
 )
 CALLBACKS = Registry("dynamax.callbacks", "callback", "lightning.pytorch.callbacks.callback:Callback")
 
-ALL: tuple[Registry, ...] = (
-    SOURCES,
-    FAMILIES,
-    HEADS,
-    POLICIES,
-    DECODERS,
-    SKIPPED_STATE,
-    SAMPLERS,
-    OBJECTIVES,
-    TASKS,
-    TEXT_SOURCES,
-    CALLBACKS,
-)
+ALL: tuple[Registry, ...] = (SOURCES, FAMILIES, HEADS, POLICIES, DECODERS, SKIPPED_STATE, SAMPLERS, OBJECTIVES, TASKS)
+ALL += (TEXT_SOURCES, CALLBACKS)

@@ -1,4 +1,4 @@
-"""The words every room speaks: places, evidence, steps. Knows torch and nothing else.
+"""Types that every room uses: places, evidence, steps. Knows torch and nothing else.
 
 Shape legend, used as a suffix in names throughout the package::
 
@@ -59,7 +59,7 @@ class Project(Protocol):
 
 @dataclass(frozen=True)
 class Site:
-    """The place an exit head stands at, and all of the backbone that it may use.
+    """The place of an exit head, and all of the backbone that it may use.
 
     Attributes:
         depth: Blocks completed below the head.
@@ -81,8 +81,7 @@ class Site:
 class Memory:
     """What a recurrent head remembers of the positions it has read.
 
-    A head *replaces* the tensors in ``values`` and never writes into them, so that a copy of the
-    mapping is a snapshot.
+    A head *replaces* the tensors in ``values`` and never writes into them: a copy of the mapping is a snapshot.
 
     Attributes:
         pad_B: Padding positions at the left of each row, or None.
@@ -109,8 +108,7 @@ class Memory:
 class Evidence:
     """What a policy or a gate may look at when it decides about leaving at one exit.
 
-    Everything expensive is lazy: logits are computed when first asked for, and the output matrix is a
-    fifth of a small model. What was asked for is recorded, so that it can be charged.
+    Logits and scores are computed when first asked for, and what was asked for is recorded, so that it can be charged.
 
     Leading dimensions are written ``...``. They are rows ``[B]`` for a policy and for a gate without memory; positions
     ``[T]`` where a known text is read; rows and positions ``[B, T]`` for a recurrent gate, which reads a sequence.
@@ -209,13 +207,12 @@ class Work:
     writes: tuple[int, ...]
 
     def __add__(self, other: Work) -> Work:
-        return Work(*(tuple(map(operator.add, mine, theirs)) for mine, theirs in self._beside(other)))
+        pairs = zip(vars(self).values(), vars(other).values(), strict=True)
+        return Work(*(tuple(map(operator.add, mine, theirs)) for mine, theirs in pairs))
 
     def __sub__(self, other: Work) -> Work:
-        return Work(*(tuple(map(operator.sub, mine, theirs)) for mine, theirs in self._beside(other)))
-
-    def _beside(self, other: Work) -> tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]:
-        return ((self.calls, other.calls), (self.rows, other.rows), (self.writes, other.writes))
+        pairs = zip(vars(self).values(), vars(other).values(), strict=True)
+        return Work(*(tuple(map(operator.sub, mine, theirs)) for mine, theirs in pairs))
 
 
 NO_WORK = Work((), (), ())

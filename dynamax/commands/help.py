@@ -1,12 +1,34 @@
-"""``dynamax COMMAND --help``: a page for a person, made without importing torch, Lightning or the parser."""
+"""``dynamax COMMAND --help``: docstrings and options are read from source files, and nothing of them is imported.
+
+So a page takes a fraction of a second, where importing torch, Lightning and the parser takes several.
+"""
 
 from __future__ import annotations
 
+import ast
+import re
 import shutil
 import textwrap
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
 from typing import NamedTuple
 
-from dynamax.commands.source import Option, options
+Definition = ast.ClassDef | ast.FunctionDef
+
+
+class Option(NamedTuple):
+    """One argument of a constructor or a function.
+
+    Attributes:
+        name: Its name.
+        default: Its default as it is written; None where there is none.
+        text: What its docstring says.
+    """
+
+    name: str
+    default: str | None
+    text: str
 
 
 class Part(NamedTuple):
@@ -63,6 +85,7 @@ CONFIG = Option(
     "Options from a YAML file. A later file lies over an earlier one, and "
     "options lie over both. Paths of what is read count from the file that names them.",
 )
+PROMPT = Option("PROMPT", None, "What to answer: any text. One that begins with - stands behind --.")
 PRINT = Option("--print_config", None, "Print all options that the run would use, as YAML, and stop.")
 
 
@@ -74,25 +97,24 @@ def page(command: str, purpose: str) -> str:
     if command == "list":
         lines += ["", "KIND is heads, policies, tasks or another heading of the whole list."]
     if command in EXAMPLES:
-        lines += ["", f"  dynamax {command} {EXAMPLES[command]}", "", "Options", *_entry(CONFIG), *_entry(PRINT)]
+        lines += ["", f"  dynamax {command} {EXAMPLES[command]}", "", "Options", *_entries("", [CONFIG, PRINT])]
     if command == "generate":
-        told = options("dynamax.commands.generate", "generate")
-        prompt = Option("PROMPT", None, "What to answer: any text. One that begins with - stands behind --.")
-        lines += [*_entry(prompt), *_entries("", [each for each in told if each.name != "prompt"])]
+        own = options("dynamax.commands.generate", "generate")
+        lines += _entries("", [PROMPT]) + _entries("--", [each for each in own if each.name != "prompt"])
     for part in PARTS.get(command, ()):
         found = [each for each in options(part.module, part.name) if part is not STORE or each.name not in LINKED]
-        lines += ["", f"Options of --{part.prefix} {part.name}", *_entries(f"{part.prefix}.", found)]
+        lines += ["", f"Options of --{part.prefix} {part.name}", *_entries(f"--{part.prefix}.", found)]
     if command in PARTS:
         training = TRAINING if command in ("fit", "train", "distill") else []
         lines += [
             "",
             "Options of Lightning's Trainer that are needed most",
-            *_entries("trainer.", [*training, *TRAINER]),
+            *_entries("--trainer.", [*training, *TRAINER]),
         ]
         own = [Option("seed_everything", "0", "Seed of all that is random.")]
         if command != "cache":
             own.append(Option("ckpt_path", "None", "Checkpoint of the trainer to go on from, or to score."))
-        lines += ["", "More options", *_entries("", own)]
+        lines += ["", "More options", *_entries("--", own)]
     if command in EXAMPLES:
         lines += [
             "",
@@ -106,16 +128,65 @@ def page(command: str, purpose: str) -> str:
 
 
 def _entries(prefix: str, found: list[Option]) -> list[str]:
-    return [line for each in found for line in _entry(each._replace(name=f"--{prefix}{each.name}"))]
-
-
-def _entry(option: Option) -> list[str]:
-    """The name and its text beside it, within the width of the terminal."""
+    """Names of options behind a prefix, and their texts beside them, within the width of the terminal."""
+    lines = []
     width = min(shutil.get_terminal_size((100, 24)).columns, 120)
-    default = "" if option.default in (None, "None") else f" Default: {option.default.strip(chr(39))}."
     indent = 30 if width >= 70 else 6
-    wrapped = textwrap.wrap(option.text + default, max(width - indent, 20))
-    name = f"  {option.name}"
-    if len(name) < indent and wrapped:
-        return [name.ljust(indent) + wrapped[0], *(" " * indent + line for line in wrapped[1:])]
-    return [name, *(" " * indent + line for line in wrapped)]
+    for option in found:
+        default = "" if option.default in (None, "None") else f" Default: {option.default.strip(chr(39))}."
+        wrapped = textwrap.wrap(option.text + default, max(width - indent, 20))
+        name = f"  {prefix}{option.name}"
+        beside = wrapped.pop(0) if len(name) < indent and wrapped else ""
+        lines += [name.ljust(indent) + beside if beside else name, *(" " * indent + line for line in wrapped)]
+    return lines
+
+
+@cache
+def _tree(module: str) -> ast.Module:
+    top, *names = module.split(".")
+    spec = find_spec(top)  # of the top only: for a module inside a package, it would import the package
+    if spec is None or spec.origin is None:
+        raise LookupError(f"No module named {top!r}")
+    file = Path(spec.origin)
+    for name in names:
+        folder = file.parent / name
+        file = folder / "__init__.py" if folder.is_dir() else folder.with_suffix(".py")
+    if not file.is_file():
+        raise LookupError(f"No module named {module!r}")
+    return ast.parse(file.read_text("utf-8"))
+
+
+def definition(module: str, name: str) -> Definition:
+    """Where a class or a function is defined.
+
+    Raises:
+        LookupError: If there is no such module, or it does not define that name itself.
+    """
+    for node in _tree(module).body:
+        if isinstance(node, Definition) and node.name == name:
+            return node
+    raise LookupError(f"module {module!r} has no attribute {name!r}")
+
+
+def options(module: str, name: str) -> list[Option]:
+    """The options of a class or a function, in order, with what the section ``Args`` of its docstring says."""
+    node = definition(module, name)
+    function = node
+    if isinstance(node, ast.ClassDef):
+        function = next(each for each in node.body if isinstance(each, ast.FunctionDef) and each.name == "__init__")
+    assert isinstance(function, ast.FunctionDef)
+    section = re.search(r"^Args:\n(.*?)(?=^\S|\Z)", ast.get_docstring(node) or "", re.DOTALL | re.MULTILINE)
+    entries = re.findall(r"^    (\w+): (.*?)(?=^    \w+: |\Z)", section.group(1) if section else "", re.DOTALL | re.M)
+    texts = {entry: " ".join(text.split()).replace("``", "") for entry, text in entries}
+    given = function.args
+    ordered = [*given.posonlyargs, *given.args]
+    defaults: list[ast.expr | None] = [
+        *[None] * (len(ordered) - len(given.defaults)),
+        *given.defaults,
+        *given.kw_defaults,
+    ]
+    return [
+        Option(argument.arg, None if default is None else ast.unparse(default), texts.get(argument.arg, ""))
+        for argument, default in zip([*ordered, *given.kwonlyargs], defaults, strict=True)
+        if argument.arg != "self"
+    ]

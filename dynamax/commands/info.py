@@ -13,18 +13,13 @@ from dynamax.metrics.environment import environment
 
 def main(arguments: Sequence[str]) -> None:
     """Print versions, device and kernels."""
-    facts = {"dynamax": __version__, **environment(chosen("auto"), dtype="float32", batch=1)}
+    device = chosen("auto")
+    facts = {"dynamax": __version__, **environment(device, dtype="float32", batch=1)}
     for name in ("dtype", "batch"):
         facts.pop(name)
     for package in PACKAGES:
-        there = find_spec(package) is not None
-        facts[package] = f"installed; {kernel_use(package)}" if there else "not installed; plain PyTorch is used"
+        used = f"installed; {backend(package, device).replace('torch', 'plain PyTorch')} runs on {device}"
+        facts[package] = used if find_spec(package) else "not installed; plain PyTorch is used"
     for name, value in facts.items():
         print(f"{name:<14}{value}")
     print("\nNames of exit heads, policies and all other parts, with the packages they come from: dynamax list")
-
-
-def kernel_use(package: str) -> str:
-    """What runs here, on the device that ``auto`` chooses."""
-    device = chosen("auto")
-    return f"{backend(package, device).replace('torch', 'plain PyTorch')} runs on {device}"

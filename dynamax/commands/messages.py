@@ -1,7 +1,7 @@
 """A parser's complaint as one short message: where, what was given, what is near, what is known.
 
-jsonargparse reports every alternative it tried, nested; of these the innermost names the mistake. A few common
-complaints are told in our words. All others are shown as they are, cut to one screen.
+jsonargparse reports every alternative it tried, nested; the innermost names the mistake. A few common complaints
+are replaced by our words. All others are shown as they are, cut to one screen.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from dynamax.registry import near
 LONGEST = 12
 """Lines of a complaint that is shown as it is."""
 CUTOFF = 0.7
+FILE = re.compile(r"\.(yaml|yml|json)$|/")
 DEMOS = {"fit": "fit", "cache": "fit", "validate": "fit", "test": "test", "predict": "test"}
 
 
@@ -29,33 +30,26 @@ class Known(NamedTuple):
 def explain(complaint: str, known: Known) -> str:
     """The message for one complaint of the parser."""
     lines = complaint.splitlines()
+    indents = [len(line) - len(line.lstrip()) for line in lines]
     found = [
-        (_indent(line), place, told, match)
+        (indents[place], place, handler, match)
         for place, line in enumerate(lines)
-        for pattern, told in PATTERNS
+        for pattern, handler in PATTERNS
         if (match := re.search(pattern, line))
     ]
     if not found:
         kept = [line for line in lines if line.strip()]
         return "\n".join(kept if len(kept) <= LONGEST else [*kept[:LONGEST], "..."])
     deepest = max(indent for indent, *_ in found)
-    _, place, told, match = next(entry for entry in found if entry[0] == deepest)
+    _, place, handler, match = next(entry for entry in found if entry[0] == deepest)
     keys: list[str] = []  # that of the complaint, and those above it at smaller indents
-    limit = _indent(lines[place]) + 1
-    for line in reversed(lines[: place + 1]):
-        key = re.search(r'Parser key "([^"]+)"', line)
-        if key and _indent(line) < limit:
+    limit = deepest + 1
+    for above in range(place, -1, -1):
+        key = re.search(r'Parser key "([^"]+)"', lines[above])
+        if key and indents[above] < limit:
             keys.insert(0, key.group(1))
-            limit = _indent(line)
-    return told(".".join(keys) or "the command line", match.group(1), known, lines)
-
-
-def _indent(line: str) -> int:
-    return len(line) - len(line.lstrip())
-
-
-def _is_file(given: str) -> bool:
-    return given.endswith((".yaml", ".yml", ".json")) or "/" in given
+            limit = indents[above]
+    return handler(".".join(keys) or "the command line", match.group(1), known, lines)
 
 
 def _no_class(where: str, given: str, known: Known, lines: Sequence[str]) -> str:
@@ -67,7 +61,7 @@ def _no_class(where: str, given: str, known: Known, lines: Sequence[str]) -> str
             f"--{where} Folder --{where}.path {given}, or in a file {key}: {{class_path: Folder, init_args: {{path: "
             f"{given}}}}}."
         )
-    if _is_file(given):
+    if FILE.search(given):
         return (
             f"{where} names the file {given}, which is not there. A path inside a file counts from that file, one on "
             f"the command line from the current folder. Correct the path."
@@ -79,7 +73,7 @@ def _no_class(where: str, given: str, known: Known, lines: Sequence[str]) -> str
 
 def _no_import(where: str, given: str, known: Known, lines: Sequence[str]) -> str:
     paths = re.findall(r"(?:Expected a path but |given class_path ')([^\s']+)", "\n".join(lines))
-    file = next(filter(_is_file, paths), None)
+    file = next(filter(FILE.search, paths), None)
     if file is not None:  # taken for module.Class because of its dot
         return _no_class(where, file, known, lines)
     module = re.fullmatch("No module named '([^']+)'", given)
@@ -96,7 +90,7 @@ def _no_option(where: str, given: str, known: Known, lines: Sequence[str]) -> st
     above = nested.group(1).rpartition(".")[0] if nested else ""
     place = where if where.endswith(above) else f"{where}.{above}"
     return (
-        f"{place} has no option {given}.{near(given, known.options(), CUTOFF)} "
+        f"{place} has no option {given}.{near(given, set(known.options()) - {given}, CUTOFF)} "
         f"All options of a run with their values: add --print_config."
     )
 
@@ -105,7 +99,8 @@ def _unrecognized(where: str, given: str, known: Known, lines: Sequence[str]) ->
     option = given.split("=")[0].split()[0]
     if not option.startswith("-"):
         return f'{given!r} is one value too many. A value of several words stands in quotes: "...".'
-    return f"There is no option {option}.{near(option.lstrip('-'), known.options(), CUTOFF)} See --help."
+    name = option.lstrip("-")  # which an option of a part may have too
+    return f"There is no option {option}.{near(name, set(known.options()) - {name}, CUTOFF)} See --help."
 
 
 def _missing(where: str, given: str, known: Known, lines: Sequence[str]) -> str:

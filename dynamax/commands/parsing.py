@@ -1,4 +1,4 @@
-"""What all parsers of ours do: names of parts, text as it stands, paths, what a later value does to an earlier one.
+"""What all our parsers do: names of parts, text as it is, paths, what a later value does to an earlier one.
 
 Knows jsonargparse; knows neither Lightning nor any part.
 """
@@ -20,50 +20,35 @@ import yaml
 from jsonargparse import ArgumentError, ArgumentParser, get_loader, set_loader
 from transformers.utils.logging import disable_progress_bar
 
+from dynamax import registry as registered
 from dynamax.commands.messages import Known, explain
 from dynamax.errors import UserError
 from dynamax.paths import ReadPath, read_path
-from dynamax.registry import (
-    ALL,
-    CALLBACKS,
-    DECODERS,
-    HEADS,
-    OBJECTIVES,
-    POLICIES,
-    SAMPLERS,
-    SKIPPED_STATE,
-    SOURCES,
-    TASKS,
-    TEXT_SOURCES,
-    Registry,
-)
+from dynamax.registry import ALL, Registry
 
 LOAD_YAML = get_loader("yaml")
 RESOLVE = typehints.resolve_class_path_by_name
 SEQUENCES = (list, tuple, Sequence)
 _broken: list[UserError] = []
-"""Parts that were named and cannot be imported: jsonargparse may try something else then, and tell of that alone."""
+"""Parts that were named and cannot be imported: jsonargparse may then try something else, and report that alone."""
 
 KINDS: dict[str, Registry] = {
-    **dict.fromkeys(("backbone", "writer", "teacher", "tokenizer"), SOURCES),
-    **dict.fromkeys(("lens", "gates"), HEADS),
-    **dict.fromkeys(("policy", "policies"), POLICIES),
-    **dict.fromkeys(("objective", "loss"), OBJECTIVES),
-    **dict.fromkeys(("text", "corpus"), TEXT_SOURCES),
-    "decoder": DECODERS,
-    "task": TASKS,
-    "rule": SKIPPED_STATE,
-    "skipped_state": SKIPPED_STATE,
-    "sampler": SAMPLERS,
-    "callbacks": CALLBACKS,
+    **dict.fromkeys(("backbone", "writer", "teacher", "tokenizer"), registered.SOURCES),
+    **dict.fromkeys(("lens", "gates"), registered.HEADS),
+    **dict.fromkeys(("policy", "policies"), registered.POLICIES),
+    **dict.fromkeys(("objective", "loss"), registered.OBJECTIVES),
+    **dict.fromkeys(("text", "corpus"), registered.TEXT_SOURCES),
+    **dict.fromkeys(("rule", "skipped_state"), registered.SKIPPED_STATE),
+    "decoder": registered.DECODERS,
+    "task": registered.TASKS,
+    "sampler": registered.SAMPLERS,
+    "callbacks": registered.CALLBACKS,
 }
 """What may stand under a key, for messages."""
 
 
 class Rules:
-    """For a parser of jsonargparse: raises its complaints, and holds our rules for options.
-
-    It takes no abbreviated options, which would hide misspelt ones.
+    """Our rules for a parser of jsonargparse, which raises its complaints and takes no abbreviated options.
 
     Attributes:
         classes: Classes that may be named and are in no registry, by the key they stand under.
@@ -74,24 +59,16 @@ class Rules:
     def __init__(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401 - those of jsonargparse
         super().__init__(*args, **{"exit_on_error": False, "allow_abbrev": False, **kwargs})
 
-    def add_class_arguments(self, *args: Any, **kwargs: Any) -> list[str]:  # noqa: ANN401 - those of jsonargparse
-        """Options of a class, under our rules."""
-        added = super().add_class_arguments(*args, **kwargs)  # type: ignore[misc]
-        set_rules(self)  # type: ignore[arg-type]
-        return added
-
-    def add_function_arguments(self, *args: Any, **kwargs: Any) -> list[str]:  # noqa: ANN401 - those of jsonargparse
-        """Options of a function, under our rules."""
-        added = super().add_function_arguments(*args, **kwargs)  # type: ignore[misc]
-        set_rules(self)  # type: ignore[arg-type]
+    def _add_signature_arguments(self, *args: Any, **kwargs: Any) -> list[str]:  # noqa: ANN401 - those of jsonargparse
+        """Options of a class or a function, under our rules."""
+        added = super()._add_signature_arguments(*args, **kwargs)  # type: ignore[misc]
+        for action in self._actions:  # type: ignore[attr-defined]
+            if isinstance(action, typehints.ActionTypeHint) and not isinstance(action._check_type_, _Rule):
+                action._check_type_ = _Rule(action._check_type_, action.dest, action._typehint)
         return added
 
     def read_arguments(self, arguments: Sequence[str]) -> Any:  # noqa: ANN401 - a namespace of jsonargparse
-        """What the arguments come to.
-
-        Raises:
-            UserError: For whatever is wrong with them, on one screen.
-        """
+        """Parse the arguments; a UserError of one screen says what is wrong with them."""
         _broken.clear()
         check_files(arguments)
         try:
@@ -138,10 +115,10 @@ def prepare() -> None:
 
 
 def resolve(kind: Any, name: str) -> str:  # noqa: ANN401 - a class, or whatever else an option is annotated with
-    """The import path of the class that a name means where a class of some kind is wanted.
+    """The import path of the class that a name means, where a class of some kind is wanted.
 
-    It stands in place of jsonargparse's own search, which knows only the classes that are imported already: so all
-    would have to be, and one broken plug-in would stop every command.
+    It replaces jsonargparse's own search, which finds imported classes only: all would have to be imported, and one
+    broken plug-in would stop every command.
 
     Raises:
         UserError: If there is such a part, and it cannot be imported.
@@ -161,22 +138,15 @@ def resolve(kind: Any, name: str) -> str:  # noqa: ANN401 - a class, or whatever
 # -- options ----------------------------------------------------------------------------------------
 
 
-def set_rules(parser: ArgumentParser) -> None:
-    """Set how the options of a parser are read, once each."""
-    for action in parser._actions:
-        if isinstance(action, typehints.ActionTypeHint) and not isinstance(action._check_type_, _Rule):
-            action._check_type_ = _Rule(action._check_type_, action.dest, action._typehint)
-
-
 class _Rule:
     """How a value given for one option is read, and what it does to an earlier one.
 
-    - Text is taken as it stands: it is not YAML. Where there may be none, ``null`` is none. A list of texts is written
-      as ``[a, b]``, with quotes where YAML needs them; anything else is a list of one text.
-    - A whole mapping of ``exits`` begins anew: jsonargparse would keep the lens or the gates of the exit that stood at
-      its depth before. A part, as ``--model.exits.2.lens`` gives it, changes the earlier value.
-    - Entries of ``config`` lie over the earlier ones: jsonargparse, which cannot look into such a mapping, would lose
-      those. A mapping that names a model type is another model's, and begins anew.
+    - Text is taken as it is: it is not YAML. Where there may be none, ``null`` is none. A list of texts is written as
+      ``[a, b]``, with quotes where YAML needs them; anything else is a list of one text.
+    - A whole mapping of ``exits`` replaces the earlier one: jsonargparse would keep the lens or the gates of an earlier
+      exit at the same depth. A part, as ``--model.exits.2.lens`` gives it, changes the earlier value.
+    - Entries of ``config`` are added to the earlier ones, which jsonargparse would lose. A mapping that names a model
+      type belongs to another model, and replaces the earlier one.
     """
 
     def __init__(self, check: Callable[..., Any], option: str, kind: Any) -> None:  # noqa: ANN401 - an annotation
@@ -195,22 +165,18 @@ class _Rule:
                 return None
             if not self.is_list:
                 return read_path(value) if self.is_path and type(value) is str else value
-            value = _texts(value)
+            texts = None
+            if value.startswith("["):
+                with suppress(yaml.YAMLError):
+                    texts = yaml.load(value, yaml.BaseLoader)  # noqa: S506 - knows text, lists and mappings only
+            whole = isinstance(texts, list) and all(isinstance(each, str) for each in texts)
+            value = texts if whole else [value]
         if self.option == "exits":
             return self.check(value, cfg=None if isinstance(value, dict | str) else cfg, append=append, **more)
         found, earlier = self.check(value, cfg=cfg, append=append, **more), cfg.get(self.option) if cfg else None
         if self.option == "config" and isinstance(found, dict) and isinstance(earlier, dict):
             return found if "model_type" in found else {**earlier, **found}
         return found
-
-
-def _texts(given: str) -> list[str]:
-    if given.startswith("["):
-        with suppress(yaml.YAMLError):
-            found = yaml.load(given, yaml.BaseLoader)  # noqa: S506 - knows text, lists and mappings only
-            if isinstance(found, list) and all(isinstance(each, str) for each in found):
-                return found
-    return [given]
 
 
 # -- files ------------------------------------------------------------------------------------------
@@ -223,11 +189,11 @@ def _load(text: str) -> Any:  # noqa: ANN401 - whatever YAML holds
 
 
 def check_files(arguments: Sequence[str], *, parts: bool = False) -> None:
-    """Check the YAML files that arguments name, since jsonargparse tells of a damaged file without its name.
+    """Check the YAML files that the arguments of a command name: jsonargparse reports a damaged file without its name.
 
     Args:
         arguments: Those of a command.
-        parts: Whether to check all files that these name in turn, too.
+        parts: Whether to check the files that these files name, too.
 
     Raises:
         UserError: Naming the file and the place in it.

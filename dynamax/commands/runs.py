@@ -17,7 +17,6 @@ from jsonargparse import Namespace
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer, callbacks
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
-from dynamax.backbones.sources import Source
 from dynamax.commands.parsing import Rules, prepare
 from dynamax.data.hidden import HiddenStates
 from dynamax.data.language import LanguageData
@@ -35,7 +34,7 @@ from dynamax.registry import CALLBACKS
 LANGUAGE: dict[str, type[LanguageModule]] = {"train": PretrainingModule, "distill": DistillationModule}
 """Commands that train a whole model, and what they train."""
 MEANT: dict[str, type[LightningModule]] = {"fit": HeadsModule, "test": DecodingModule, **LANGUAGE}
-"""Our models, by the command that each is for first of all."""
+"""Our models, by the command that each is meant for."""
 TAKES: dict[str, tuple[str, tuple[type[LightningModule], ...]]] = {
     "fit": ("trains exit heads", (HeadsModule,)),
     "cache": ("fills the store that exit heads are trained on", (HeadsModule,)),
@@ -104,26 +103,16 @@ class StoreTrainer(Trainer):
     def train(
         self, model: LightningModule, datamodule: LightningDataModule, ckpt_path: str | Path | None = None
     ) -> None:
-        """Train a language model from the start.
+        """Train a whole language model, from the start or as a student of another.
 
         Args:
-            model: The model.
+            model: The model; of a student, its teacher too.
             datamodule: Its text.
             ckpt_path: Checkpoint to go on from; ``last`` finds the newest, where there is one.
         """
         self.fit(model, datamodule=datamodule, ckpt_path=ckpt_path)
 
-    def distill(
-        self, model: LightningModule, datamodule: LightningDataModule, ckpt_path: str | Path | None = None
-    ) -> None:
-        """Train a Mamba-2 student of a Transformer; arguments as for ``train``.
-
-        Args:
-            model: The student, and its teacher.
-            datamodule: Its text.
-            ckpt_path: Checkpoint to go on from; ``last`` finds the newest, where there is one.
-        """
-        self.fit(model, datamodule=datamodule, ckpt_path=ckpt_path)
+    distill = train  # what differs is the model
 
 
 class DynamaxCLI(LightningCLI):
@@ -136,23 +125,23 @@ class DynamaxCLI(LightningCLI):
         return {**LightningCLI.subcommands(), "cache": own, **dict.fromkeys(LANGUAGE, own)}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Tell the store whose states are wanted, and at which depths, from the model."""
-        parser.link_arguments("model", "data.init_args.backbone", compute_fn=_backbone, apply_on="instantiate")
-        parser.link_arguments("model", "data.init_args.exits", compute_fn=_exits, apply_on="instantiate")
-
-    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:  # noqa: ANN401
-        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
-        if subcommand == "test":
-            parser.set_defaults({"verbose": False})  # Lightning's table has a line for each figure of each threshold
-        return parser
+        """Give the store the model's backbone, and the depths of its exits."""
+        links = {
+            "backbone": lambda model: model.backbone if isinstance(model, HeadsModule) else None,
+            "exits": lambda model: sorted(model.exits) if isinstance(model, HeadsModule) else [],
+        }
+        for name, compute in links.items():
+            parser.link_arguments("model", f"data.init_args.{name}", compute_fn=compute, apply_on="instantiate")
 
     def _add_subcommands(self, parser: LightningArgumentParser, **kwargs: Any) -> None:  # noqa: ANN401
         super()._add_subcommands(parser, **kwargs)
         for name, subparser in self._subcommand_parsers.items():
             subparser.prog = f"dynamax {name}"  # options stand behind the command, not before it
+        # Lightning's table has a line for each figure of each threshold
+        self._subcommand_parsers["test"].set_defaults({"verbose": False})
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
-        """Parse; mistakes are told in one screen."""
+        """Parse; a message about a mistake fits on one screen."""
         self.config = cast(RunParser, parser).read_arguments(cast(Sequence[str], args))
         path = self.config[self.config.subcommand].get("ckpt_path")
         if path and not re.fullmatch(CHECKPOINTS, str(path)) and not Path(path).is_file():
@@ -170,7 +159,7 @@ class DynamaxCLI(LightningCLI):
 
     def _kept(self, began: float) -> list[str]:
         """What a run that was stopped leaves behind, and how to go on."""
-        command, told = str(self.subcommand), []
+        command, lines = str(self.subcommand), []
         if command == "test":
             return ["A report is written at the end, so there is none of this run. Run the same command again."]
         if command == "validate":
@@ -178,31 +167,29 @@ class DynamaxCLI(LightningCLI):
         if command == "predict":
             return ["The answers that were printed are whole; run the same command again for all."]
         if isinstance(self.datamodule, HiddenStates | LanguageData):
-            told.append(f"What lies in {self.datamodule.folder} is kept: the same command goes on behind it.")
+            lines.append(f"What lies in {self.datamodule.folder} is kept: the same command goes on behind it.")
         if command == "cache":
-            return told
-
-        def written(folder: Path) -> bool:
-            file = folder / RECORD
-            return file.is_file() and file.stat().st_mtime >= began
-
+            return lines
         saving = CALLBACKS.get("HeadsCheckpoint")
         present = cast(list[Callback], cast(Any, self.trainer).callbacks)
         for each in present:
             if not isinstance(each, saving):
                 continue
             folder = Path(cast(Any, each).folder)
-            places = {"the best heads so far": folder, "the newest": folder / "last"}
-            saved = [f"{what} in {place}" for what, place in places.items() if written(place)]
+            saved = []
+            for what, place in {"the best heads so far": folder, "the newest": folder / "last"}.items():
+                file = place / RECORD
+                if file.is_file() and file.stat().st_mtime >= began:
+                    saved.append(f"{what} in {place}")
             found = f"Saved were {' and '.join(saved)}" if saved else f"No heads had been saved to {folder} yet"
-            told.append(f"{found}.")
+            lines.append(f"{found}.")
         checkpoints = [each for each in present if isinstance(each, callbacks.ModelCheckpoint)]
         newest = next((path for each in checkpoints if (path := each.last_model_path or each.best_model_path)), None)
         if newest:
-            told.append(f"To go on where it stopped, run the same command with --ckpt_path {newest}")
+            lines.append(f"To go on where it stopped, run the same command with --ckpt_path {newest}")
         else:
-            told.append("No checkpoint of the trainer was saved, so training begins anew with the same command.")
-        return told
+            lines.append("No checkpoint of the trainer was saved, so training begins anew with the same command.")
+        return lines
 
     def after_instantiate_classes(self) -> None:
         """Refuse a model that another command is for."""
@@ -215,20 +202,20 @@ class DynamaxCLI(LightningCLI):
             raise UserError(f"{command} {does}, but the model is {name}. Use: dynamax {meant} ...")
 
     def before_cache(self) -> None:
-        """Build the heads before the store is filled: a mistake in them shows now, not minutes later."""
+        """Build the heads before the store is filled: a mistake in them is found now, not minutes later."""
         self.model.configure_model()
         if isinstance(self.model, HeadsModule):
             self.model.check_data(self.datamodule)
 
     def before_fit(self) -> None:
-        """The same, for mistakes in the trainer too."""
+        """Also check the trainer."""
         self.before_cache()
         if isinstance(self.model, HeadsModule):
             self.model.check(self.trainer, self.datamodule)
         one_device(self.trainer, self.model)
 
     def before_validate(self) -> None:
-        """Refuse to score what nobody trained."""
+        """Refuse to score what was not trained."""
         if self.config.validate.ckpt_path is not None:
             return
         if isinstance(self.model, LanguageModule):
@@ -251,9 +238,7 @@ class DynamaxCLI(LightningCLI):
         model.check(self.trainer)
         model.check_data(self.datamodule)
 
-    def before_distill(self) -> None:
-        """The same."""
-        self.before_train()
+    before_distill = before_train
 
     def predict(self, **options: Any) -> None:  # noqa: ANN401 - those of Trainer.predict
         """Print each answer as a line of JSON as soon as it is there. All else, such as progress, goes to stderr."""
@@ -263,24 +248,14 @@ class DynamaxCLI(LightningCLI):
             trainer.predict(**{**options, "return_predictions": False})
 
 
-def _backbone(model: LightningModule) -> Source | None:
-    return model.backbone if isinstance(model, HeadsModule) else None
-
-
-def _exits(model: LightningModule) -> list[int]:
-    return sorted(model.exits) if isinstance(model, HeadsModule) else []
-
-
-def _no_advertisement(record: logging.LogRecord) -> bool:
-    return "litlogger" not in record.getMessage()
-
-
 def main(arguments: Sequence[str]) -> None:
     """Run one of Lightning's commands, or ``cache``, ``train`` or ``distill``."""
     prepare()
     for message in NOISE:
         warnings.filterwarnings("ignore", message)
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_no_advertisement)
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
+        lambda record: "litlogger" not in record.getMessage()  # an advertisement
+    )
     DynamaxCLI(
         trainer_class=StoreTrainer,
         trainer_defaults={"enable_checkpointing": False, "default_root_dir": "runs", "devices": 1},

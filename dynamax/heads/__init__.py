@@ -1,8 +1,7 @@
 """Exit heads: lenses say which token, gates say whether to leave. Nothing here knows a backbone or a policy."""
 
-from dynamax.heads.bank import ExitBank
+from dynamax.heads.bank import Exit, ExitBank
 from dynamax.heads.base import ExitHead, Gate, Lens
-from dynamax.heads.exits import Exit
 from dynamax.heads.gates import AttentionGate, FFNGate, LinearGate, MambaGate, MLPGate
 from dynamax.heads.lenses import LastBlockLens, LogitLens, LowRankLens, TunedLens
 

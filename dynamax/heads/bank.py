@@ -1,14 +1,14 @@
 """The heads of all exits, by depth: built, read, saved. Knows no backbone and no policy.
 
-While decoding, a recurrent gate must read every position once and in order, also those that left
-below it. Such positions reach its depth later, as debts that ride along with newer rows;
-``catch_up`` reads them first.
+While decoding, a recurrent gate must read every position once and in order, also those that left below it. Such
+positions reach its depth later, as debts in the same chunk as newer rows; ``catch_up`` reads them first.
 """
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, Self, cast
 
@@ -17,13 +17,18 @@ from torch import Tensor, nn
 
 from dynamax.errors import UserError
 from dynamax.heads import saved
-from dynamax.heads.base import Gate, Lens
-from dynamax.heads.exits import Exit, built, check_depths
+from dynamax.heads.base import ExitHead, Gate, Lens
+from dynamax.heads.exits import Exit, build_exit, check_depths
 from dynamax.types import Evidence, Memory, Site, Spec
 
 
+def same_head(head: ExitHead, site: Site) -> Any:  # noqa: ANN401 - a lens or a gate, as it was given
+    """A head that is built already, where a factory of heads is wanted."""
+    return head
+
+
 class Debts(Protocol):
-    """Fill levels and debts, as far as heads are concerned."""
+    """The part of fill levels and debts that heads read."""
 
     filled: list[int]
 
@@ -32,7 +37,7 @@ class Debts(Protocol):
 
 
 class RunState(Protocol):
-    """What is read of a cache, and the memories that are kept in it."""
+    """The part of a cache that heads read, and their memories in it."""
 
     pad_B: Tensor | None
     memories: dict[tuple[int, str], Memory]
@@ -63,47 +68,39 @@ class ExitBank(nn.Module):
         super().__init__()
         spec = sites(1).spec
         check_depths(exits, spec.depth)
-        self._width = spec.width
-        self._selected: frozenset[str] | None = None
+        self._sites, self._width = sites, spec.width
         self.depths = tuple(sorted(exits))
-        self.exits = nn.ModuleDict({str(depth): built(exits[depth], sites(depth)) for depth in self.depths})
-        self.recurrent_depths = self._find_recurrent()
+        self.exits = nn.ModuleDict({str(depth): build_exit(exits[depth], sites(depth)) for depth in self.depths})
+        self.recurrent_depths = tuple(d for d in self.depths if any(gate.recurrent for gate in self.gates(d).values()))
 
-    def _find_recurrent(self) -> tuple[int, ...]:
-        return tuple(d for d in self.depths if any(gate.recurrent for gate in self.gates(d).values()))
+    def select_gates(self, names: Collection[str] | None) -> ExitBank:
+        """A bank of the same heads with the named gates alone, so that other recurrent gates are not run.
 
-    def select_gates(self, gates: Collection[str] | None) -> ExitBank:
-        """The same heads without the gates that are not named, so that recurrent ones among those are not run.
-
-        Args:
-            gates: Class names of the gates to keep; None keeps all.
-
-        Raises:
-            UserError: If a gate is named that no exit has.
+        Names are those of classes; None keeps all. A UserError if a gate is named that no exit has.
         """
-        if gates is None:
+        if names is None:
             return self
         known = sorted({name for depth in self.depths for name in self.gates(depth)})
-        for name in gates:
+        for name in names:
             if name not in known:
                 raise UserError(
                     f"The policy asks for the gate {name}, which no exit has; gates of the exits: "
                     f"{', '.join(known) or 'none'}. Name one of them in the policy (gate: NAME), or train exits with "
                     f"such a gate."
                 )
-        other = copy.copy(self)  # shares the heads
-        other._selected = frozenset(gates)
-        other.recurrent_depths = other._find_recurrent()
-        return other
+        exits = {}
+        for depth in self.depths:
+            kept = [gate for name, gate in self.gates(depth).items() if name in names]
+            exits[depth] = Exit(partial(same_head, self.lens(depth)), [partial(same_head, gate) for gate in kept])
+        return ExitBank(exits, self._sites)
 
     def lens(self, depth: int) -> Lens:
         """The lens of the exit at ``depth``."""
         return cast(Lens, self._exit(depth)["lens"])
 
     def gates(self, depth: int) -> dict[str, Gate]:
-        """The selected gates of the exit at ``depth``, by class name, in the order they were given."""
-        gates = cast(nn.ModuleDict, self._exit(depth)["gates"]).items()
-        return {name: cast(Gate, gate) for name, gate in gates if self._selected is None or name in self._selected}
+        """The gates of the exit at ``depth``, by class name, in the order they were given."""
+        return cast(dict[str, Gate], dict(cast(nn.ModuleDict, self._exit(depth)["gates"]).items()))
 
     def _exit(self, depth: int) -> nn.ModuleDict:
         if str(depth) not in self.exits:
@@ -112,10 +109,6 @@ class ExitBank(nn.Module):
                 f"Ask for one of these, or add the exit and train it."
             )
         return cast(nn.ModuleDict, self.exits[str(depth)])
-
-    def stream(self, h_BTD: Tensor) -> Tensor:
-        """The residual stream alone, which gates read: rows of some backbones carry more behind it."""
-        return h_BTD[..., : self._width]
 
     # -- reading ------------------------------------------------------------------------------------
 
@@ -134,7 +127,7 @@ class ExitBank(nn.Module):
         Args:
             site: The exit's place.
             h_BTD: States there: all of a known text, or the newest positions while decoding.
-            pick: Which of the ``[B, T, ...]`` positions the evidence is of.
+            pick: Takes the wanted ones of the ``[B, T, ...]`` positions.
             step: Tokens generated before.
             trail: Evidence of the step's earlier exits.
             recurrent: Scores ``s_BT`` of recurrent gates that have read these positions already; the others read
@@ -153,14 +146,14 @@ class ExitBank(nn.Module):
             site.depth,
             site.spec.depth,
             step,
-            pick(self.stream(h_BTD)),
+            pick(h_BTD[..., : self._width]),  # gates read the residual stream; some backbones keep more behind it
             logits=lambda: site.project(pick(lens.translate(h_BTD, site))),
             gates={name: scorer(name, gate) for name, gate in self.gates(site.depth).items()},
             trail=trail,
         )
 
     def sequence(self, site: Site, h_BTD: Tensor, step: int | Tensor) -> Evidence:
-        """What a recurrent gate reads: all positions of ``h_BTD``, without a trail."""
+        """Evidence for a recurrent gate: all positions of ``h_BTD``, without a trail."""
         lens = self.lens(site.depth)
 
         def logits() -> Tensor:
@@ -171,7 +164,7 @@ class ExitBank(nn.Module):
                 )
             return site.project(lens.translate(h_BTD, site))
 
-        return Evidence(site.depth, site.spec.depth, step, self.stream(h_BTD), logits=logits)
+        return Evidence(site.depth, site.spec.depth, step, h_BTD[..., : self._width], logits=logits)
 
     def known_texts(
         self, hidden: Mapping[int, Tensor], sites: Mapping[int, Site], counted_BT: Tensor
@@ -195,8 +188,8 @@ class ExitBank(nn.Module):
     ) -> tuple[dict[str, Tensor], tuple[tuple[int, int], ...]]:
         """Let the recurrent gates of one exit read on, up to and including the caller's rows.
 
-        Rows that are owed at this depth and not yet read are read first, in the same chunk. Where a
-        rule for skipped state has left no debts, the gates go on without the skipped rows.
+        Rows owed at this depth and not yet read are read first, in the same chunk. Where a rule for skipped state has
+        left no debts, the gates go on without the skipped rows.
 
         Args:
             site: The exit's place.
@@ -212,8 +205,7 @@ class ExitBank(nn.Module):
         passed = cache.group.filled[depth - 1]
         scores: dict[str, Tensor] = {}
         reads: list[tuple[int, int]] = []
-        for name, gate in self._recurrent(depth):
-            memory = remembered(cache, depth, name)
+        for name, gate, memory in self._recurrent(depth, cache):
             unread = passed - rows - memory.read
             assert unread >= 0, f"{name} at depth {depth} has read {memory.read} of {passed} positions already"
             owed_BTD = cache.group.owed(depth) if unread else None
@@ -227,19 +219,16 @@ class ExitBank(nn.Module):
         return scores, tuple(reads)
 
     def advance(self, site: Site, h_BTD: Tensor, cache: RunState) -> None:
-        """Let the recurrent gates of one exit read positions that skip it, as if they had come in as ``h_BTD``.
-
-        For rules that fill skipped state, and for positions kept by a rollback, which may be none.
-        """
-        if h_BTD.shape[1] == 0:
-            return
-        for name, gate in self._recurrent(site.depth):
-            memory = remembered(cache, site.depth, name)
+        """Let the recurrent gates of one exit read skipped positions, or those kept by a rollback, as ``h_BTD``."""
+        for _, gate, memory in self._recurrent(site.depth, cache) if h_BTD.shape[1] else ():
             gate.score(self.sequence(site, h_BTD, 0), memory)
             memory.read += h_BTD.shape[1]
 
-    def _recurrent(self, depth: int) -> list[tuple[str, Gate]]:
-        return [(name, gate) for name, gate in self.gates(depth).items() if gate.recurrent]
+    def _recurrent(self, depth: int, cache: RunState) -> list[tuple[str, Gate, Memory]]:
+        """The recurrent gates of one exit, and their memories in this decoding run, empty at first."""
+        found = [(name, gate) for name, gate in self.gates(depth).items() if gate.recurrent]
+        memories = cache.memories
+        return [(n, gate, memories.setdefault((depth, n), Memory(pad_B=cache.pad_B))) for n, gate in found]
 
     # -- on disk ----------------------------------------------------------------------------------
 
@@ -255,20 +244,25 @@ class ExitBank(nn.Module):
 
     def record(self, spec: Spec) -> dict[str, Any]:
         """What ``save`` writes beside the weights: the backbone, and class and options of each head by depth."""
-        return saved.record(spec, {d: (self.lens(d), list(self.gates(d).values())) for d in self.depths})
+        exits = {}
+        for depth in self.depths:
+            heads = [self.lens(depth), *self.gates(depth).values()]
+            lens, *gates = [{"class": saved.recorded_name(type(head)), "options": head.recipe} for head in heads]
+            exits[str(depth)] = {"lens": lens, "gates": gates}
+        return {"format": saved.FORMAT, "fingerprint": spec.fingerprint, "backbone": asdict(spec), "exits": exits}
 
     @classmethod
     def load(cls, folder: str | Path, sites: Callable[[int], Site]) -> Self:
         """The bank that ``save`` wrote, in the precision it was saved in, on the CPU.
 
-        Raises:
-            UserError: If the files are missing or damaged, belong to another backbone, or hold a head whose
-                class is unknown or has changed.
+        A UserError if the files are missing or damaged, belong to another backbone, hold NaN or infinite numbers, or
+        hold a head whose class is unknown or has changed.
         """
         record, tensors = saved.read(Path(folder), sites(1).spec)
-        exits = {}
-        for depth, (lens, gates) in saved.recipes(record).items():
-            exits[depth] = Exit(cast(Callable[[Site], Lens], lens), cast(list[Callable[[Site], Gate]], gates))
+        exits = {
+            int(depth): Exit(saved.factory(each["lens"]), [saved.factory(gate) for gate in each["gates"]])
+            for depth, each in record["exits"].items()
+        }
         bank = cls(exits, sites)
         try:
             bank.load_state_dict(tensors, assign=True)
@@ -278,8 +272,3 @@ class ExitBank(nn.Module):
                 f"Train them again, or install the version that saved them."
             ) from error
         return bank
-
-
-def remembered(cache: RunState, depth: int, name: str) -> Memory:
-    """The memory of one head in this decoding run; empty at first."""
-    return cache.memories.setdefault((depth, name), Memory(pad_B=cache.pad_B))

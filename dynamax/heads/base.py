@@ -1,4 +1,4 @@
-"""What an exit head is. A head is told of its site and never sees a backbone, a cache or a policy."""
+"""What an exit head is. A head knows its site; it never sees a backbone, a cache or a policy."""
 
 from __future__ import annotations
 
@@ -15,32 +15,30 @@ class ExitHead(nn.Module, ABC):
     """A small network at one depth. A subclass takes ``site`` first, then its own options.
 
     Attributes:
-        recurrent: True if what it says of a position depends on the positions before. Such a head
-            reads every position, in order, and remembers through ``Memory``.
-        recipe: The options it was built with, defaults filled in; with its class and a site, enough
-            to build it again. Recorded here, so that no subclass has to.
+        recurrent: True if its output for a position depends on the positions before. Such a head reads every position,
+            in order, and remembers through ``Memory``.
+        recipe: The options it was built with, defaults included; with its class and a site, enough to build it again.
+            It is recorded here, so that no subclass has to.
     """
 
     recurrent: ClassVar[bool] = False
     recipe: dict[str, object]
 
-    def __new__(cls, *args: object, **options: object) -> Self:
-        """Make the head and record its recipe."""
+    def __new__(cls, site: Site | None = None, *values: object, **options: object) -> Self:
+        """Make the head and record its recipe; a copy is made without a site, and gets its recipe later."""
         head = super().__new__(cls)
-        signature = inspect.signature(cls.__init__)
-        given = signature.bind_partial(head, *args, **options)  # partial: copying makes heads without a site
-        given.apply_defaults()
-        head.recipe = {}
-        for name in list(signature.parameters)[2:]:  # behind self and the site
-            if signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD:
-                head.recipe |= given.arguments[name]
-            elif name in given.arguments:
-                head.recipe[name] = given.arguments[name]
+        own = list(inspect.signature(cls.__init__).parameters.values())[2:]  # behind self and the site
+        defaults = {each.name: each.default for each in own if each.default is not each.empty}
+        by_place = {each.name: value for each, value in zip(own, values, strict=False)}
+        head.recipe = {**defaults, **by_place, **options}
         return head
 
-    @abstractmethod
     def flops(self) -> int:
-        """Floating-point operations of a position with none before it, two to a multiply-add; no output matrix."""
+        """Floating-point operations of one position that has none before it; the output matrix is not counted.
+
+        Two for each weight of a matrix or a convolution. A head that computes anything else of size adds it.
+        """
+        return 2 * sum(weight.numel() for weight in self.parameters() if weight.ndim > 1)
 
 
 class Lens(ExitHead):
@@ -58,9 +56,9 @@ class Lens(ExitHead):
 
 
 class Gate(ExitHead):
-    """Says *whether*: is leaving here right?
+    """Says *whether* leaving here is right.
 
-    A recurrent gate tells what its memory holds of one row, so that reading and writing it is charged.
+    A recurrent gate states the size of its memory of one row, so that reading and writing it is charged.
 
     Attributes:
         keys: Values kept of each position; each is read by every later one, at a multiply-add.

@@ -1,4 +1,4 @@
-"""Parts that gates are built of: norm, SwiGLU, causal attention, the last layer. Knows no site and no exit.
+"""Parts that gates are built of: norm, SwiGLU, attention, a Mamba-2 block, the last layer. Knows no site and no exit.
 
 Everything here computes in the precision of its own parameters, whatever precision comes in.
 No norm has learned scales: each stands before a linear map, which would absorb them.
@@ -6,11 +6,15 @@ No norm has learned scales: each stands before a linear map, which would absorb 
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dynamax.errors import UserError
+from dynamax.kernels.convolution import convolve
+from dynamax.kernels.ssd import scan
 from dynamax.types import Memory
 
 ROTARY_BASE = 10_000.0
@@ -19,18 +23,15 @@ ROTARY_BASE = 10_000.0
 def rms_normalize(h_BTD: Tensor, dtype: torch.dtype) -> Tensor:
     """Divide each position by its root mean square, computed in ``dtype``.
 
-    Language models have activations a thousand times the typical one, so a head that takes the
-    residual stream as it is learns badly.
+    Language models have activations a thousand times the typical one: without a norm, a head learns badly.
     """
     return F.rms_norm(h_BTD.to(dtype), h_BTD.shape[-1:], eps=1e-6)
 
 
 def zero_init(width: int) -> nn.Linear:
-    """A gate's last layer, ``width`` to one logit, at zero.
+    """A gate's last layer, ``width`` to one logit, at zero: every position starts at p = 0.5.
 
-    At zero every position starts at p = 0.5: a random start would only add noise for the bias and the
-    layers below to unlearn, and the base rate, which differs with every exit and label, is learned by
-    the bias within a few steps.
+    A random start would only add noise; the bias learns the base rate of an exit within a few steps.
     """
     last = nn.Linear(width, 1)
     nn.init.zeros_(last.weight)
@@ -39,22 +40,14 @@ def zero_init(width: int) -> nn.Linear:
 
 
 def input_projection(width: int, inner: int | None) -> tuple[nn.Module, int]:
-    """The map into a gate's own width, and that width; the identity if ``inner`` is None.
-
-    Raises:
-        UserError: If ``inner`` is not positive.
-    """
+    """The map into a gate's own width, and that width; the identity if ``inner`` is None."""
     if inner is None:
         return nn.Identity(), width
     return nn.Linear(width, positive("width", inner), bias=False), inner
 
 
 def positive(name: str, value: int) -> int:
-    """The value of an option that must be at least 1.
-
-    Raises:
-        UserError: If it is less.
-    """
+    """The value of an option; a UserError if it is less than 1."""
     if value < 1:
         raise UserError(f"{name} was given as {value}; it must be at least 1. Raise it, or leave it out.")
     return value
@@ -97,10 +90,7 @@ class CausalAttention(nn.Module):
 
     Args:
         width: Size of input and output.
-        heads: Attention heads; each has an even share of ``width``.
-
-    Raises:
-        UserError: If the heads do not divide the width into even sizes.
+        heads: Attention heads; they divide the width into even sizes.
     """
 
     def __init__(self, width: int, heads: int) -> None:
@@ -115,43 +105,82 @@ class CausalAttention(nn.Module):
         self.out = nn.Linear(width, width, bias=False)
 
     def forward(self, x_BTD: Tensor, memory: Memory | None = None) -> Tensor:
-        """Each position attends to itself and to what came before, remembered positions included."""
+        """Each position attends to itself and to those before it; keys and values are added to the memory."""
         length = x_BTD.shape[1]
         q, k, v = self.qkv(x_BTD).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         first = 0 if memory is None else memory.read
         q, k = rotate(q, first), rotate(k, first)
-        seen: Tensor | None = None
+        live_BK: Tensor | None = None  # False on padding; None where nothing is padded
         if memory is not None:
-            k, v, live_BK = recall(memory, k, v)
-            seen = mask(live_BK, length, k.shape[2], k.device)
+            past, live_BK = memory.values, memory.live(length)
+            if past:
+                k, v = torch.cat([past["keys"], k], 2), torch.cat([past["values"], v], 2)
+                live_BK = None if live_BK is None else torch.cat([past["live"], live_BK], 1)
+            memory.values = {"keys": k, "values": v} | ({} if live_BK is None else {"live": live_BK})
+        held = k.shape[2]
+        seen: Tensor | None = None  # None where causality alone decides
+        if live_BK is not None or 1 < length < held:
+            rows_T1 = torch.arange(held - length, held, device=k.device)[:, None]
+            keys_K = torch.arange(held, device=k.device)
+            seen = (keys_K <= rows_T1)[None, None]
+            if live_BK is not None:  # padding attends to itself: a row without keys gives NaN
+                seen = (seen & live_BK[:, None, None]) | (keys_K == rows_T1)
         y_BHTD = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, is_causal=seen is None and length > 1)
         return self.out(y_BHTD.transpose(1, 2).flatten(-2))
 
 
-def recall(memory: Memory, k_BHTD: Tensor, v_BHTD: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-    """All keys and values so far, which of them are not padding (None: all), and the memory brought up to date."""
-    past = memory.values
-    live_BK = memory.live(k_BHTD.shape[2])
-    if past:
-        k_BHTD = torch.cat([past["keys"], k_BHTD], 2)
-        v_BHTD = torch.cat([past["values"], v_BHTD], 2)
-        live_BK = None if live_BK is None else torch.cat([past["live"], live_BK], 1)
-    memory.values = {"keys": k_BHTD, "values": v_BHTD} | ({} if live_BK is None else {"live": live_BK})
-    return k_BHTD, v_BHTD, live_BK
+class MambaBlock(nn.Module):
+    """A Mamba-2 block up to, and without, its output projection.
 
+    One projection gives gate, input, B, C and step; a depthwise convolution runs over input, B and C;
+    then the scan, the skip ``D * x``, and the gated norm. Initialised as Mamba-2 is: decay rates uniform in [1, 16]
+    and steps log-uniform in [0.001, 0.1], so that memories reach one to a thousand positions back; ``D`` at 1.
 
-def mask(live_BK: Tensor | None, length: int, held: int, device: torch.device) -> Tensor | None:
-    """Which of the ``held`` keys the newest ``length`` positions may attend to.
-
-    Returns:
-        Booleans ``[1 or B, 1, T, K]``, or None where causality alone decides.
+    Args:
+        width: Size of the input.
+        d_state: State size N of each channel.
+        d_conv: Positions the convolution sees.
+        expand: Inner width as a multiple of ``width``.
+        headdim: Channels of a head, P; it divides the inner width.
     """
-    if live_BK is None and (length == 1 or length == held):
-        return None
-    rows_T = torch.arange(held - length, held, device=device)
-    keys_K = torch.arange(held, device=device)
-    causal_TK = keys_K <= rows_T[:, None]
-    if live_BK is None:
-        return causal_TK[None, None]
-    itself_TK = keys_K == rows_T[:, None]  # padding attends to itself: a row without keys is not a number
-    return (causal_TK & live_BK[:, None, None]) | itself_TK
+
+    def __init__(self, width: int, *, d_state: int, d_conv: int, expand: int, headdim: int) -> None:
+        super().__init__()
+        self.d_inner = width * positive("expand", expand)
+        self.d_state = positive("d_state", d_state)
+        if self.d_inner % positive("headdim", headdim):
+            raise UserError(
+                f"A Mamba block of inner width {self.d_inner} ({expand} x {width}) was given headdim {headdim}, which "
+                f"does not divide it. Choose a headdim that does."
+            )
+        self.heads = self.d_inner // headdim
+        self.channels = self.d_inner + 2 * d_state
+        self.state = self.d_inner * d_state + (d_conv - 1) * self.channels
+        self.in_proj = nn.Linear(width, self.d_inner + self.channels + self.heads, bias=False)
+        self.conv = nn.Conv1d(self.channels, self.channels, positive("d_conv", d_conv), groups=self.channels)
+        self.A_log = nn.Parameter(torch.empty(self.heads).uniform_(1.0, 16.0).log())
+        dt = torch.empty(self.heads).uniform_(math.log(0.001), math.log(0.1)).exp()
+        self.dt_bias = nn.Parameter(dt + torch.log(-torch.expm1(-dt)))  # softplus gives dt back
+        self.D = nn.Parameter(torch.ones(self.heads))
+
+    def forward(self, x_BTD: Tensor, memory: Memory | None = None) -> Tensor:
+        """``x_BTD`` to normed inner states ``[B, T, d_inner]``, continued from ``memory``."""
+        z, xbc, dt = self.in_proj(x_BTD).split([self.d_inner, self.channels, self.heads], -1)
+        dt_BTH = F.softplus(dt + self.dt_bias)
+        live_BT = None if memory is None else memory.live(x_BTD.shape[1])
+        if live_BT is not None:
+            xbc = xbc.masked_fill(~live_BT[..., None], 0.0)
+            dt_BTH = dt_BTH.masked_fill(~live_BT[..., None], 0.0)
+        past = {} if memory is None else memory.values
+        weight, bias = self.conv.weight[:, 0], self.conv.bias
+        xbc, window_BWC = convolve(xbc, past.get("window"), weight, bias)
+        x, b, c = F.silu(xbc).split([self.d_inner, self.d_state, self.d_state], -1)
+        x_BTHP = x.unflatten(-1, (self.heads, -1))
+        state_BHPN = past.get("state")
+        if state_BHPN is None:
+            state_BHPN = x.new_zeros(x.shape[0], *x_BTHP.shape[2:], self.d_state)
+        y_BTHP, state_BHPN = scan(x_BTHP, dt_BTH, -self.A_log.exp(), b[:, :, None], c[:, :, None], state_BHPN)
+        if memory is not None:
+            memory.values = {"window": window_BWC, "state": state_BHPN}
+        y = (y_BTHP + self.D[:, None] * x_BTHP).flatten(-2) * F.silu(z)
+        return rms_normalize(y, y.dtype)

@@ -1,7 +1,8 @@
-"""What stands at one depth: as given, checked, and built. Knows nothing of decoding or of files."""
+"""What stands at one depth: as given, and built. Knows nothing of decoding or of files."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -9,7 +10,6 @@ from functools import partial
 from torch import nn
 
 from dynamax.errors import UserError
-from dynamax.heads import saved
 from dynamax.heads.base import ExitHead, Gate, Lens
 from dynamax.heads.lenses import LogitLens
 from dynamax.types import Site
@@ -28,22 +28,16 @@ class Exit:
     gates: list[Callable[[Site], Gate]] = field(default_factory=list)
 
     def __repr__(self) -> str:
-        return f"Exit({factory_name(self.lens or LogitLens)}, [{', '.join(map(factory_name, self.gates))}])"
-
-
-def factory_name(factory: Callable[[Site], ExitHead]) -> str:
-    """The name of the class that a factory makes heads of, where it can be told."""
-    parts = (factory.func, *factory.args) if isinstance(factory, partial) else (factory,)
-    classes = [part.__name__ for part in parts if isinstance(part, type)]
-    return classes[-1] if classes else getattr(factory, "__name__", repr(factory))
+        names = []
+        for factory in (self.lens or LogitLens, *self.gates):
+            parts = (factory.func, *factory.args) if isinstance(factory, partial) else (factory,)
+            classes = [part.__name__ for part in parts if isinstance(part, type)]
+            names.append(classes[-1] if classes else getattr(factory, "__name__", repr(factory)))
+        return f"Exit({names[0]}, [{', '.join(names[1:])}])"
 
 
 def check_depths(exits: Mapping[int, Exit], total: int) -> None:
-    """Refuse exits that no model of ``total`` blocks can have.
-
-    Raises:
-        UserError: Naming what was given, what is possible, and what to do.
-    """
+    """Raise a UserError for exits that no model of ``total`` blocks can have."""
     if not exits:
         raise UserError(
             "No exits were given; a bank needs at least one. Add one, such as exits: {20: {lens: TunedLens}}."
@@ -62,36 +56,37 @@ def check_depths(exits: Mapping[int, Exit], total: int) -> None:
             )
 
 
-def built(given: Exit, site: Site) -> nn.ModuleDict:
+def build_exit(given: Exit, site: Site) -> nn.ModuleDict:
     """Build the heads of one exit.
 
     Raises:
-        UserError: If a lens stands where a gate should or the reverse, or two gates have one class.
+        UserError: If a lens stands where a gate should or the reverse, two gates have one class, or a head has options
+            that JSON cannot hold: it could not be built again once it is trained and saved.
     """
-    lens = checked((given.lens or LogitLens)(site), Lens, site.depth)
-    gates = nn.ModuleDict()
-    for factory in given.gates:
-        gate = checked(factory(site), Gate, site.depth)
-        name = type(gate).__name__
-        if name in gates:
+    heads: list[ExitHead] = []
+    kinds: list[tuple[Callable[[Site], ExitHead], type[ExitHead]]] = [(given.lens or LogitLens, Lens)]
+    for factory, wanted in kinds + [(gate, Gate) for gate in given.gates]:
+        head = factory(site)
+        if not isinstance(head, wanted):
+            raise UserError(
+                f"The exit at depth {site.depth} was given {type(head).__name__} where a {wanted.__name__.lower()} is "
+                f"wanted. Put lenses under lens and gates under gates."
+            )
+        for name, value in head.recipe.items():
+            try:
+                json.dumps(value)
+            except TypeError:
+                raise UserError(
+                    f"{type(head).__name__} was given {name}={value!r} of type {type(value).__name__}; saved heads are "
+                    f"built again from JSON, so options are numbers, strings, booleans, lists, mappings. Pass a name "
+                    f"or a number, and build the object inside the class."
+                ) from None
+        heads.append(head)
+    names = [type(head).__name__ for head in heads[1:]]
+    for name in names:
+        if names.count(name) > 1:
             raise UserError(
                 f"The exit at depth {site.depth} was given two gates of class {name}; gates are told apart by class "
                 f"name. Remove one, or give the variant a class of its own."
             )
-        gates[name] = gate
-    return nn.ModuleDict({"lens": lens, "gates": gates})
-
-
-def checked(head: object, wanted: type[ExitHead], depth: int) -> ExitHead:
-    """The head, if it is of the wanted kind and can be saved.
-
-    Raises:
-        UserError: If it is not.
-    """
-    if not isinstance(head, wanted):
-        raise UserError(
-            f"The exit at depth {depth} was given {type(head).__name__} where a {wanted.__name__.lower()} is wanted. "
-            f"Put lenses under lens and gates under gates."
-        )
-    saved.check_recipe(head)
-    return head
+    return nn.ModuleDict({"lens": heads[0], "gates": nn.ModuleDict(dict(zip(names, heads[1:], strict=True)))})

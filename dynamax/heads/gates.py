@@ -1,12 +1,9 @@
-"""Gates: is leaving here right? One logit a position. Knows no lens and no policy.
+"""Gates: whether leaving here is right, one logit a position. Knows no lens and no policy.
 
-A two-class softmax, as in DYNAMAX's code, is the sigmoid of the difference of its two logits, so
-one logit says the same. Every gate norms its input first (see ``rms_normalize``) and ends in a
-layer at zero (see ``zero_init``): it starts at p = 0.5 for all positions. The other layers start as
-PyTorch's ``Linear`` does, uniform within ``1 / sqrt(inputs)``, which keeps activations at one scale.
+One logit says the same as DYNAMAX's softmax over two classes, which is the sigmoid of their difference. Every gate
+norms its input first (``rms_normalize``) and ends in a layer at zero (``zero_init``), so it starts at p = 0.5.
 
-FLOPs are of one position while decoding, and count matrix products and convolutions. Left out is
-element-wise work: 3 D for the norm, a few for each activation, and what a class says of itself.
+FLOPs are of one position while decoding: matrix products and convolutions. Element-wise work is left out.
 """
 
 from __future__ import annotations
@@ -17,6 +14,7 @@ from torch.nn import functional as F
 from dynamax.heads.base import Gate
 from dynamax.heads.blocks import (
     CausalAttention,
+    MambaBlock,
     SwiGLU,
     input_projection,
     positive,
@@ -24,18 +22,16 @@ from dynamax.heads.blocks import (
     swiglu_width,
     zero_init,
 )
-from dynamax.heads.mamba import MambaBlock
 from dynamax.types import Evidence, Memory, Site
 
 
 class LinearGate(Gate):
     """One linear layer over the normed state.
 
-    Source: the early-exit classifier of Schuster et al., "Confident Adaptive Language Modeling", arXiv
-    2207.07061; the linear head of DYNAMAX (arXiv 2504.20922), which has no norm. Without one, the
-    massive activations of the residual stream dominate the gradient.
+    Source: the early-exit classifier of CALM (Schuster et al. 2022, arXiv 2207.07061); the linear head of DYNAMAX
+    (arXiv 2504.20922), which has no norm: without one, massive activations dominate the gradient.
 
-    Parameters: D + 1. FLOPs: 2 D. Starts at zero, which for a convex loss is as good as anywhere.
+    Parameters: D + 1. FLOPs: 2 D.
     """
 
     def __init__(self, site: Site) -> None:
@@ -45,10 +41,6 @@ class LinearGate(Gate):
     def score(self, evidence: Evidence, memory: Memory | None = None) -> Tensor:
         """A weighted sum of the normed state."""
         return self.out(rms_normalize(evidence.hidden, self.out.weight.dtype))[..., 0]
-
-    def flops(self) -> int:
-        """2 D."""
-        return 2 * self.out.in_features
 
 
 class MLPGate(Gate):
@@ -68,10 +60,6 @@ class MLPGate(Gate):
     def score(self, evidence: Evidence, memory: Memory | None = None) -> Tensor:
         """Norm, hidden layer, last layer."""
         return self.out(F.silu(self.enter(rms_normalize(evidence.hidden, self.out.weight.dtype))))[..., 0]
-
-    def flops(self) -> int:
-        """2 hidden (D + 1)."""
-        return 2 * self.out.in_features * (self.enter.in_features + 1)
 
 
 class FFNGate(Gate):
@@ -94,10 +82,6 @@ class FFNGate(Gate):
     def score(self, evidence: Evidence, memory: Memory | None = None) -> Tensor:
         """Norm, gate and up projections, last projection."""
         return self.out(self.inner(rms_normalize(evidence.hidden, self.out.weight.dtype)))[..., 0]
-
-    def flops(self) -> int:
-        """2 hidden (2 D + 1)."""
-        return 2 * self.out.in_features * (2 * self.inner.up.in_features + 1)
 
 
 class MambaGate(Gate):
@@ -143,8 +127,8 @@ class MambaGate(Gate):
         return self.out(self.block(x_BTD, memory))[..., 0]
 
     def flops(self) -> int:
-        """The formula of the class."""
-        return input_flops(self.enter) + self.block.flops() + 2 * self.out.in_features
+        """The formula of the class: products with weights, and writing and reading the state."""
+        return super().flops() + 4 * self.block.d_inner * self.block.d_state
 
 
 class AttentionGate(Gate):
@@ -180,12 +164,5 @@ class AttentionGate(Gate):
         return self.out(rms_normalize(x_BTD, dtype))[..., 0]
 
     def flops(self) -> int:
-        """The formula of the class, with one key."""
-        width = self.out.in_features
-        block = 4 * width**2 + 3 * width * self.down.in_features
-        return input_flops(self.enter) + 2 * (block + 2 * width + width)
-
-
-def input_flops(enter: nn.Module) -> int:
-    """Of an ``input_projection``: 2 D W, or 0 for the identity."""
-    return 2 * sum(weight.numel() for weight in enter.parameters())
+        """The formula of the class: products with weights, and attending to one key."""
+        return super().flops() + 4 * self.out.in_features

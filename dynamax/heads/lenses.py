@@ -1,7 +1,6 @@
-"""Lenses: which token would the model say, read off at an exit. Knows no gate and no policy.
+"""Lenses: which token the model would say, read at an exit. Knows no gate and no policy.
 
-The cost of the output matrix, which every lens is followed by, is not a lens' own. FLOPs count
-matrix products alone: additions and the final norm are left out.
+FLOPs count a lens' own matrix products: the output matrix, additions and the final norm are left out.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ class LogitLens(Lens):
 
     Source: nostalgebraist, "interpreting GPT: the logit lens" (2020); DYNAMAX's labels read exits this way.
 
-    Parameters: none. FLOPs: 0. Nothing to initialise.
+    Parameters: none. FLOPs: 0.
     """
 
     def __init__(self, site: Site) -> None:
@@ -29,10 +28,6 @@ class LogitLens(Lens):
         """The final norm alone."""
         return site.normalize(h_BTD)
 
-    def flops(self) -> int:
-        """0."""
-        return 0
-
 
 class TunedLens(Lens):
     """An affine map of the normed state: ``u + W u + b``.
@@ -41,7 +36,7 @@ class TunedLens(Lens):
     2303.08112; theirs maps the state before the norm, ours behind it, where the scale is the same at
     every depth.
 
-    Parameters: D^2 + D. FLOPs: 2 D^2. Initialised at zero: see the comment.
+    Parameters: D^2 + D. FLOPs: 2 D^2. Initialised at zero.
     """
 
     def __init__(self, site: Site) -> None:
@@ -56,10 +51,6 @@ class TunedLens(Lens):
         """Final norm, then the affine map."""
         u_BTD = site.normalize(h_BTD)
         return u_BTD + self.shift(u_BTD.to(self.shift.weight.dtype)).to(u_BTD.dtype)
-
-    def flops(self) -> int:
-        """2 D^2."""
-        return 2 * self.shift.weight.numel()
 
 
 class LowRankLens(Lens):
@@ -91,18 +82,13 @@ class LowRankLens(Lens):
         u_BTD = site.normalize(h_BTD)
         return u_BTD + self.up(self.down(u_BTD.to(self.up.weight.dtype))).to(u_BTD.dtype)
 
-    def flops(self) -> int:
-        """4 D rank."""
-        return 2 * (self.down.weight.numel() + self.up.weight.numel())
-
 
 class LastBlockLens(Lens):
     """The backbone's own last block, run on the exit's state, then the final norm.
 
     Source: DYNAMAX (arXiv 2504.20922): the last block runs behind every exit.
 
-    Parameters: none of its own. FLOPs: 0 of its own; the block is charged beside it, as
-    ``runs_last_block`` tells. Nothing to initialise.
+    Parameters: none of its own. FLOPs: 0 of its own; ``runs_last_block`` has the block charged beside it.
     """
 
     runs_last_block = True
@@ -113,7 +99,3 @@ class LastBlockLens(Lens):
     def translate(self, h_BTD: Tensor, site: Site) -> Tensor:
         """Last block, then final norm."""
         return site.normalize(site.last_block(h_BTD))
-
-    def flops(self) -> int:
-        """0: the block is the backbone's, and is charged as such."""
-        return 0

@@ -1,4 +1,4 @@
-"""What a termination policy is: evidence in, a wish to leave out. It never sees a head or a backbone."""
+"""What a termination policy is: evidence in, a decision to leave out. It never sees a head or a backbone."""
 
 from __future__ import annotations
 
@@ -14,22 +14,23 @@ from dynamax.types import Evidence
 
 
 class TerminationPolicy(ABC):
-    """Decides at each exit, for each row, whether to leave. Pure: all it remembers is in the evidence.
+    """Decides at each exit, for each row, whether to leave. It keeps no state: the evidence holds all it needs.
 
     Attributes:
-        threshold: The number a sweep turns; None for a policy that has none. A mapping gives each
-            exit depth its own.
-        gates: Names of the gates it may ask; None means it may ask any. Recurrent gates that it never
-            asks are not run.
+        threshold: The number that a sweep changes; None for a policy that has none. A mapping gives each exit depth
+            its own.
+        gates: Names of the gates it may ask; None means any. Recurrent gates that it never asks are not run.
+        made_of: What its label names in brackets: a gate, or the policies it is made of.
     """
 
     threshold: float | Mapping[int, float] | None = None
     gates: Collection[str] | None = None
+    made_of: Sequence[str] = ()
 
     @property
     def label(self) -> str:
         """What tables and logs call it."""
-        return type(self).__name__
+        return type(self).__name__ + (f"({', '.join(self.made_of)})" if self.made_of else "")
 
     @abstractmethod
     def __call__(self, evidence: Evidence) -> Tensor:
@@ -42,22 +43,11 @@ class TerminationPolicy(ABC):
         return other
 
     def checked(self, threshold: float) -> float:
-        """The threshold, if it is in this policy's range.
-
-        Raises:
-            UserError: If it is out of range, or the policy has no threshold.
-        """
+        """The threshold; a UserError if it is out of this policy's range, or the policy has none."""
         raise UserError(f"{type(self).__name__} has no threshold, but {threshold} was given. Leave it out.")
 
     def validate(self, depths: Sequence[int]) -> None:  # noqa: B027 - most policies fit any exits
-        """Check the policy against the exits it will be asked at. A decoder calls this once.
-
-        Args:
-            depths: Depths of the exits, ascending.
-
-        Raises:
-            UserError: If the policy names a depth at which there is no exit.
-        """
+        """Check the policy, once, against the depths of the exits, ascending; a UserError if they do not fit."""
 
 
 class ScorePolicy(TerminationPolicy):
@@ -82,11 +72,7 @@ class ScorePolicy(TerminationPolicy):
         return self.score(evidence) >= self.level(evidence.depth)
 
     def level(self, depth: int) -> float:
-        """The threshold at one depth.
-
-        Raises:
-            UserError: If thresholds are given by depth and this depth has none.
-        """
+        """The threshold at one depth; a UserError if thresholds are given by depth and this depth has none."""
         assert self.threshold is not None, "a score policy has a threshold"
         if not isinstance(self.threshold, Mapping):
             return self.threshold
@@ -95,11 +81,7 @@ class ScorePolicy(TerminationPolicy):
         return self.threshold[depth]
 
     def checked(self, threshold: float) -> float:
-        """The threshold, if it lies in [0, 1].
-
-        Raises:
-            UserError: If it does not.
-        """
+        """The threshold; a UserError if it is not in [0, 1]."""
         if not 0.0 <= threshold <= 1.0:
             raise UserError(
                 f"{type(self).__name__} was given threshold {threshold}; it must lie in [0, 1]. "
@@ -117,27 +99,16 @@ class ScorePolicy(TerminationPolicy):
 
 
 class CountPolicy(TerminationPolicy):
-    """A policy whose number is a count, of exits or of blocks.
-
-    Args:
-        count: A whole number, at least 1.
-    """
-
-    def __init__(self, count: int) -> None:
-        self.threshold = self.checked(count)
+    """A policy whose threshold is a count, of exits or of blocks; its constructor sets ``checked(count)``."""
 
     @property
     def count(self) -> int:
-        """The threshold, as the count that it is."""
+        """The threshold, as a whole number."""
         assert isinstance(self.threshold, int), "a count policy has one whole number"
         return self.threshold
 
     def checked(self, threshold: float) -> int:
-        """The count, if it is a whole number of at least 1.
-
-        Raises:
-            UserError: If it is not.
-        """
+        """The count; a UserError if it is not a whole number of at least 1."""
         if threshold < 1 or threshold != int(threshold):
             raise UserError(
                 f"{type(self).__name__} was given {threshold}; it counts and needs a whole number of at least 1."

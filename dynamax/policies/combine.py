@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Self, final
 
@@ -14,7 +13,7 @@ from dynamax.types import Evidence
 
 
 class _Combined(TerminationPolicy):
-    """Several policies, one of which a sweep turns."""
+    """Several policies; a sweep changes the threshold of one of them."""
 
     def __init__(self, policies: list[TerminationPolicy], *, swept: int = 0) -> None:
         if not 0 <= swept < len(policies):
@@ -27,11 +26,7 @@ class _Combined(TerminationPolicy):
         self.threshold = policies[swept].threshold
         asked = [policy.gates for policy in policies]
         self.gates = None if None in asked else {name for names in asked for name in names or ()}
-
-    @property
-    def label(self) -> str:
-        """What tables and logs call it, with the policies it is made of."""
-        return f"{type(self).__name__}({', '.join(policy.label for policy in self.policies)})"
+        self.made_of = [policy.label for policy in policies]
 
     @final
     def at(self, threshold: float) -> Self:
@@ -46,39 +41,23 @@ class _Combined(TerminationPolicy):
         for policy in self.policies:
             policy.validate(depths)
 
-    @final
-    def __call__(self, evidence: Evidence) -> Tensor:
-        leave_B = self.policies[0](evidence)
-        for policy in self.policies[1:]:
-            if self.decided(leave_B):
-                break
-            leave_B = self.joined(leave_B, policy(evidence))
-        return leave_B
-
-    @abstractmethod
-    def decided(self, leave_B: Tensor) -> bool:
-        """Whether no further policy can change any row."""
-
-    @abstractmethod
-    def joined(self, leave_B: Tensor, more_B: Tensor) -> Tensor:
-        """The wishes so far with those of one more policy."""
-
 
 class AnyOf(_Combined):
     """Leaves where any of the policies would.
 
     Args:
         policies: Asked in this order, so the cheap ones first.
-        swept: Position, from 0, of the policy whose threshold a sweep turns.
+        swept: Position, from 0, of the policy whose threshold a sweep changes.
     """
 
-    def decided(self, leave_B: Tensor) -> bool:
-        """Every row leaves already."""
-        return bool(leave_B.all())
-
-    def joined(self, leave_B: Tensor, more_B: Tensor) -> Tensor:
-        """Either."""
-        return leave_B | more_B
+    def __call__(self, evidence: Evidence) -> Tensor:
+        """Where one of them leaves; the later ones are not asked once every row leaves."""
+        leave_B = self.policies[0](evidence)
+        for policy in self.policies[1:]:
+            if leave_B.all():
+                break
+            leave_B = leave_B | policy(evidence)
+        return leave_B
 
 
 class AllOf(_Combined):
@@ -86,13 +65,14 @@ class AllOf(_Combined):
 
     Args:
         policies: Asked in this order, so the cheap ones first.
-        swept: Position, from 0, of the policy whose threshold a sweep turns.
+        swept: Position, from 0, of the policy whose threshold a sweep changes.
     """
 
-    def decided(self, leave_B: Tensor) -> bool:
-        """No row leaves any more."""
-        return not leave_B.any()
-
-    def joined(self, leave_B: Tensor, more_B: Tensor) -> Tensor:
-        """Both."""
-        return leave_B & more_B
+    def __call__(self, evidence: Evidence) -> Tensor:
+        """Where each of them leaves; the later ones are not asked once no row is left that would."""
+        leave_B = self.policies[0](evidence)
+        for policy in self.policies[1:]:
+            if not leave_B.any():
+                break
+            leave_B = leave_B & policy(evidence)
+        return leave_B

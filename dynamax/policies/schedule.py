@@ -13,10 +13,6 @@ from dynamax.policies.base import CountPolicy, ScorePolicy, TerminationPolicy
 from dynamax.types import Evidence
 
 
-def _constant(evidence: Evidence, leave: bool) -> Tensor:
-    return torch.full(evidence.hidden.shape[:1], leave, device=evidence.hidden.device)
-
-
 class Never(TerminationPolicy):
     """Never leaves: full decoding, with the exits' heads left unread."""
 
@@ -24,25 +20,25 @@ class Never(TerminationPolicy):
 
     def __call__(self, evidence: Evidence) -> Tensor:
         """No row leaves."""
-        return _constant(evidence, False)
+        return torch.zeros_like(evidence.hidden[:, 0], dtype=torch.bool)
 
 
 class AtDepth(CountPolicy):
     """Leaves at one depth, whatever the evidence says.
 
     Args:
-        depth: Depth of an exit, in blocks completed. It is the number a sweep turns. ``validate`` refuses a depth
-            at which there is no exit; unvalidated, the policy leaves at the first exit at or above it.
+        depth: Depth of an exit, in blocks completed. A sweep changes this number. ``validate`` refuses a depth
+            without an exit; without that check, the policy leaves at the first exit at or above it.
     """
 
     gates = ()
 
     def __init__(self, depth: int) -> None:
-        super().__init__(depth)
+        self.threshold = self.checked(depth)
 
     def __call__(self, evidence: Evidence) -> Tensor:
         """All rows leave from the depth on."""
-        return _constant(evidence, evidence.depth >= self.count)
+        return torch.full_like(evidence.hidden[:, 0], evidence.depth >= self.count, dtype=torch.bool)
 
     def validate(self, depths: Sequence[int]) -> None:
         """Refuse a depth at which there is no exit."""
@@ -60,7 +56,7 @@ class Decaying(TerminationPolicy):
     ``x`` and ends near ``0.9 x``. So a threshold of 1 is no longer never.
 
     Args:
-        policy: The policy whose score and threshold are used; a sweep turns its threshold.
+        policy: The policy whose score and threshold are used; a sweep changes its threshold.
         temperature: How fast the threshold falls, at least 0.
         horizon: Longest answer expected, in tokens.
 
@@ -78,11 +74,7 @@ class Decaying(TerminationPolicy):
         self.horizon = horizon
         self.threshold = policy.threshold
         self.gates = policy.gates
-
-    @property
-    def label(self) -> str:
-        """What tables and logs call it, with the inner policy."""
-        return f"{type(self).__name__}({self.policy.label})"
+        self.made_of = (policy.label,)
 
     def __call__(self, evidence: Evidence) -> Tensor:
         """Where the inner policy's score is at least the threshold of this step."""

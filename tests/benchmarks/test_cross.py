@@ -19,7 +19,7 @@ from dynamax.data.generated import SelfGenerated
 from dynamax.decoding.cost import CostModel
 from dynamax.decoding.early_exit import EarlyExit
 from dynamax.decoding.full import Full
-from dynamax.policies.learned import GateConfidence
+from dynamax.policies.confidence import GateConfidence
 from dynamax.policies.schedule import AtDepth
 from tests.folders import model_folder
 from tests.laws.house import loud

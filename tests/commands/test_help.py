@@ -11,8 +11,7 @@ import pytest
 
 from dynamax.cli import COMMANDS
 from dynamax.commands.generate import generate
-from dynamax.commands.help import PARTS
-from dynamax.commands.source import definition, options
+from dynamax.commands.help import PARTS, definition, options
 from dynamax.registry import ALL, FAMILIES, HEADS
 
 Run = Callable[..., int]

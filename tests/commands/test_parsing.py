@@ -223,7 +223,7 @@ def test_a_folder_or_nothing_in_place_of_a_file(refused: Refused) -> None:
 
 # -- prompts through the command --------------------------------------------------------------------
 
-ASK = ("--backbone", "parts/backbone.yaml", "--exits={2: {}}", "--policy=Never", "--chat=false", "--limit=2")
+ASK = ("--backbone", "parts/backbone.yaml", "--exits={2: {}}", "--policy=Never", "--chat=false", "--max_new_tokens=2")
 
 
 @pytest.mark.parametrize("text", ["[INST] hi", '"Hello" she said', "foo: bar: baz", "null", "\t", "{1: 2, 1: 3}"])

@@ -17,7 +17,7 @@ from dynamax.heads.bank import Exit, ExitBank
 from dynamax.heads.base import Gate
 from dynamax.heads.gates import AttentionGate, LinearGate, MambaGate
 from dynamax.heads.lenses import LastBlockLens, TunedLens
-from dynamax.policies.learned import GateConfidence
+from dynamax.policies.confidence import GateConfidence
 from dynamax.policies.schedule import AtDepth
 from dynamax.testing import toy_evidence
 from dynamax.types import Memory, Span, Step

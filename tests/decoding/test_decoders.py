@@ -19,7 +19,7 @@ from dynamax.heads.bank import Exit, ExitBank
 from dynamax.heads.base import Gate
 from dynamax.heads.gates import AttentionGate, LinearGate, MambaGate
 from dynamax.policies.base import TerminationPolicy
-from dynamax.policies.learned import GateConfidence
+from dynamax.policies.confidence import GateConfidence
 from dynamax.policies.schedule import AtDepth, Never
 from dynamax.types import Step
 from tests.float64 import upcast64

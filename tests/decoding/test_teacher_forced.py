@@ -12,10 +12,8 @@ from dynamax.heads.gates import AttentionGate, LinearGate, MambaGate
 from dynamax.heads.lenses import TunedLens
 from dynamax.policies.base import TerminationPolicy
 from dynamax.policies.combine import AnyOf
-from dynamax.policies.confidence import Margin, MaxProb
-from dynamax.policies.learned import GateConfidence
+from dynamax.policies.confidence import GateConfidence, Margin, MaxProb, Patience, Saturation
 from dynamax.policies.schedule import AtDepth, Decaying, Never
-from dynamax.policies.trail import Patience, Saturation
 from tests.float64 import upcast64
 from tests.laws.house import loud, pair, prompt
 

@@ -15,7 +15,7 @@ from dynamax.decoding.probe import CudaEvents
 from dynamax.heads.bank import Exit
 from dynamax.heads.gates import LinearGate, MambaGate
 from dynamax.modules.decoding import DecodingModule, Sweep
-from dynamax.policies.learned import GateConfidence
+from dynamax.policies.confidence import GateConfidence
 from dynamax.policies.schedule import AtDepth, Never
 from dynamax.tasks import Questions
 from tests.folders import model_folder

@@ -4,10 +4,9 @@ import pytest
 import torch
 
 from dynamax.heads import MambaGate
-from dynamax.heads.check import stir
 from dynamax.kernels import backend, selective, ssd
 from dynamax.kernels.convolution import convolve
-from dynamax.testing import toy_site
+from dynamax.testing import stir, toy_site
 from dynamax.types import Memory
 
 pytestmark = [

@@ -9,8 +9,7 @@ import torch
 from dynamax.backbones.cache import Cache
 from dynamax.heads import AttentionGate, Exit, ExitBank, LinearGate, LogitLens, MambaGate, TunedLens
 from dynamax.heads.base import ExitHead, Gate
-from dynamax.heads.check import stir
-from dynamax.testing import toy_evidence, toy_site
+from dynamax.testing import stir, toy_evidence, toy_site
 from dynamax.types import Memory, Span
 
 WIDTH = 64

@@ -144,7 +144,7 @@ def hidden_state(self, evidence, memory=None):
         (detached, False, "no gradient"),
         (unmasked, True, r"mask by memory.live\(T\)"),
         (in_place, True, "replace them"),
-        (untold, True, "keeps 1 values after 3 positions and tells of 0"),
+        (untold, True, "keeps 1 values after 3 positions, but states 0"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )

@@ -8,8 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dynamax.heads import AttentionGate, FFNGate, LinearGate, MambaGate, MLPGate
 from dynamax.heads.blocks import CausalAttention, rotate, swiglu_width
-from dynamax.heads.check import stir
-from dynamax.testing import toy_evidence, toy_site
+from dynamax.testing import stir, toy_evidence, toy_site
 from dynamax.types import Memory
 
 SITE = toy_site()

@@ -5,8 +5,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from dynamax.heads import LastBlockLens, LogitLens, LowRankLens, TunedLens
-from dynamax.heads.check import stir
-from dynamax.testing import toy_site
+from dynamax.testing import stir, toy_site
 
 SITE = toy_site()
 WIDTH = SITE.spec.width

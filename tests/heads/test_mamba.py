@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from dynamax.heads.mamba import MambaBlock
+from dynamax.heads.blocks import MambaBlock
 from dynamax.types import Memory
 
 EXACT = {"rtol": 1e-12, "atol": 1e-12}

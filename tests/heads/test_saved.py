@@ -9,10 +9,10 @@ from functools import partial
 import pytest
 import torch
 
+from dynamax.errors import UserError
 from dynamax.heads import AttentionGate, Exit, ExitBank, LinearGate, LowRankLens, MambaGate, TunedLens, saved
 from dynamax.heads.base import Gate
-from dynamax.heads.check import stir
-from dynamax.testing import toy_evidence, toy_site
+from dynamax.testing import stir, toy_evidence, toy_site
 from dynamax.types import Memory
 
 SPEC = toy_site().spec
@@ -210,3 +210,14 @@ def test_heads_can_be_copied_and_pickled_with_their_recipes():
     for twin in (copy.deepcopy(head), pickle.loads(pickle.dumps(head))):
         assert twin.recipe == head.recipe
         assert all(torch.equal(a, b) for a, b in zip(twin.parameters(), head.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("name", ["exits.1.lens.shift.weight", "exits.2.gates.MambaGate.out.bias"])
+def test_numbers_that_are_not_finite_are_refused(tmp_path, name, value, dtype):
+    bank = trained().to(dtype)
+    bank.state_dict()[name].view(-1)[-1] = value
+    bank.save(tmp_path, SPEC)
+    with pytest.raises(UserError, match=rf"NaN or infinite, in 1 of \d+ tensors, such as {name}.*Run fit again"):
+        ExitBank.load(tmp_path, site)

@@ -25,8 +25,7 @@ from dynamax.heads.gates import LinearGate, MambaGate
 from dynamax.modules.decoding import DecodingModule, Sweep, spec_facts
 from dynamax.modules.results import DecodingFacts
 from dynamax.policies.combine import AnyOf
-from dynamax.policies.confidence import Margin, MaxProb
-from dynamax.policies.learned import GateConfidence
+from dynamax.policies.confidence import GateConfidence, Margin, MaxProb
 from dynamax.policies.schedule import AtDepth, Decaying, Never
 from dynamax.tasks import Perplexity, Questions
 from dynamax.tasks.base import ChoiceTask, GenerationTask
