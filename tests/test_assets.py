@@ -13,7 +13,7 @@ from dynamax.backbones.sources import Folder
 from dynamax.decoding.early_exit import EarlyExit
 from dynamax.decoding.speculative import SelfSpeculative
 from dynamax.heads.bank import Exit, ExitBank
-from dynamax.modules.card import card
+from dynamax.modules.export import card
 from dynamax.policies.confidence import MaxProb
 from dynamax.policies.schedule import Never
 
