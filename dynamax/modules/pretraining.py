@@ -75,10 +75,10 @@ class PretrainingModule(LanguageModule):
         if dropped := {name: value for name, value in config.items() if "drop" in name and value}:
             raise UserError(f"config names {dropped}, but models are trained without dropout. Drop it.")
         optimiser = Optimiser(learning_rate, warmup, flat, weight_decay)
-        described_by = configuration(config)
-        exits = check_exits(exits, described_by.num_hidden_layers)
+        configured = configuration(config)
+        exits = check_exits(exits, configured.num_hidden_layers)
         super().__init__(exits, optimiser, compile=compile, export=export, prompts=prompts)
-        self.context = context_of(described_by)
+        self.context = context_of(configured)
         self.config = dict(config)
         self.objective = objective
         self._runs = False

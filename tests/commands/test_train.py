@@ -55,7 +55,7 @@ def test_a_model_is_trained_and_then_has_heads_fitted_to_it(run: Run, prepared: 
     backbone = ["--model.backbone", "Folder", "--model.backbone.path", "model"]
     assert run("fit", "-c", "fit.yaml", *backbone) == 0
     prompt = ["generate", "3 and 3", "--backbone", "Folder", "--backbone.path", "model", "--exits", "{2: {}}"]
-    assert run(*prompt, "--policy", "MaxProb", "--threshold", "0.1", "--limit", "4") == 0
+    assert run(*prompt, "--policy", "MaxProb", "--threshold", "0.1", "--max_new_tokens", "4") == 0
 
 
 def test_a_finished_run_goes_on_with_more_steps(run: Run, prepared: Path) -> None:
