@@ -15,6 +15,7 @@ from callbacks import common
 from dynamax.errors import UserError
 from dynamax.heads.saved import WEIGHTS
 from dynamax.modules.checks import ChecksBeforeFit, all_finite
+from dynamax.modules.heads import HeadsModule
 
 
 class HeadsCheckpoint(Callback, ChecksBeforeFit):
@@ -27,7 +28,7 @@ class HeadsCheckpoint(Callback, ChecksBeforeFit):
 
     Args:
         folder: Where the best heads go; the newest go to ``last`` inside it.
-        monitor: Logged figure that tells which heads are best; left out, the loss of the last phase that
+        monitor: Logged figure by which heads are best; left out, the loss of the last phase that
             trains gates, or of the last phase if none does: val/loss/NAME.
         mode: Whether the least (min) or the greatest (max) figure is best.
         overwrite: Replace whatever heads lie in the folder.
@@ -67,7 +68,7 @@ class HeadsCheckpoint(Callback, ChecksBeforeFit):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Choose the figure to monitor; refuse a model that has no heads to save."""
         if stage == "fit":
-            phases = common.heads(pl_module, self).phases
+            phases = common.watched(pl_module, HeadsModule, self).phases
             names = [name for name, phase in phases.items() if "gates" in phase.trains] or list(phases) or ["gates"]
             self.monitor = self.given or f"val/loss/{names[-1]}"
 
@@ -82,7 +83,7 @@ class HeadsCheckpoint(Callback, ChecksBeforeFit):
         Raises:
             UserError: Naming what lies in the folder, and the remedy.
         """
-        module = common.heads(pl_module, self)
+        module = common.watched(pl_module, HeadsModule, self)
         if _trial(trainer):
             return
         monitor = self.given or ""
@@ -149,19 +150,19 @@ class HeadsCheckpoint(Callback, ChecksBeforeFit):
             print(f"Wrote the heads with the best {self.monitor}, {self.best:.4g}, to {self.folder}")
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Tell what is kept of a run that did not end."""
+        """Report what is kept of a run that did not end."""
         if not trainer.is_global_zero or _trial(trainer) or trainer.global_step == 0:
             return
         if not self._saved:
-            told = f"This run had saved no heads yet; {self.folder} is as it was."
+            kept = f"This run had saved no heads yet; {self.folder} is as it was."
         elif self.best is None:
-            told = f"Kept: the newest heads of this run, in {self.folder / 'last'}."
+            kept = f"Kept: the newest heads of this run, in {self.folder / 'last'}."
         else:
-            told = f"Kept: the heads with the best {self.monitor}, {self.best:.4g}, in {self.folder}."
-        print(told, file=sys.stderr)
+            kept = f"Kept: the heads with the best {self.monitor}, {self.best:.4g}, in {self.folder}."
+        print(kept, file=sys.stderr)
 
     def _save(self, trainer: Trainer, pl_module: LightningModule, name: str) -> None:
-        module = common.heads(pl_module, self)
+        module = common.watched(pl_module, HeadsModule, self)
         if not all_finite(module.bank.state_dict().values()):
             raise UserError(
                 f"The heads were not saved, because a value in them is infinite or not a number. What lay in "
@@ -173,7 +174,7 @@ class HeadsCheckpoint(Callback, ChecksBeforeFit):
 
 
 def held(folder: Path) -> dict[str, Any] | None:
-    """Fingerprint, backbone and exits of the heads in a folder; None if there are none, nothing if it cannot be told.
+    """Fingerprint, backbone and exits of the heads in a folder; None if there are none, empty if it cannot be read.
 
     It is read from the weights, since these are what would be lost.
     """

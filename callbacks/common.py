@@ -1,48 +1,30 @@
-"""What the observers share: whose results they may read, and how figures reach the loggers."""
+"""What the observers share: which module they watch, how figures reach the loggers, and tables."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from lightning.pytorch import LightningModule, Trainer
 
 from dynamax.errors import UserError
 from dynamax.modules.decoding import DecodingModule
 from dynamax.modules.heads import HeadsModule
-from dynamax.modules.results import DecodingResults, PolicyRow
+from dynamax.modules.results import PolicyRow
+
+Watched = TypeVar("Watched", DecodingModule, HeadsModule)
+WATCHED = {DecodingModule: ("decoding", "test"), HeadsModule: ("the training of heads", "fit")}
+"""What each module does, and the command for it."""
 
 
-def decoding(pl_module: LightningModule, observer: object) -> DecodingModule:
-    """The module, if it is one that decodes.
-
-    Raises:
-        UserError: If it is another.
-    """
-    if not isinstance(pl_module, DecodingModule):
+def watched(pl_module: LightningModule, kind: type[Watched], observer: object) -> Watched:
+    """The module; a UserError if it is not of the kind that the observer watches."""
+    if not isinstance(pl_module, kind):
+        does, command = WATCHED[kind]
         raise UserError(
-            f"{type(observer).__name__} watches decoding, but the model is {type(pl_module).__name__}. "
-            f"Use it with DecodingModule, as in `dynamax test`, or take it out of trainer.callbacks."
-        )
-    return pl_module
-
-
-def results(pl_module: LightningModule, observer: object) -> DecodingResults:
-    """What a finished test found."""
-    return decoding(pl_module, observer).results
-
-
-def heads(pl_module: LightningModule, observer: object) -> HeadsModule:
-    """The module, if it is one that trains heads.
-
-    Raises:
-        UserError: If it is another.
-    """
-    if not isinstance(pl_module, HeadsModule):
-        raise UserError(
-            f"{type(observer).__name__} watches the training of heads, but the model is {type(pl_module).__name__}. "
-            f"Use it with HeadsModule, as in `dynamax fit`, or take it out of trainer.callbacks."
+            f"{type(observer).__name__} watches {does}, but the model is {type(pl_module).__name__}. "
+            f"Use it with {kind.__name__}, as in `dynamax {command}`, or take it out of trainer.callbacks."
         )
     return pl_module
 
@@ -71,28 +53,22 @@ def table(title: str, heads: Sequence[str], rows: Sequence[tuple[str, str, Seque
         rows: Group, name and cells of each line. A group's name stands once, above its lines; a line
             without a name of its own is named by its group.
     """
-    names = [name or group for group, name, _ in rows]
-    first = max([len(name) for name in names], default=0) + 2
-    columns = [[cells[place] for *_, cells in rows] for place in range(len(heads))]
     parts = [head.split("\n") for head in heads]
-    widths = [max(map(len, (*part, *cells))) for part, cells in zip(parts, columns, strict=True)]
     height = max(map(len, parts))
-    lines = [title, ""]
-    for level in range(height):
-        texts = [part[level - height + len(part)] if level - height + len(part) >= 0 else "" for part in parts]
-        lines.append(_line("", texts, first, widths))
+    lines = [("", [([""] * height + part)[level - height] for part in parts]) for level in range(height)]
     last = None
     for group, name, cells in rows:
         if name and group and group != last:
-            lines.append(group)
-        lines.append(_line(f"  {name}" if name else group, cells, first, widths))
+            lines.append((group, []))
+        lines.append((f"  {name}" if name else group, list(cells)))
         last = group
-    return "\n".join(lines) + "\n"
-
-
-def _line(name: str, cells: Sequence[str], first: int, widths: Sequence[int]) -> str:
-    texts = (f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True))
-    return "  ".join((f"{name:<{first}}", *texts)).rstrip()
+    first = max([len(name or group) for group, name, _ in rows], default=0) + 2
+    widths = [max(len(cells[place]) for _, cells in lines if cells) for place in range(len(heads))]
+    written = [title, ""]
+    for name, cells in lines:
+        texts = [f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=False)]  # a group's line has no cells
+        written.append("  ".join([f"{name:<{first}}", *texts]).rstrip())
+    return "\n".join(written) + "\n"
 
 
 def threshold(value: float | Mapping[int, float] | None) -> str:

@@ -12,21 +12,21 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from callbacks import common
 from dynamax.errors import UserError
 from dynamax.files import write_atomically
+from dynamax.modules.decoding import DecodingModule
 from dynamax.modules.results import DecodingResults
 
-FIGURES = (
-    "agreement",
-    "drafts_kept",
-    "answer_agreement",
-    "blocks_per_token",
-    "flops_fraction",
-    "bytes_fraction",
-    "ms_per_token",
-    "speed_up",
-    "score",
-)
-FORMATS = ("{:.1%}", "{:.0%}", "{:.1f}", "{:.0%}", "{:.0%}", "{:.2f}", "{:.2f}×", "{:.3f}")
-"""Of the figures; a table has one of the first two."""
+COLUMNS = {
+    "agreement": ("same\ntokens", "{:.1%}"),
+    "drafts_kept": ("drafts\nkept", "{:.1%}"),
+    "answer_agreement": ("same\nanswers", "{:.0%}"),
+    "blocks_per_token": ("blocks\na token", "{:.1f}"),
+    "flops_fraction": ("FLOPs", "{:.0%}"),
+    "bytes_fraction": ("bytes", "{:.0%}"),
+    "ms_per_token": ("ms a\ntoken", "{:.2f}"),
+    "speed_up": ("speed-\nup", "{:.2f}×"),
+    "score": ("", "{:.3f}"),
+}
+"""Figures of the frontier, with head and format in the table; the score's head is the name of the task's score."""
 
 
 class ExitFrontier(Callback):
@@ -40,17 +40,18 @@ class ExitFrontier(Callback):
 
     def __init__(self, folder: str | None = None) -> None:
         self.folder = folder
+        self._place = Path()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Make the folder: one that cannot be written is told before the sweep, not after it.
+        """Make the folder, so that one that cannot be written is refused before the sweep.
 
         Raises:
             UserError: If it cannot be made, or something lies where a file should go.
         """
         if stage != "test" or not trainer.is_global_zero:
             return
-        common.decoding(pl_module, self)
-        folder = self._place(trainer)
+        common.watched(pl_module, DecodingModule, self)
+        self._place = folder = Path(self.folder or trainer.log_dir or trainer.default_root_dir)
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -59,18 +60,15 @@ class ExitFrontier(Callback):
             if (folder / name).is_dir():
                 raise UserError(f"ExitFrontier writes {folder / name}, but that is a folder. Name another folder.")
 
-    def _place(self, trainer: Trainer) -> Path:
-        return Path(self.folder or trainer.log_dir or trainer.default_root_dir)
-
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log, print, draw, write."""
-        found = common.results(pl_module, self)
+        found = common.watched(pl_module, DecodingModule, self).results
         for step, row in common.by_step(found.frontier):
-            named = {f"frontier/{row.policy}/{name}": getattr(row, name) for name in ("threshold", *FIGURES)}
+            named = {f"frontier/{row.policy}/{name}": getattr(row, name) for name in ("threshold", *COLUMNS)}
             common.log(trainer, named, step=step)
         if not trainer.is_global_zero:
             return
-        folder = self._place(trainer)
+        folder = self._place
         write(found.as_json(), folder / "report.json")
         picture(found, folder / "frontier.png")
         print(table(found))
@@ -100,44 +98,35 @@ def _measured_on(found: DecodingResults) -> str:
     backbone, where = found.backbone, found.environment
     name = f"{backbone['family']}, {backbone['depth']} blocks of width {backbone['width']}"
     machine = ", ".join(str(where[key]) for key in ("device", "dtype") if key in where)
-    parts = (name, f"{found.task.examples} examples", machine, *_manner(found))
-    return " · ".join(parts)
+    return " · ".join([name, f"{found.task.examples} examples", machine, *_manner(found)])
 
 
 def _manner(found: DecodingResults) -> list[str]:
     """How decoding was done, where it was not as usual: early exit, exact state, greedy."""
     known = found.decoding
-    told = [] if known.decoder == "EarlyExit" else [known.decoder]
-    told += [f"{name} {value}" for name, value in known.options.items() if value != "Exact"]
+    parts = [] if known.decoder == "EarlyExit" else [known.decoder]
+    parts += [f"{name} {value}" for name, value in known.options.items() if value != "Exact"]
     if known.sampler is not None and known.sampler["name"] != "Greedy":
-        told.append(f"sampler {known.sampler['name']}")
-    return told
-
-
-def _drafts(found: DecodingResults) -> bool:
-    return any(row.drafts_kept is not None for row in found.frontier)
+        parts.append(f"sampler {known.sampler['name']}")
+    return parts
 
 
 def table(found: DecodingResults) -> str:
     """The frontier, a line for each policy and threshold."""
-    name, headline = found.task.name, found.task.headline
-    heads = [
-        "drafts\nkept" if _drafts(found) else "same\ntokens",
-        "same\nanswers",
-        "blocks\na token",
-        "FLOPs",
-        "bytes",
-        "ms a\ntoken",
-        "speed-\nup",
-    ]
-    heads.append(headline.replace("_", "\n"))
-    # lossless text is the full model's whatever the policy: there the drafts kept tell policies apart
-    columns = [name for name in FIGURES if name != ("agreement" if _drafts(found) else "drafts_kept")]
+    # lossless text is the full model's whatever the policy: there policies differ by the drafts kept
+    hidden = "agreement" if _drafts(found) else "drafts_kept"
+    columns = {name: column for name, column in COLUMNS.items() if name != hidden}
+    heads = [head or found.task.headline.replace("_", "\n") for head, _ in columns.values()]
     lines = []
     for row in found.frontier:
-        values = [getattr(row, name) for name in columns]
-        cells = ["" if value is None else form.format(value) for form, value in zip(FORMATS, values, strict=True)]
+        values = [(getattr(row, name), form) for name, (_, form) in columns.items()]
+        cells = ["" if value is None else form.format(value) for value, form in values]
         lines.append((row.policy, common.threshold(row.threshold), cells))
-    title = f"{name}, {found.task.examples} examples: each policy beside the full model"
-    manner = _manner(found)
-    return common.table("\n".join([title, *(["Decoding: " + ", ".join(manner)] if manner else [])]), heads, lines)
+    title = f"{found.task.name}, {found.task.examples} examples: each policy beside the full model"
+    if manner := _manner(found):
+        title = f"{title}\nDecoding: {', '.join(manner)}"
+    return common.table(title, heads, lines)
+
+
+def _drafts(found: DecodingResults) -> bool:
+    return any(row.drafts_kept is not None for row in found.frontier)

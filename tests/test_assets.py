@@ -13,7 +13,7 @@ from dynamax.backbones.sources import Folder
 from dynamax.decoding.early_exit import EarlyExit
 from dynamax.decoding.speculative import SelfSpeculative
 from dynamax.heads.bank import Exit, ExitBank
-from dynamax.modules.card import card
+from dynamax.modules.export import card
 from dynamax.policies.confidence import MaxProb
 from dynamax.policies.schedule import Never
 
@@ -45,7 +45,7 @@ def test_a_model_decodes_as_transformers_does(folder: Path) -> None:
     bank = ExitBank({depth: Exit() for depth in (2, 4, 6)}, backbone.site)
     end = tokenizer.eos_token_id
     for decoder in (EarlyExit(backbone, bank, Never()), SelfSpeculative(backbone, bank, MaxProb(0.5))):
-        got = [int(step.token_B) for step in decoder.decode(prompt_1T, limit=24)]
+        got = [int(step.token_B) for step in decoder.decode(prompt_1T, max_new_tokens=24)]
         until = got.index(end) if end in got else len(got)  # generate goes on past an end that it was forbidden
         assert until >= 5, "there is something to compare"
         assert got[:until] == wanted[:until].tolist()

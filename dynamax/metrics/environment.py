@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import platform
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,8 +15,16 @@ def environment(device: torch.device | str = "cpu", *, dtype: str, batch: int) -
     """Where and with what a measurement was made."""
     device = torch.device(device)
     on_gpu = device.type == "cuda"
+    if on_gpu:
+        name = torch.cuda.get_device_name(device)
+    else:
+        names = []
+        with contextlib.suppress(OSError):  # only Linux has this file
+            lines = Path("/proc/cpuinfo").read_text().splitlines()
+            names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+        name = names[0] if names else platform.processor() or platform.machine()
     return {
-        "device": torch.cuda.get_device_name(device) if on_gpu else _processor(),
+        "device": name,
         "threads": torch.get_num_threads(),
         "matmul": torch.get_float32_matmul_precision(),
         "deterministic": torch.are_deterministic_algorithms_enabled(),
@@ -25,12 +35,3 @@ def environment(device: torch.device | str = "cpu", *, dtype: str, batch: int) -
         "cuda": torch.version.cuda if on_gpu else None,
         **{name: version(name) for name in ("torch", "transformers", "lightning")},
     }
-
-
-def _processor() -> str:
-    try:
-        with open("/proc/cpuinfo") as info:
-            names = [line.split(":", 1)[1].strip() for line in info if line.startswith("model name")]
-    except OSError:
-        names = []
-    return names[0] if names else platform.processor() or platform.machine()

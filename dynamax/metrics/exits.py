@@ -5,9 +5,7 @@ A score over nothing is nan.
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,10 +27,6 @@ class Ratio(Metric):
         super().__init__()
         self.add_state("part", torch.tensor(0), dist_reduce_fx="sum")
         self.add_state("whole", torch.tensor(0), dist_reduce_fx="sum")
-
-    @abstractmethod
-    def update(self, *_: Any, **__: Any) -> None:  # noqa: ANN401 - each ratio counts something else
-        """Count something."""
 
     def add(self, part: Tensor | int, whole: Tensor | int) -> None:
         """Add to both sums."""

@@ -4,104 +4,65 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, final
+from typing import final
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 
-class DepthScore(NamedTuple):
-    """One depth over a text.
-
-    Attributes:
-        perplexity: Exponential of the mean cross-entropy of true next tokens.
-        accuracy: How often the likeliest token is the true next one.
-        agreement: How often it is the top's likeliest token; 1 at the top.
-    """
-
-    perplexity: float
-    accuracy: float
-    agreement: float
-
-
 @final
 class DepthScores:
-    """Adds up batches; one position is one vote.
+    """Scores of each depth over a text, every position counting the same.
 
     Args:
         depths: Depths that are read, the top last.
+        teacher: Logits of another model for tokens, to compare every depth with.
     """
 
-    def __init__(self, depths: Sequence[int]) -> None:
+    def __init__(self, depths: Sequence[int], teacher: Callable[[Tensor], Tensor] | None = None) -> None:
         self.depths = tuple(depths)
-        self._sums_E3 = torch.zeros(len(self.depths), 3, dtype=torch.float64)
-        self._count = 0
+        self._teacher = teacher
+        self._sums_E5 = torch.zeros(len(self.depths), 5, dtype=torch.float64)
+        self._predicted = self._positions = 0  # the last position of a row has a distribution, but no next token
 
     def update(self, logits: Sequence[Tensor], tokens_BT: Tensor) -> None:
         """Count one batch.
 
         Args:
             logits: ``logits_BTV`` at each depth, the top's last.
-            tokens_BT: The tokens that went in; each position is held against the next one.
+            tokens_BT: The tokens that went in; each position is compared with the next one.
         """
         next_N = tokens_BT[:, 1:].flatten()
         top_N = logits[-1][:, :-1].argmax(-1).flatten()
+        wanted_NV = None if self._teacher is None else self._teacher(tokens_BT).log_softmax(-1).flatten(0, 1)
         for row, logits_BTV in enumerate(logits):
             logits_NV = logits_BTV[:, :-1].flatten(0, 1)
-            said_N = logits_NV.argmax(-1)
-            lost = F.cross_entropy(logits_NV, next_N, reduction="sum")
-            counts = torch.stack([lost.double(), (said_N == next_N).sum().double(), (said_N == top_N).sum().double()])
-            self._sums_E3[row] += counts.cpu()
-        self._count += len(next_N)
+            token_N = logits_NV.argmax(-1)
+            loss = F.cross_entropy(logits_NV, next_N, reduction="sum")
+            sums = [loss, (token_N == next_N).sum(), (token_N == top_N).sum()]
+            if wanted_NV is not None:
+                logp_NV = logits_BTV.log_softmax(-1).flatten(0, 1)
+                divergence = F.kl_div(logp_NV, wanted_NV, log_target=True, reduction="sum")
+                sums += [divergence, (logp_NV.argmax(-1) == wanted_NV.argmax(-1)).sum()]
+            self._sums_E5[row, : len(sums)] += torch.stack([each.double() for each in sums]).cpu()
+        self._predicted += len(next_N)
+        self._positions += tokens_BT.numel()
 
-    def compute(self) -> dict[int, DepthScore]:
-        """The scores by depth."""
-        rows = (self._sums_E3 / max(1, self._count)).tolist()
-        return {
-            depth: DepthScore(math.exp(lost), right, agreed)
-            for depth, (lost, right, agreed) in zip(self.depths, rows, strict=True)
-        }
+    def compute(self) -> dict[int, dict[str, float]]:
+        """The scores of each depth.
 
-
-class TeacherScore(NamedTuple):
-    """One depth over a text, held against a teacher.
-
-    Attributes:
-        divergence: Mean KL(teacher || this depth), in nats a position.
-        fidelity: How often the likeliest token is the teacher's.
-    """
-
-    divergence: float
-    fidelity: float
-
-
-@final
-class TeacherScores:
-    """Adds up batches, as ``DepthScores`` does; here the last position of a row counts too, for it has a distribution.
-
-    Args:
-        depths: Depths that are read.
-        teacher: The teacher's logits for tokens.
-    """
-
-    def __init__(self, depths: Sequence[int], teacher: Callable[[Tensor], Tensor]) -> None:
-        self.depths = tuple(depths)
-        self._teacher = teacher
-        self._sums_E2 = torch.zeros(len(self.depths), 2, dtype=torch.float64)
-        self._count = 0
-
-    def update(self, logits: Sequence[Tensor], tokens_BT: Tensor) -> None:
-        """Count one batch; arguments as for ``DepthScores.update``."""
-        wanted_NV = self._teacher(tokens_BT).log_softmax(-1).flatten(0, 1)
-        for row, logits_BTV in enumerate(logits):
-            logp_NV = logits_BTV.log_softmax(-1).flatten(0, 1)
-            apart = F.kl_div(logp_NV, wanted_NV, log_target=True, reduction="sum")
-            same = (logp_NV.argmax(-1) == wanted_NV.argmax(-1)).sum()
-            self._sums_E2[row] += torch.stack([apart.double(), same.double()]).cpu()
-        self._count += tokens_BT.numel()
-
-    def compute(self) -> dict[int, TeacherScore]:
-        """The scores by depth."""
-        rows = (self._sums_E2 / max(1, self._count)).tolist()
-        return {depth: TeacherScore(*row) for depth, row in zip(self.depths, rows, strict=True)}
+        ``perplexity`` is the exponential of the mean cross-entropy of true next tokens; ``accuracy`` is how often the
+        likeliest token is the true next one, ``agreement`` how often it is the top's likeliest token. With a teacher
+        also ``divergence``, the mean KL(teacher || this depth) in nats a position, and ``fidelity``, how often the
+        likeliest token is the teacher's.
+        """
+        found = {}
+        for depth, (loss, right, agreed, divergence, same) in zip(self.depths, self._sums_E5.tolist(), strict=True):
+            predicted, positions = max(1, self._predicted), max(1, self._positions)
+            scores = {"perplexity": math.exp(loss / predicted)}
+            scores |= {"accuracy": right / predicted, "agreement": agreed / predicted}
+            if self._teacher is not None:
+                scores |= {"divergence": divergence / positions, "fidelity": same / positions}
+            found[depth] = scores
+        return found

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.plugins.precision import Precision
+from lightning.pytorch.strategies import SingleDeviceStrategy
 
 from dynamax.backbones.hf import UNBOUNDED
 from dynamax.backbones.sources import Source
@@ -20,8 +21,8 @@ from dynamax.engine import Engine, load
 from dynamax.errors import UserError
 from dynamax.heads.bank import Exit
 from dynamax.metrics.environment import environment
-from dynamax.modules.checks import as_loaded, measurable
-from dynamax.modules.evaluation import Evaluation, Generation, Likelihood, OperatingPoint, check_options
+from dynamax.modules.checks import one_device
+from dynamax.modules.evaluation import TIMED, Evaluation, Generation, Likelihood, OperatingPoint, check_options
 from dynamax.modules.results import DecodingFacts, DecodingResults, PolicyStats, TaskFacts, point_name
 from dynamax.paths import InputPath
 from dynamax.policies.base import TerminationPolicy
@@ -50,9 +51,9 @@ class DecodingModule(LightningModule):
         policies: Policies and their thresholds; each is run beside the full model.
         heads: Folder of trained heads, as ``fit`` leaves it.
         exits: Exits in place of trained heads, for heads that need no training such as LogitLens.
-        decoder: How tokens are decoded: EarlyExit (by default) says what exits say; SelfSpeculative verifies every
+        decoder: How tokens are decoded: EarlyExit (by default) takes the exits' tokens; SelfSpeculative verifies every
             draft at the top.
-        sampler: How tokens are drawn; left out, as the model's ``generation_config`` says, which is greedy for most.
+        sampler: How tokens are drawn; left out, by the model's ``generation_config``, which is greedy for most.
         chat: Wrap prompts as a user's turn in the chat template; plain text if left out.
         dtype: Of the backbone, such as float32 or bfloat16.
         timed: Examples on which ``test`` takes time and cost, policy by policy, beside the full model; 8 if left out.
@@ -60,6 +61,7 @@ class DecodingModule(LightningModule):
 
     Attributes:
         engine: The model and its exits; there once ``configure_model`` has run.
+        probes: Watch every policy's decoding in the next test run; a run takes them out.
         results: What was found; there once testing has ended.
     """
 
@@ -87,32 +89,33 @@ class DecodingModule(LightningModule):
                 "set the other to null."
             )
         self.policies = [policy for sweep in policies for policy in sweep.points()]
-        check_names(self.policies)
+        names = [point_name(policy.label, policy.threshold) for policy in self.policies]
+        for name in names:
+            if names.count(name) > 1:
+                raise UserError(
+                    f"Two policies go by the name {name}, and their figures could not be told apart. Remove one, or "
+                    f"run them one after the other."
+                )
         self.source, self.exits = backbone, exits
         self.heads = None if heads is None else str(heads)
         self.decoder, self.sampler, self.chat, self.timed = decoder, sampler, chat, timed
         self.dtype_name = dtype
-        self._probes: list[Probe] = []
+        self.probes: list[Probe] = []
         self._evaluation: Evaluation | None = None
-
-    def add_probe(self, probe: Probe) -> None:
-        """Let a probe watch every policy's decoding in the test run that is about to start."""
-        self._probes.append(probe)
 
     def setup(self, stage: str) -> None:
         """Forget an earlier run; refuse a trainer or a task that cannot do what was asked, before anything is loaded.
 
         Raises:
-            UserError: If an option of trainer or module would change what is measured behind the report's back, or
+            UserError: If an option of trainer or module would change what is measured without the report showing it, or
                 would change nothing.
         """
         self._evaluation = None
         vars(self).pop("results", None)
-        as_loaded(self.trainer, self)
+        check_trainer(self.trainer, self, timed=stage != "predict")
         name = type(self._task).__name__
         if stage != "predict":
             check_options(self._task, sampler=self.sampler, chat=self.chat, timed=self.timed)
-            measurable(self.trainer)
         elif not isinstance(self._task, GenerationTask):
             raise UserError(f"predict answers in words, but {name} asks for likelihoods. Use test.")
 
@@ -131,25 +134,26 @@ class DecodingModule(LightningModule):
         Raises:
             UserError: If the task needs exact state and a decoder has none, or the model asks for what is not done.
         """
-        probes, self._probes = self._probes, []
         task, engine = self._task, self.engine
+        probes, self.probes = self.probes, []
         generates = isinstance(task, GenerationTask)
         sampler = engine.options(sampler=self.sampler).sampler if generates else Greedy()
+        full = OperatingPoint(engine.decoder(sampler=sampler), engine.costs, PolicyStats("Full", None), None)
         points = []
         for policy in self.policies:
             decoder = engine.decoder(policy, self.decoder, sampler=sampler)
             stats = PolicyStats(policy.label, policy.threshold, drafts=decoder.drafts)
             points.append(OperatingPoint(decoder, CostModel(engine.backbone, decoder.exits), stats, policy))
-        full = OperatingPoint(engine.decoder(sampler=sampler), engine.costs, PolicyStats("Full", None), None)
         if generates:
-            options = {"sampler": sampler, "chat": bool(self.chat), "timed": self.timed, "probes": probes}
-            self._evaluation = Generation(task, engine, full, points, **options)
+            timed = TIMED if self.timed is None else self.timed
+            options = {"sampler": sampler, "chat": bool(self.chat), "timed": timed, "probes": probes}
+            self._evaluation = Generation(task=task, engine=engine, full=full, points=points, **options)
         else:
             assert isinstance(task, ChoiceTask | TextTask), "setup has refused other tasks"
-            self._evaluation = Likelihood(task, engine, full, points)
+            self._evaluation = Likelihood(task=task, engine=engine, full=full, points=points)
 
     def test_step(self, example: Any, index: int) -> None:  # noqa: ANN401 - each task has its own class of example
-        """Put one example to the full model and to every policy."""
+        """Run one example through the full model and every policy."""
         assert self._evaluation is not None
         self._evaluation.add(example)
 
@@ -157,10 +161,18 @@ class DecodingModule(LightningModule):
         """Make the rows of the report, and log the frontier."""
         task, run = self._task, self._evaluation
         assert run is not None
+        decoder = (run.points or [run.full])[0].decoder
+        sampler = chat = None
+        if isinstance(run, Generation):
+            options = {name: value for name, value in vars(run.sampler).items() if not name.startswith("_")}
+            plain = {name: value for name, value in options.items() if isinstance(value, int | float | str | None)}
+            sampler, chat = {"name": type(run.sampler).__name__, **plain}, run.chat
         self.results = DecodingResults(
             task=TaskFacts(type(task).__name__, task.headline, run.examples),
             backbone=spec_facts(self.engine),
-            decoding=self._manner(run),
+            decoding=DecodingFacts(
+                type(decoder).__name__, decoder.lossless, decoder.options(), sampler, chat, self.heads
+            ),
             environment=environment(self.engine.device, dtype=str(self.engine.dtype).removeprefix("torch."), batch=1),
             exits=[stats.row(run.bank.lens(depth), run.bank.gates(depth)) for depth, stats in run.exits.items()],
             frontier=[point.stats.row(task, run.full.stats) for point in (run.full, *run.points)],
@@ -169,18 +181,6 @@ class DecodingModule(LightningModule):
             for name in ("agreement", "blocks_per_token", "flops_fraction", "speed_up", "score"):
                 if (value := getattr(row, name)) is not None:
                     self.log(f"test/{row.name}/{name}", float(value))
-
-    def _manner(self, run: Evaluation) -> DecodingFacts:
-        """How tokens were decoded."""
-        generated = run if isinstance(run, Generation) else None
-        decoder = (run.points or [run.full])[0].decoder
-        sampler: dict[str, Any] | None = None
-        if generated is not None:
-            options = {name: value for name, value in vars(generated.sampler).items() if not name.startswith("_")}
-            plain = {name: value for name, value in options.items() if isinstance(value, int | float | str | None)}
-            sampler = {"name": type(generated.sampler).__name__, **plain}
-        chat = None if generated is None else generated.chat
-        return DecodingFacts(type(decoder).__name__, decoder.lossless, decoder.options(), sampler, chat, self.heads)
 
     def predict_step(self, example: Example, index: int) -> dict[str, Any]:
         """Answer one example with the first policy: text, tokens, and the depth each token left at."""
@@ -193,11 +193,7 @@ class DecodingModule(LightningModule):
         return {"id": example.id, "text": answer.text, "tokens": answer.tokens, "depths": answer.depths}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse: heads come from their folder, where it is written whose they are.
-
-        Raises:
-            UserError: Always.
-        """
+        """Refuse (UserError): heads come from their folder, which records their backbone."""
         raise UserError("DecodingModule takes no checkpoint of the trainer. Leave out ckpt_path, and give model.heads.")
 
     @property
@@ -217,17 +213,27 @@ def spec_facts(engine: Engine) -> dict[str, Any]:
     return {**dataclasses.asdict(spec), "context": None if spec.context == UNBOUNDED else spec.context}
 
 
-def check_names(policies: Sequence[TerminationPolicy]) -> None:
-    """Refuse policies that logs and tables could not tell apart.
+def check_trainer(trainer: Trainer, module: LightningModule, *, timed: bool) -> None:
+    """Refuse a trainer under which a model would not compute as it was loaded, and the report would not show it.
 
     Raises:
-        UserError: Naming one that stands twice.
+        UserError: For several devices, a precision or a strategy of the trainer's own, and, if the run is ``timed``,
+            a device without a clock.
     """
-    seen: set[str] = set()
-    for name in (point_name(policy.label, policy.threshold) for policy in policies):
-        if name in seen:
-            raise UserError(
-                f"Two policies go by the name {name}, and their figures could not be told apart. Remove one, or run "
-                f"them one after the other."
-            )
-        seen.add(name)
+    one_device(trainer, module)
+    precision, strategy, name = trainer.precision_plugin, trainer.strategy, type(module).__name__
+    if type(precision) is not Precision:
+        raise UserError(
+            f"trainer.precision {precision.precision} ({type(precision).__name__}) would change what {name} computes "
+            f"in. Leave trainer.precision out, and set model.dtype, such as bfloat16."
+        )
+    if not isinstance(strategy, SingleDeviceStrategy):
+        raise UserError(
+            f"{name} runs in one process on one device, as it was loaded; the trainer's strategy is "
+            f"{type(strategy).__name__}. Leave trainer.strategy out."
+        )
+    kind = strategy.root_device.type
+    if timed and kind not in ("cpu", "cuda"):
+        raise UserError(
+            f"test takes times, and there is no clock for the device {kind}. Set trainer.accelerator to cpu or cuda."
+        )

@@ -16,10 +16,10 @@ from dynamax.backbones.hf import HFBackbone
 from dynamax.backbones.sources import Source
 from dynamax.data.fill import tokenizer_hash
 from dynamax.errors import UserError
-from dynamax.metrics.language import TeacherScores
-from dynamax.modules.configuration import check_depths
-from dynamax.modules.language import LanguageModule, Scores, described
-from dynamax.modules.schedule import OneRate
+from dynamax.metrics.language import DepthScores
+from dynamax.modules.language import LanguageModule, described
+from dynamax.modules.pretraining import check_exits
+from dynamax.modules.schedule import Optimiser
 from dynamax.objectives.distillation import DistillationLoss
 from dynamax.types import Span
 
@@ -28,13 +28,13 @@ Trained = Literal["mixers", "all"]
 
 @final
 class DistillationModule(LanguageModule):
-    """Turns attention into Mamba-2 and teaches the outcome to say what the Transformer said.
+    """Replaces attention by Mamba-2 and trains the outcome to predict what the Transformer predicts.
 
     The student begins with its teacher's weights (``dynamax.backbones.conversion``) and is written as transformers
     would write it. Source: The Mamba in the Llama, https://arxiv.org/abs/2408.15237.
 
-    Checkpoints hold student and optimiser, not the teacher; ``ckpt_path`` goes on with an interrupted run, on the
-    text it would have seen. Needs ``LanguageData`` with the teacher's tokenizer.
+    Checkpoints hold student and optimiser, not the teacher; ``ckpt_path`` resumes an interrupted run, with the text
+    that comes next. Needs ``LanguageData`` with the teacher's tokenizer.
 
     Args:
         teacher: Where the Transformer comes from; of the layout of Llama.
@@ -48,7 +48,7 @@ class DistillationModule(LanguageModule):
         learning_rate: Peak.
         warmup: Steps over which the learning rate rises.
         flat: Part of all steps, in [0, 1], after which it falls in a straight line to 0.
-        weight_decay: Of AdamW, on matrices; vectors are spared.
+        weight_decay: Of AdamW, on matrices; vectors have none.
         compile: Compile the student's blocks for training, with ``torch.compile``. Needs a C++ compiler.
         export: Folder to write the student to; none is written if left out.
         prompts: What the student is made to continue, for the samples on its card.
@@ -81,7 +81,7 @@ class DistillationModule(LanguageModule):
         export: str | None = None,
         prompts: list[str] | None = None,
     ) -> None:
-        optimiser = OneRate(learning_rate, warmup, flat, weight_decay)
+        optimiser = Optimiser(learning_rate, warmup, flat, weight_decay)
         super().__init__(sorted(exits or []), optimiser, compile=compile, export=export, prompts=prompts)
         self.teacher, self.teacher_dtype, self.keep, self.objective = teacher, teacher_dtype, sorted(keep), loss
         self.trained: Trained = trained
@@ -91,7 +91,7 @@ class DistillationModule(LanguageModule):
     # -- teacher and student --------------------------------------------------------------------------
 
     def check(self, trainer: Trainer) -> None:
-        """Load the teacher too: mistakes in what is asked of it show before texts are read.
+        """Load the teacher too, so that mistakes in what is asked of it show before texts are read.
 
         Raises:
             UserError: If training has no end, the export's place holds something else, there are several devices, or
@@ -110,28 +110,20 @@ class DistillationModule(LanguageModule):
                 f"The teacher is a {type(loaded).__name__}, whose weights cannot be converted. Give a model of "
                 f"transformers."
             )
-        self._loaded = (loaded,)
+        self._loaded, self.context = (loaded,), loaded.spec.context
 
     def configuration(self) -> PretrainedConfig:
-        """The student's.
-
-        Raises:
-            UserError: If the teacher does not have what is asked of it.
-        """
+        """The student's; a UserError if the teacher does not have what is asked of it."""
         config = student_configuration(self._teacher.model.config, self.keep)
         if len(self.keep) == config.num_hidden_layers:
             raise UserError(f"keep names all {len(self.keep)} blocks, so none is left to learn. Name fewer.")
         if self.exits:
-            check_depths(self.exits, config.num_hidden_layers)
+            check_exits(self.exits, config.num_hidden_layers)
         return config
 
     @property
     def _teacher(self) -> HFBackbone:
         return self._loaded[0]
-
-    def context(self) -> int:
-        """The teacher's."""
-        return self._teacher.spec.context
 
     def build(self) -> HFBackbone:
         """The teacher with its attention converted, in float32."""
@@ -154,19 +146,15 @@ class DistillationModule(LanguageModule):
             parameter.requires_grad_(self.trained == "all" or ".mamba." in name)
         return student
 
-    # -- what LanguageModule asks for -----------------------------------------------------------------
-
     def batch_loss(self, tokens_BT: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss between student and teacher."""
         return self.objective.loss(self.backbone, self._teacher, tokens_BT)
 
-    def scores(self, depths: Sequence[int]) -> list[Scores]:
+    def scores(self, depths: Sequence[int]) -> DepthScores:
         """What validation counts, and how far each depth is from the teacher."""
-        return [*super().scores(depths), TeacherScores(depths, self._said)]
-
-    def _said(self, tokens_BT: Tensor) -> Tensor:
         teacher = self._teacher
-        return teacher.unembed(teacher.run(teacher.embed(tokens_BT), Span(0, teacher.spec.depth)))
+        whole = Span(0, teacher.spec.depth)
+        return DepthScores(depths, lambda tokens_BT: teacher.unembed(teacher.run(teacher.embed(tokens_BT), whole)))
 
     def origin(self) -> dict[str, Any]:
         """Student, teacher and loss."""
@@ -184,5 +172,9 @@ class DistillationModule(LanguageModule):
 
     def identity(self) -> dict[str, Any]:
         """Teacher, kept blocks, what trains, and the loss."""
-        told = {"teacher": self._teacher.spec.fingerprint, "keep": self.keep, "trained": self.trained}
-        return {**told, "objective": described(self.objective)}
+        return {
+            "teacher": self._teacher.spec.fingerprint,
+            "keep": self.keep,
+            "trained": self.trained,
+            "objective": described(self.objective),
+        }

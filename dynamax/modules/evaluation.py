@@ -7,8 +7,8 @@ asked about the same positions; scores are taken from answers of its own.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -31,7 +31,7 @@ from dynamax.tasks.base import ChoiceExample, ChoiceTask, Example, GenerationTas
 from dynamax.types import Step
 
 TIMED = 8
-"""Examples that are timed where nobody says otherwise."""
+"""Examples that are timed if no other number is given."""
 
 
 @dataclass
@@ -44,34 +44,37 @@ class OperatingPoint:
     policy: TerminationPolicy | None
 
 
+@dataclass(kw_only=True)
 class Evaluation(ABC):
     """One test run over one kind of task.
 
-    Args:
+    Attributes:
         engine: The model and its exits.
         full: The full model.
         points: Policies at thresholds.
-
-    Attributes:
-        exits: What each exit said.
+        bank: The exits' heads.
+        exits: What each exit predicted.
         examples: Examples run so far.
     """
 
-    def __init__(self, engine: Engine, full: OperatingPoint, points: Sequence[OperatingPoint]) -> None:
-        assert engine.exits is not None, "policies have exits to leave at"
-        self.engine = engine
-        self.bank: ExitBank = engine.exits
-        self.full = full
-        self.points = list(points)
+    engine: Engine
+    full: OperatingPoint
+    points: list[OperatingPoint]
+    bank: ExitBank = field(init=False)
+    exits: dict[int, ExitStats] = field(init=False)
+    examples: int = field(default=0, init=False)
+
+    def __post_init__(self) -> None:
+        assert self.engine.exits is not None, "policies have exits to leave at"
+        self.bank = self.engine.exits
         self.exits = {depth: ExitStats(depth) for depth in self.bank.depths}
-        self.examples = 0
 
     @abstractmethod
     def add(self, example: Any) -> None:  # noqa: ANN401 - each kind has its own class of example
         """Run one example through the full model and every point."""
 
     def _read(self, tokens_1T: Tensor, start: int, top_T: Tensor | None = None) -> TeacherForcedPass:
-        """Read a known text, and count what each exit says beside the top's most likely tokens."""
+        """Read a known text, and compare what each exit predicts with the top's most likely tokens."""
         read = self.engine.read(tokens_1T, start=start)
         top_T = read.logits_TV.argmax(-1) if top_T is None else top_T
         for evidence in read.exits:
@@ -79,37 +82,25 @@ class Evaluation(ABC):
         return read
 
 
+@dataclass(kw_only=True)
 class Generation(Evaluation):
     """Answers in words.
 
-    Args:
+    Attributes:
         task: The task.
-        engine: The model and its exits.
-        full: The full model.
-        points: Policies at thresholds.
         sampler: What all of them draw with; each answer begins it anew, so that all have the same chances.
         chat: Wrap prompts in the chat template.
         timed: Examples on which every policy is timed and charged, decoding along the full model's answer in turn
-            with the full model; None for the usual number. On the others only agreement and depth are taken: read off
-            one pass where that tells the same, else decoded too.
+            with the full model. On the others only agreement and depth are taken: read off one pass where that gives
+            the same, else decoded too.
         probes: Watchers of the policies' timed decoding.
     """
 
-    def __init__(
-        self,
-        task: GenerationTask,
-        engine: Engine,
-        full: OperatingPoint,
-        points: Sequence[OperatingPoint],
-        *,
-        sampler: Sampler,
-        chat: bool,
-        timed: int | None,
-        probes: Sequence[Probe],
-    ) -> None:
-        super().__init__(engine, full, points)
-        self.task, self.sampler, self.chat, self.probes = task, sampler, chat, tuple(probes)
-        self.timed = TIMED if timed is None else timed
+    task: GenerationTask
+    sampler: Sampler
+    chat: bool
+    timed: int
+    probes: Sequence[Probe]
 
     def add(self, example: Example) -> None:
         """Answer in full, follow every point along that answer, and let it answer on its own."""
@@ -121,7 +112,6 @@ class Generation(Evaluation):
         start = prompt_1T.shape[1] - 1
         read = self._read(torch.cat([prompt_1T, target_1T[:, :-1]], 1), start, top_T)
         timed = self.examples < self.timed
-        answers = [(self.full, whole)]
         for point in self.points:
             if timed or not point.decoder.teacher_forced:
                 if timed:
@@ -132,10 +122,7 @@ class Generation(Evaluation):
                 point.stats.add_steps(steps, top_T[1:] if comparable else None)
             else:
                 point.stats.add_path(read.apply_policy(point.policy), top_T)
-            answers.append((point, self._answer(point, example, prompt_1T)))
-        for point, answer in answers:
-            point.stats.scores.append(self.task.score(example, answer.text))
-            point.stats.answers.update([answer.text], [whole.text])
+            self._answer(point, example, prompt_1T, whole)
         for depth, stats in self.exits.items() if timed else ():
             watch = clock(self.engine.device)
             decoder = EarlyExit(self.engine.backbone, self.bank, AtDepth(depth))
@@ -143,18 +130,24 @@ class Generation(Evaluation):
             stats.times_ms += watch.read().get("end", {}).get(depth, [])
         self.examples += 1
 
-    def _answer(self, point: OperatingPoint, example: Example, prompt_1T: Tensor) -> Answer:
+    def _answer(
+        self, point: OperatingPoint, example: Example, prompt_1T: Tensor, whole: Answer | None = None
+    ) -> Answer:
+        """Answer, and compare with the full model's answer; left out, this is the full model's."""
         self.sampler.restart(self.examples)
         options = self.engine.options(
             sampler=self.sampler, max_new_tokens=example.max_new_tokens, stop_strings=example.stop_strings or None
         )
-        return self.engine.answer(point.decoder, prompt_1T, options)
+        answer = self.engine.answer(point.decoder, prompt_1T, options)
+        point.stats.scores.append(self.task.score(example, answer.text))
+        point.stats.answers.update([answer.text], [answer.text if whole is None else whole.text])
+        return answer
 
     def _along(self, point: OperatingPoint, prompt_1T: Tensor, target_1T: Tensor, *, timed: bool) -> list[Step]:
         """Decode along known tokens; a decoder that drafts decodes as many tokens of its own.
 
         Args:
-            point: Who decodes.
+            point: The policy, or the full model.
             prompt_1T: The prompt.
             target_1T: The full model's answer.
             timed: Whether to count time and cost, and let the probes watch; they do not watch the full model.
@@ -175,41 +168,49 @@ class Generation(Evaluation):
         ms = sum(ms for times in watch.read().get("end", {}).values() for ms in times)
         places = range(prompt_1T.shape[1], prompt_1T.shape[1] + len(steps))
         costs = [point.costs.step(step, place) for step, place in zip(steps, places, strict=True)]
-        point.stats.add_time(ms, costs, [point.costs.full(place) for place in places])
+        stats = point.stats
+        stats.ms += ms
+        stats.timed += len(costs)
+        stats.cost = sum(costs, stats.cost)
+        stats.full_cost = sum((point.costs.full(place) for place in places), stats.full_cost)
         return steps
 
 
+@dataclass(kw_only=True)
 class Likelihood(Evaluation):
     """Likelihoods of given text: read off one pass, which exact state makes right (law 4).
 
-    Args:
+    Attributes:
         task: The task.
-        engine: The model and its exits.
-        full: The full model.
-        points: Policies at thresholds.
 
     Raises:
-        UserError: If a decoder would do otherwise than one pass tells.
+        UserError: If one pass does not give what a decoder would do.
     """
 
-    def __init__(
-        self, task: ChoiceTask | TextTask, engine: Engine, full: OperatingPoint, points: Sequence[OperatingPoint]
-    ) -> None:
-        super().__init__(engine, full, points)
-        self.task = task
-        for point in points:
+    task: ChoiceTask | TextTask
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for point in self.points:
             if not point.decoder.teacher_forced:
                 raise UserError(
-                    f"{type(task).__name__} scores likelihoods, which are read off one exact pass, but "
+                    f"{type(self.task).__name__} scores likelihoods, which are read off one exact pass, but "
                     f"{type(point.decoder).__name__} with {point.decoder.options()} would do otherwise. Use EarlyExit "
                     f"with Exact state and without lenses that run the last block, or a task that generates."
                 )
 
     def add(self, example: ChoiceExample | TextExample) -> None:
         """Score the example under the full model and every point."""
-        texts = self._document(example) if isinstance(example, TextExample) else self._candidates(example)
+        texts = [
+            (self._read(tokens_1T[:, :-1], first - 1), tokens_1T[0, first:])
+            for tokens_1T, first in self._texts(example)
+        ]
         for point in [self.full, *self.points]:
-            nats = [self._nats(point, read, target_T) for read, target_T in texts]
+            nats = []
+            for read, target_T in texts:
+                path = read.apply_policy(point.policy)
+                point.stats.add_path(path, read.logits_TV.argmax(-1))
+                nats.append(float(path.logits_TV.log_softmax(-1).gather(1, target_T[:, None]).sum()))
             if isinstance(example, TextExample):
                 assert isinstance(self.task, TextTask)
                 tokens = sum(len(target_T) for _, target_T in texts)
@@ -219,44 +220,23 @@ class Likelihood(Evaluation):
                 point.stats.scores.append(self.task.score_choices(example, nats))
         self.examples += 1
 
-    def _candidates(self, example: ChoiceExample) -> list[tuple[TeacherForcedPass, Tensor]]:
-        texts = []
+    def _texts(self, example: ChoiceExample | TextExample) -> Iterator[tuple[Tensor, int]]:
+        """Each candidate behind the prompt, or each window of a document; and the first token that is scored."""
+        if isinstance(example, TextExample):
+            assert isinstance(self.task, TextTask)
+            text_1T = self.engine.with_start_token(self.engine.encode(example.text, chat=False))
+            for window in self.task.windows(text_1T.shape[1]):
+                yield text_1T[:, window.start : window.stop], window.first - window.start
+            return
         for candidate in example.candidates:
             try:
-                whole_1T, start = self.engine.encode_pair(example.prompt, candidate)
+                yield self.engine.encode_pair(example.prompt, candidate)
             except UserError as error:
                 raise UserError(f"Example {example.id}: {error}") from error
-            texts.append((self._read(whole_1T[:, :-1], start - 1), whole_1T[0, start:]))
-        return texts
-
-    def _document(self, example: TextExample) -> list[tuple[TeacherForcedPass, Tensor]]:
-        assert isinstance(self.task, TextTask)
-        text_1T = self.engine.with_start_token(self.engine.encode(example.text, chat=False))
-        texts = []
-        for window in self.task.windows(text_1T.shape[1]):
-            tokens_1T = text_1T[:, window.start : window.stop]
-            first = window.first - window.start
-            texts.append((self._read(tokens_1T[:, :-1], first - 1), tokens_1T[0, first:]))
-        return texts
-
-    def _nats(self, point: OperatingPoint, read: TeacherForcedPass, target_T: Tensor) -> float:
-        path = read.apply_policy(point.policy)
-        point.stats.add_path(path, read.logits_TV.argmax(-1))
-        return float(path.logits_TV.log_softmax(-1).gather(1, target_T[:, None]).sum())
 
 
 def check_options(task: object, *, sampler: Sampler | None, chat: bool | None, timed: int | None) -> None:
-    """Refuse options that a task cannot use, and tasks of an unknown kind.
-
-    Args:
-        task: The task.
-        sampler: As given; None for the model's own way.
-        chat: As given; None for plain text.
-        timed: As given; None for the usual number.
-
-    Raises:
-        UserError: If an option was given that would change nothing.
-    """
+    """Refuse tasks of an unknown kind, and options that would change nothing (UserError); None was not given."""
     if isinstance(task, GenerationTask):
         return
     name = type(task).__name__

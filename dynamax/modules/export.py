@@ -1,4 +1,4 @@
-"""A trained model as a folder in transformers' layout, with a card that says what it is. Knows files, no trainer.
+"""A trained model as a folder in transformers' layout, with a card in Markdown. Knows files, no trainer.
 
 The figures on the card are those of the very files: they are written, loaded again, and measured.
 """
@@ -6,31 +6,37 @@ The figures on the card are those of the very files: they are written, loaded ag
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
 
 from dynamax.backbones.base import Backbone
 from dynamax.backbones.hf import HFBackbone
 from dynamax.data.language import LanguageData
 from dynamax.decoding.sampling import Greedy, Sampled, Sampler
-from dynamax.engine import Engine, load
+from dynamax.engine import load
 from dynamax.errors import UserError
 from dynamax.metrics.environment import environment
 from dynamax.metrics.language import DepthScores
-from dynamax.modules.card import card
 from dynamax.modules.checks import all_finite
-from dynamax.modules.training_log import read_depths
 
 REPORT = "training.json"
 SAMPLE = 48
+"""Tokens of a sample, at most."""
 SAMPLERS: dict[str, Sampler] = {"greedy": Greedy(), "temperature 0.7": Sampled(0.7, seed=0)}
+CANNOT = """\
+It is small and saw little text: a fixture for tests and comparisons. It knows no facts, follows no instructions and \
+writes text that need not be true or make sense. Nothing was done against what its text may contain. How well its \
+exits do is no evidence of how well those of a large model would."""
+CANNOT_STUDENT = """\
+It imitates its teacher on the text named above, and does so worse on other text and on longer contexts than its \
+blocks. What its teacher gets wrong it gets wrong too. Nothing was done against what its text may contain."""
 
 
 def check_target(target: str) -> None:
@@ -71,50 +77,48 @@ def write_model(
 
     Returns:
         The report that was written.
+
+    Raises:
+        UserError: If a weight is not finite in float16.
     """
     folder = Path(target)
     folder.parent.mkdir(parents=True, exist_ok=True)
     device = next(backbone.parameters()).device
-    tokenizer = data.streams.tokenizer
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".partial-") as scratch:
-        fresh = Path(scratch) / "fresh"
-        half(backbone.model).save_pretrained(fresh)
-        tokenizer.save_pretrained(fresh)
-        engine = load(fresh, device=str(device))
-        written = engine.backbone
-        report = {
-            **facts,
-            "parameters": sum(p.numel() for p in written.parameters()),
-            "text": text_facts(data),
-            "environment": environment(device.type, dtype="float32", batch=sum(data.rows)),
-            "depths": measure(written, data, [*exits, written.spec.depth]),
-            "samples": samples(engine, prompts),
-            "files": sorted([*(path.name for path in fresh.iterdir()), REPORT, "README.md"]),
-        }
-        (fresh / REPORT).write_text(json.dumps(report, indent=1), "utf-8")
-        (fresh / "README.md").write_text(card(folder.name, report), "utf-8")
-        put(fresh, folder, Path(scratch) / "before")
-    return report
-
-
-def half(model: PreTrainedModel) -> PreTrainedModel:
-    """A copy in float16 on the CPU.
-
-    Raises:
-        UserError: If a weight is not finite there.
-    """
-    twin = type(model)(copy.deepcopy(model.config)).half()
-    twin.load_state_dict(model.state_dict())
-    if not all_finite(twin.parameters()):
+    half = type(backbone.model)(copy.deepcopy(backbone.model.config)).half()
+    half.load_state_dict(backbone.model.state_dict())
+    if not all_finite(half.parameters()):
         raise UserError(
             "The model was not written: a weight is too large for float16, in which models are written, or not a "
             "number. Lower model.learning_rate, or set trainer.gradient_clip_val: 1, and train anew."
         )
-    return twin
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".partial-") as scratch:
+        fresh = Path(scratch) / "fresh"
+        half.save_pretrained(fresh)
+        data.streams.tokenizer.save_pretrained(fresh)
+        engine = load(fresh, device=str(device))
+        written = engine.backbone
+        depths, samples = measure(written, data, [*exits, written.spec.depth]), []
+        for prompt, (name, sampler) in itertools.product(prompts, SAMPLERS.items()):
+            limit = min(SAMPLE, written.spec.context - engine.encode(prompt, chat=False).shape[1])
+            answer = engine.generate(prompt, chat=False, sampler=sampler, max_new_tokens=limit)
+            samples.append({"prompt": prompt, "sampling": name, "text": answer.text})
+        report = {
+            **facts,
+            "parameters": sum(p.numel() for p in written.parameters()),
+            "text": _text_facts(data),
+            "environment": environment(device.type, dtype="float32", batch=sum(data.rows)),
+            "depths": depths,
+            "samples": samples,
+            "files": sorted([*(path.name for path in fresh.iterdir()), REPORT, "README.md"]),
+        }
+        (fresh / REPORT).write_text(json.dumps(report, indent=1), "utf-8")
+        (fresh / "README.md").write_text(card(folder.name, report), "utf-8")
+        _put(fresh, folder, Path(scratch) / "before")
+    return report
 
 
-def put(fresh: Path, folder: Path, before: Path) -> None:
-    """Move a complete folder to its place, and what was there out of the way; files of others go along."""
+def _put(fresh: Path, folder: Path, before: Path) -> None:
+    """Move a complete folder to its place, and an earlier export out of the way; other files there stay."""
     if not folder.exists():
         os.replace(fresh, folder)
         return
@@ -127,14 +131,16 @@ def put(fresh: Path, folder: Path, before: Path) -> None:
         os.replace(before / name, folder / name)
 
 
-def text_facts(data: LanguageData) -> dict[str, Any]:
-    """What the model was trained on."""
-    lengths = {part: data.streams.lengths(part) for part in ("train", "validation")}
+def _text_facts(data: LanguageData) -> dict[str, Any]:
+    parts = (
+        data.streams.inputs["corpora"],
+        data.rows,
+        data.streams.lengths("train"),
+        data.streams.lengths("validation"),
+    )
     corpora = [
         {**identity, "rows": rows, "train": train, "validation": validation}
-        for identity, rows, train, validation in zip(
-            data.streams.inputs["corpora"], data.rows, lengths["train"], lengths["validation"], strict=True
-        )
+        for identity, rows, train, validation in zip(*parts, strict=True)
     ]
     return {
         "corpora": corpora,
@@ -146,20 +152,125 @@ def text_facts(data: LanguageData) -> dict[str, Any]:
 
 
 def measure(backbone: Backbone, data: LanguageData, depths: Sequence[int]) -> dict[str, dict[str, float]]:
-    """Perplexity, accuracy and agreement with the top by depth, over the validation blocks."""
-    device = next(backbone.parameters()).device
+    """Perplexity, accuracy and agreement with the top by depth, over the validation blocks.
+
+    Every depth is read through the final norm and the output matrix.
+    """
     scores = DepthScores(depths)
-    for tokens_BT in data.val_dataloader():
-        scores.update(read_depths(backbone, tokens_BT.to(device), depths), tokens_BT.to(device))
-    return {str(depth): score._asdict() for depth, score in scores.compute().items()}
+    for block_BT in data.val_dataloader():
+        tokens_BT = block_BT.to(next(backbone.parameters()).device)
+        states = backbone.walk(backbone.embed(tokens_BT), depths)
+        scores.update([backbone.unembed(h_BTD) for _, h_BTD in states], tokens_BT)
+    return {str(depth): score for depth, score in scores.compute().items()}
 
 
-def samples(engine: Engine, prompts: Sequence[str]) -> list[dict[str, str]]:
-    """What the model makes of each prompt, by each way of sampling."""
-    found = []
-    for prompt in prompts:
-        most = min(SAMPLE, engine.backbone.spec.context - engine.encode(prompt, chat=False).shape[1])
-        for name, sampler in SAMPLERS.items():
-            answer = engine.generate(prompt, chat=False, sampler=sampler, max_new_tokens=most)
-            found.append({"prompt": prompt, "sampling": name, "text": answer.text})
-    return found
+def card(name: str, report: dict[str, Any]) -> str:
+    """The card in Markdown: use, recipe, text, figures by depth, losses, samples, limits.
+
+    Args:
+        name: What the model is called.
+        report: See ``write_model``.
+    """
+    student, config = "teacher" in report, report["config"]
+    made = "trained from the start by `dynamax train`"
+    use = "In transformers: `AutoModelForCausalLM.from_pretrained(FOLDER)`."
+    if student:
+        made = (
+            f"distilled by `dynamax distill` from a Transformer whose attention it keeps in {len(config['keep'])} of "
+            f"{config['num_hidden_layers']} blocks (numbered from 0), with Mamba-2 in the others,"
+        )
+        if not config["keep"]:
+            use = "It keeps no attention, so transformers runs it with `use_cache=False` only."
+    scores = [
+        (depth, f"{score['perplexity']:.1f}", f"{score['accuracy']:.3f}", f"{score['agreement']:.3f}")
+        for depth, score in report["depths"].items()
+    ]
+    parts = [
+        "---\nlibrary_name: transformers\npipeline_tag: text-generation\n---",
+        f"# {name}",
+        f"A causal language model of type `{config['model_type']}` with {report['parameters'] / 1e6:.2f} million "
+        f"parameters, {made} on {report['tokens'] / 1e6:.2f} million tokens in {report['seconds'] / 60:.1f} minutes. "
+        f"Weights are float16.",
+        f"## Use\n\nWith this folder as FOLDER: `{command(report['depths'])}`\n\n{use}",
+        f"## Recipe\n\n{_recipe(report)}",
+        f"## Text\n\n{_text(report['text'])}",
+        "## Every depth, on held-out text",
+        "All depths are read through the final norm and the output matrix; the last is the top. Agreement is with the "
+        "top's likeliest token, accuracy with the true one. Measured on these files.",
+        table(("blocks", "perplexity", "accuracy", "agreement"), scores),
+        "## Loss",
+        "Cross-entropy of the top on training batches, mean of the steps since the row before.",
+        table(("step", "loss"), [(step, f"{loss:.3f}") for step, loss in report["curve"]]),
+    ]
+    if student:
+        tops = [(step, list(depths.values())[-1]) for step, depths in report["validation"].items()]
+        rows = [(step, f"{top['divergence']:.4f}", f"{top['fidelity']:.3f}") for step, top in tops]
+        parts += [
+            "## Distance from the teacher",
+            "Of the top on held-out text: KL(teacher || student) in nats, and how often the likeliest token is its "
+            "own.",
+            table(("step", "divergence", "same token"), rows),
+        ]
+    if report["samples"]:
+        parts += ["## Samples", "Prompts may stand in the training text."]
+        each = [
+            (s["sampling"], *(" ".join(s[k].replace("`", "'").split()) for k in ("prompt", "text")))
+            for s in report["samples"]
+        ]
+        parts.append("\n".join(f"- `{prompt}` ({way}): `{text}`" for way, prompt, text in each))
+    parts += ["## What it cannot do", CANNOT_STUDENT if student else CANNOT]
+    return "\n\n".join(parts) + "\n"
+
+
+def _recipe(report: dict[str, Any]) -> str:
+    def listed(name: str) -> str:
+        return ", ".join(f"{option} {value}" for option, value in report[name].items())
+
+    rows = [
+        ("configuration", listed("config")),
+        *([("teacher", listed("teacher")), ("trained", report["trained"])] if "teacher" in report else []),
+        ("objective", listed("objective")),
+        ("AdamW (.9, .95)", listed("optimiser")),
+        ("steps", report["steps"]),
+        ("tokens a step", report["text"]["rows"] * report["text"]["block"]),
+        ("gradients clipped at", report["gradient_clip"]),
+        ("precision", report["precision"]),
+        ("environment", listed("environment")),
+    ]
+    return table(("", ""), rows)
+
+
+def _text(text: dict[str, Any]) -> str:
+    rows = [
+        (corpus["source"], corpus["rows"], f"{corpus['train']:,}", f"{corpus['validation']:,}")
+        for corpus in text["corpora"]
+    ]
+    head = ("corpus", f"rows of {text['rows']} in a batch", "training tokens", "validation tokens")
+    kind = f"Byte-level BPE of {text['vocabulary']} tokens, trained on the training text."
+    if text["tokenizer"] is not None:
+        kind = f"Another model's tokenizer, of {text['vocabulary']} tokens."
+    return (
+        f"{table(head, rows)}\n\n{kind} Blocks of {text['block']} tokens. `training.json` has each corpus' options and "
+        f"the hash of its contents."
+    )
+
+
+def table(head: Sequence[object], rows: Sequence[Sequence[object]]) -> str:
+    """A table in Markdown.
+
+    >>> print(table(("a", "b"), [(1, 2)]))
+    | a | b |
+    |---|---|
+    | 1 | 2 |
+    """
+    first, *others = ["| " + " | ".join(map(str, line)) + " |" for line in (head, *rows)]
+    return "\n".join([first, "|" + "---|" * len(head), *others])
+
+
+def command(depths: Iterable[str], folder: str = "FOLDER") -> str:
+    """What to type next: decode from the exits, at ``depths`` but the last, or train some."""
+    exits = ", ".join(f"{depth}: {{}}" for depth in sorted(map(int, depths))[:-1])
+    if not exits:
+        return f"dynamax fit -c configs/demo/fit.yaml --model.backbone Folder --model.backbone.path {folder}"
+    policy = f"--exits '{{{exits}}}' --policy MaxProb --threshold 0.5"
+    return f'dynamax generate "..." --backbone Folder --backbone.path {folder} {policy}'

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Collection
 from typing import Any, Self, cast
@@ -18,8 +19,8 @@ from dynamax.data.hidden import HiddenStates
 from dynamax.errors import UserError
 from dynamax.heads.bank import Exit, ExitBank
 from dynamax.metrics.exits import GateAUROC
-from dynamax.modules import checks
-from dynamax.modules.phases import Phase, PhaseSchedule, completed, heads_of, share
+from dynamax.modules.checks import ChecksBeforeFit, check_depths, check_finite, one_device
+from dynamax.modules.phases import Phase, PhaseSchedule, check_length, check_trained, completed, heads_of, share
 from dynamax.objectives.base import KINDS, ExitReader, Kind, counted, in_top_k
 from dynamax.paths import InputPath
 from dynamax.types import Site, Spec
@@ -29,9 +30,9 @@ class HeadsModule(LightningModule):
     """Trains lenses and gates of all exits in one run, in phases.
 
     Usually lenses train first, then gates: a gate learns whether its exit's lens is right, so its labels change while
-    the lens does; a lens at rest lets each document be labelled once. And gates train on documents that the lenses
-    never saw, since a lens is right more often on those it learned from. Here lenses train for two epochs; then gates
-    and lenses take turns of 200 steps::
+    the lens does; when the lens rests, each document need be labelled only once. And gates train on
+    documents that the lenses never saw, since a lens is right more often on those it learned from. Here lenses train
+    for two epochs; then gates and lenses take turns of 200 steps::
 
         phases:
           warmup: {objective: LensDistillation, epochs: 2}
@@ -43,11 +44,11 @@ class HeadsModule(LightningModule):
     share no parameters, so their losses are summed, and gradients are clipped by head
     (``trainer.gradient_clip_val``). A loss or a weight that is not finite ends the run.
 
-    Checkpoints hold heads and optimiser, not the backbone; ``ckpt_path`` goes on with an interrupted run.
+    Checkpoints hold heads and optimiser, not the backbone; ``ckpt_path`` resumes an interrupted run.
 
     Args:
         backbone: Where the model comes from; its last block, final norm and output matrix are loaded.
-        exits: What stands at each depth, in blocks completed.
+        exits: The heads at each depth, in blocks completed.
         phases: What is trained, by a name of your choice, in this order; see ``dynamax.modules.phases.Phase``.
         alternate: Names of the phases that take turns; all others come before them.
         heads: Folder of saved heads to begin with, or to validate; they must be those of ``exits``. Left out, heads
@@ -99,23 +100,24 @@ class HeadsModule(LightningModule):
     # -- the heads ----------------------------------------------------------------------------------
 
     def configure_model(self) -> None:
-        """Load the backbone's top and build the heads, once.
-
-        Raises:
-            UserError: If a phase has nothing to train, heads have no phase, or saved heads are others.
-        """
+        """Load the backbone's top and build the heads, once; see the class for what is refused."""
         if self._top:
             return
         top = self.backbone.output_stage().eval().requires_grad_(False)
         bank = ExitBank(self.exits, top.site)
         if self.saved is not None:
             fresh, bank = bank, ExitBank.load(self.saved, top.site)
-            checks.check_saved(self.saved, fresh.record(top.spec), bank.record(top.spec))
+            asked, found = (json.dumps(each.record(top.spec)["exits"], sort_keys=True) for each in (fresh, bank))
+            if asked != found:
+                raise UserError(
+                    f"The heads in {self.saved} are not those of the exits. Saved: {found}. Exits: {asked}. Give the "
+                    f"exits they were trained with, or leave heads out and train anew."
+                )
         self._top, self.bank = (top,), bank
         self.sites: dict[int, Site] = {depth: top.site(depth) for depth in bank.depths}
         gates = [f"{depth}/{name}" for depth in bank.depths for name in bank.gates(depth)]
         self.aurocs = nn.ModuleDict({name: GateAUROC() for name in gates})
-        checks.check_trained(bank, self.phases)
+        check_trained(bank, self.phases)
 
     @property
     def spec(self) -> Spec:
@@ -123,7 +125,7 @@ class HeadsModule(LightningModule):
         return self._top[0].spec
 
     def check(self, trainer: Trainer, data: object = None) -> None:
-        """Refuse what cannot end well, as far as it can be told before data is prepared.
+        """Refuse a run that cannot end well, as far as can be known before data is prepared.
 
         Args:
             trainer: Its callbacks are asked too, once the heads are built.
@@ -133,31 +135,35 @@ class HeadsModule(LightningModule):
             UserError: If there are several devices, the phases do not fit into the training, the clipping is out of
                 range, the store will not hold what training reads, or a callback refuses.
         """
-        checks.one_device(trainer, self)
+        one_device(trainer, self)
         clip = trainer.gradient_clip_val
         if clip is not None and not clip >= 0:
             raise UserError(f"trainer.gradient_clip_val is {clip}; wanted a number of at least 0. Change it.")
-        checks.check_length(self.phases, self.alternate, trainer)
+        check_length(self.phases, self.alternate, trainer)
         self.check_data(data)
         for callback in cast(Any, trainer).callbacks if self._top else ():
-            if isinstance(callback, checks.ChecksBeforeFit):
+            if isinstance(callback, ChecksBeforeFit):
                 callback.check_before_fit(trainer, self)
 
     def check_data(self, data: object) -> None:
-        """Refuse ``HiddenStates`` whose store will not hold what training reads; other data is not looked at.
-
-        Raises:
-            UserError: If it keeps too few tokens of a position for an objective, or lacks the depth of an exit.
-        """
-        if isinstance(data, HiddenStates):
-            checks.check_tokens(self.phases, data.k)
-            checks.check_depths(self.exits, data.exits)
+        """Refuse ``HiddenStates`` that keep too few tokens of a position or lack the depth of an exit (UserError)."""
+        if not isinstance(data, HiddenStates):
+            return
+        for name, phase in self.phases.items():
+            if phase.objective.tokens > data.k:
+                raise UserError(
+                    f"The objective of the phase {name}, {type(phase.objective).__name__}, reads "
+                    f"{phase.objective.tokens} tokens of a position, but the store keeps {data.k}. Raise data.k, which "
+                    f"fills another store, or lower top or k of the objective."
+                )
+        check_depths(self.exits, data.exits)
 
     def setup(self, stage: str) -> None:
-        """Check, for those who come without the command line."""
+        """Check, for runs without the command line; nothing of an earlier fit is used."""
+        one_device(self.trainer, self)
         if stage == "fit":
             self.check(self.trainer, cast(Any, self.trainer).datamodule)
-        checks.one_device(self.trainer, self)
+            self._entered = self._schedule = None
 
     # -- phases -------------------------------------------------------------------------------------
 
@@ -179,10 +185,6 @@ class HeadsModule(LightningModule):
                 head.eval()
         return self
 
-    def on_fit_start(self) -> None:
-        """Whatever an earlier fit left is not trusted."""
-        self._entered = self._schedule = None
-
     def on_train_start(self) -> None:
         """Bring the backbone's top to the heads; lay out the phases, now that the length of an epoch is known."""
         self._top[0].to(self.device)
@@ -191,7 +193,7 @@ class HeadsModule(LightningModule):
         if math.inf in (total, trainer.num_training_batches):
             raise UserError("HeadsModule needs data of a known length. Give a data module whose loaders have one.")
         epoch_steps = math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
-        checks.check_length(self.phases, self.alternate, trainer, epoch_steps)
+        check_length(self.phases, self.alternate, trainer, epoch_steps)
         self._schedule = PhaseSchedule(self.phases, self.alternate, epoch_steps=epoch_steps, total=int(total))
 
     def on_validation_start(self) -> None:
@@ -201,9 +203,9 @@ class HeadsModule(LightningModule):
             self._forget(None)
 
     def on_train_batch_start(self, batch: HiddenBatch, batch_idx: int) -> None:
-        """Set the learning rates; where a phase begins, let other heads rest and forget what was read of changing ones.
+        """Set the learning rates (a scheduler would have to know the length of an epoch too early).
 
-        The rates stand here and not in a scheduler, which would have to know the length of an epoch too early.
+        Where a phase begins, freeze the other heads and forget what was read of heads that change.
         """
         assert self._schedule is not None, "on_train_start comes first"
         for group in cast(Optimizer, self.optimizers()).param_groups:
@@ -219,7 +221,7 @@ class HeadsModule(LightningModule):
         self._forget(None if left is None else left.trains | phase.trains)
 
     def _forget(self, changed: Collection[Kind] | None) -> None:
-        """Let go of what was read of heads of these kinds; of everything if None."""
+        """Forget what was read of heads of these kinds; everything if None."""
         for reader in (self._reader, *(phase.objective for phase in self.phases.values())):
             reader.forget(changed)
 
@@ -239,49 +241,34 @@ class HeadsModule(LightningModule):
     # -- steps --------------------------------------------------------------------------------------
 
     def on_before_batch_transfer(self, batch: HiddenBatch, dataloader_idx: int) -> HiddenBatch:
-        """Refuse a store that lacks an exit.
-
-        Raises:
-            UserError: Naming the depths there are and those wanted.
-        """
-        checks.check_depths(self.exits, batch.hidden)
+        """Refuse a store that lacks the depth of an exit (UserError)."""
+        check_depths(self.exits, batch.hidden)
         return batch
 
     def training_step(self, batch: HiddenBatch, batch_idx: int) -> Tensor:
-        """The loss of the phase, on the documents that are its own.
-
-        Raises:
-            UserError: If the loss is not finite.
-        """
+        """The loss of the phase, on the documents that are its own; a UserError if it is not finite."""
         name = self._phase(self.global_step)
         phase = self.phases[name]
         batch = share(batch, phase.prompts or (0.0, 1.0))
         loss, seen = phase.objective.loss(self.bank, batch, self.sites)
-        checks.check_finite("The loss", [loss], step=self.global_step + 1, name=name, phase=phase)
+        check_finite("The loss", [loss], step=self.global_step + 1, phase=name, rate=phase.rate)
         size = max(1, int(counted(batch).sum()))
         self.log("train/loss", loss, prog_bar=True, batch_size=size)
         self.log_dict({f"train/{name}": value for name, value in seen.items()}, batch_size=size)
         return loss
 
     def optimizer_step(self, *args: Any, **options: Any) -> None:  # noqa: ANN401 - Lightning's
-        """Step, and look at the weights before anything can save them.
-
-        Raises:
-            UserError: If a weight is not finite.
-        """
+        """Step; a weight that is not finite is a UserError, before anything can save it."""
         step, name = self.global_step, self._phase(self.global_step)
         super().optimizer_step(*args, **options)
         phase = self.phases[name]
         parameters = (p for head in heads_of(self.bank, phase.trains) for p in head.parameters())
-        checks.check_finite("A weight", parameters, step=step + 1, name=name, phase=phase)
+        check_finite("A weight", parameters, step=step + 1, phase=name, rate=phase.rate)
 
     def validation_step(self, batch: HiddenBatch, batch_idx: int) -> None:
-        """Agreement of each lens, loss of the phase or of those that take turns, AUROC of each gate that trains.
+        """Log agreement of each lens, loss of the phase or of those that take turns, AUROC of each gate that trains.
 
-        On its own, validation tells all of these.
-
-        Raises:
-            UserError: If a loss is not finite while fitting.
+        Without training it logs all of these. A loss that is not finite while fitting is a UserError.
         """
         if not (size := int(counted(batch).sum())):
             return
@@ -296,7 +283,7 @@ class HeadsModule(LightningModule):
             phase = self.phases[name]
             loss, seen = phase.objective.loss(self.bank, batch, self.sites)
             if fitting:
-                checks.check_finite("The validation loss", [loss], step=self.global_step, name=name, phase=phase)
+                check_finite("The validation loss", [loss], step=self.global_step, phase=name, rate=phase.rate)
             figures |= {f"loss/{name}": loss, **seen}
         self.log_dict({f"val/{name}": value for name, value in figures.items()}, batch_size=size)
         if fitting and not any("gates" in self.phases[name].trains for name in names):
@@ -314,11 +301,7 @@ class HeadsModule(LightningModule):
         checkpoint["backbone"] = self.spec.fingerprint
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse heads of another backbone.
-
-        Raises:
-            UserError: Naming both fingerprints.
-        """
+        """Refuse heads of another backbone (UserError)."""
         if checkpoint["backbone"] != self.spec.fingerprint:
             raise UserError(
                 f"The checkpoint was trained on the backbone {checkpoint['backbone']}, but the backbone here is "

@@ -1,14 +1,20 @@
-"""A language model in training, whatever it is trained towards: optimiser, scores by depth, checkpoints, export.
+"""A language model in training: optimiser, scores by depth, checkpoints, export.
 
-Knows no loss, and not where the model's first weights are from.
+Knows no loss, and not where the model's first weights come from.
 """
 
 from __future__ import annotations
 
+import itertools
+import math
+import os
+import shutil
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from time import perf_counter
-from typing import Any, ClassVar, Protocol, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -19,34 +25,58 @@ from dynamax.backbones.hf import HFBackbone
 from dynamax.data.language import LanguageData
 from dynamax.errors import UserError
 from dynamax.metrics.language import DepthScores
-from dynamax.modules.card import command
 from dynamax.modules.checks import all_finite, one_device
-from dynamax.modules.compiling import check_compiler, compile_blocks
-from dynamax.modules.export import check_target, write_model
-from dynamax.modules.schedule import OneRate
-from dynamax.modules.training_log import TrainingLog, read_depths
+from dynamax.modules.export import check_target, command, write_model
+from dynamax.modules.schedule import Optimiser
+
+POINTS = 40
+"""Points of a loss curve, at most."""
 
 
-class Scores(Protocol):
-    """Adds up what every depth says of a text."""
+@dataclass
+class TrainingLog:
+    """What a run has seen, and how its loss fell. Saved in checkpoints.
 
-    def update(self, logits: Sequence[Tensor], tokens_BT: Tensor) -> None:
-        """Count one batch: ``logits_BTV`` at each depth."""
+    Attributes:
+        tokens: Tokens seen.
+        seconds: Of training, validation between steps included.
+        losses: Cross-entropy of the top, by step; on its device until it is asked for.
+        scores: What validation found, by steps done and depth.
+    """
 
-    def compute(self) -> dict[int, Any]:
-        """Named figures by depth."""
-        ...
+    tokens: int = 0
+    seconds: float = 0.0
+    losses: list[Tensor | float] = field(default_factory=list)
+    scores: dict[int, dict[int, dict[str, float]]] = field(default_factory=dict)
+
+    def add(self, loss: Tensor, tokens: int) -> None:
+        """Add one step."""
+        self.losses.append(loss.detach())
+        self.tokens += tokens
+
+    def check(self) -> None:
+        """Raise a UserError if the newest loss is infinite or not a number."""
+        if self.losses and not math.isfinite(float(self.losses[-1])):
+            raise UserError(
+                f"The loss of step {len(self.losses)} is {float(self.losses[-1])}. Lower model.learning_rate, or train "
+                f"in another precision (trainer.precision: bf16-mixed or 32-true), and train anew."
+            )
+
+    def curve(self) -> list[tuple[int, float]]:
+        """Up to 40 points: steps done, and the mean loss of the steps since the point before."""
+        losses = [float(loss) for loss in self.losses]
+        size = max(1, -(-len(losses) // POINTS))
+        parts = [losses[start : start + size] for start in range(0, len(losses), size)]
+        done = itertools.accumulate(map(len, parts))
+        return [(steps, sum(part) / len(part)) for steps, part in zip(done, parts, strict=True)]
 
 
 class LanguageModule(LightningModule, ABC):
     """Trains a causal language model on ``LanguageData`` and writes it as transformers would.
 
-    Checkpoints hold model and optimiser; ``ckpt_path`` goes on with an interrupted run, on the text it would have
-    seen.
-
     Args:
         exits: Depths at which validation reads the model beside the top, ascending.
-        optimiser: How it learns.
+        optimiser: AdamW's options.
         compile: Compile the blocks for training.
         export: Folder to write the trained model to, or None.
         prompts: What the model is made to continue, for the samples on its card.
@@ -54,27 +84,35 @@ class LanguageModule(LightningModule, ABC):
     Attributes:
         backbone: The model; there once ``configure_model`` has run.
         record: What it has seen.
+        context: Longest sequence the model reads; there once ``check`` has run.
+        notes: Where checkpoints hold what a resumed run needs.
     """
 
-    notes: ClassVar[str]
-    """Where checkpoints hold what a resumed run needs."""
     backbone: HFBackbone
+    context: int
+    notes: ClassVar[str]
 
     def __init__(
-        self, exits: list[int], optimiser: OneRate, *, compile: bool, export: str | None, prompts: list[str] | None
+        self, exits: list[int], optimiser: Optimiser, *, compile: bool, export: str | None, prompts: list[str] | None
     ) -> None:
         super().__init__()
         if not all(prompt.strip() for prompt in prompts or []):
             raise UserError(f"prompts {prompts} hold an empty one. Write what the model is to continue, or drop it.")
-        self.exits = exits
-        optimiser.check(type(self).__name__)
-        self.optimiser = optimiser
+        rate, warmup, flat, decay = optimiser
+        known = 0 < rate <= 1 and 0 <= decay < math.inf  # false where one is not a number
+        if not known or warmup < 1 or not 0 <= flat <= 1:
+            raise UserError(
+                f"{type(self).__name__} was given learning_rate {rate}, warmup {warmup}, flat {flat} and weight_decay "
+                f"{decay}; learning_rate must lie in (0, 1], warmup be at least 1, flat lie in [0, 1], weight_decay be "
+                f"a number of at least 0."
+            )
+        self.exits, self.optimiser = exits, optimiser
         self.compile_blocks, self.export, self.prompts = compile, export, prompts or []
         self.record = TrainingLog()
-        self._scores: list[Scores] = []
+        self._scores: DepthScores | None = None
         self._built = False
 
-    # -- what a way of training gives -----------------------------------------------------------------
+    # -- what a subclass gives ------------------------------------------------------------------------
 
     @abstractmethod
     def build(self) -> HFBackbone:
@@ -85,20 +123,16 @@ class LanguageModule(LightningModule, ABC):
         """The loss of one batch, and detached scalars by name, ``cross_entropy/top`` among them."""
 
     @abstractmethod
+    def identity(self) -> dict[str, Any]:
+        """What a checkpoint and the run that resumes it must have in common, besides the text."""
+
     def origin(self) -> dict[str, Any]:
         """What is trained, from what, towards what, as JSON values: for card and report."""
+        return self.identity()
 
-    @abstractmethod
-    def context(self) -> int:
-        """Longest sequence the model reads; known once ``check`` has run."""
-
-    @abstractmethod
-    def identity(self) -> dict[str, Any]:
-        """What a checkpoint must share with the run that goes on with it, but for the text."""
-
-    def scores(self, depths: Sequence[int]) -> list[Scores]:
+    def scores(self, depths: Sequence[int]) -> DepthScores:
         """What validation counts at these depths."""
-        return [DepthScores(depths)]
+        return DepthScores(depths)
 
     # -- the model ------------------------------------------------------------------------------------
 
@@ -112,7 +146,11 @@ class LanguageModule(LightningModule, ABC):
             if len(tokenizer(prompt)["input_ids"]) >= context:
                 raise UserError(f"A prompt leaves no room in a context of {context} tokens: {prompt!r}. Shorten it.")
         if self.compile_blocks:
-            compile_blocks(getattr(self.backbone.model.base_model, self.backbone.row.blocks))
+            blocks = getattr(self.backbone.model.base_model, self.backbone.row.blocks)
+            config = torch._dynamo.config  # a block with a mixer of ours is a graph of its own; PyTorch stops at eight
+            config.recompile_limit = max(config.recompile_limit, len(blocks) + 1)
+            for block in blocks:
+                block.compile()
         self._built = True
 
     @property
@@ -120,17 +158,14 @@ class LanguageModule(LightningModule, ABC):
         """The text; ``check_data`` has looked at it."""
         return cast(Any, self.trainer).datamodule
 
-    # -- optimisation -------------------------------------------------------------------------------
-
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """See ``OneRate``."""
-        trained = [parameter for parameter in self.backbone.parameters() if parameter.requires_grad]
-        return self.optimiser.over(trained, int(self.trainer.estimated_stepping_batches))
+        """See ``Optimiser``."""
+        return self.optimiser.over(self.backbone.parameters(), int(self.trainer.estimated_stepping_batches))
 
-    # -- steps --------------------------------------------------------------------------------------
+    # -- checks before a run --------------------------------------------------------------------------
 
     def check(self, trainer: Trainer) -> None:
-        """Refuse what could not end well, before any time is spent.
+        """Refuse a run that cannot end well, before any time is spent.
 
         Raises:
             UserError: If training has no end or no step, gradients are to be accumulated, the export's place holds
@@ -148,21 +183,22 @@ class LanguageModule(LightningModule, ABC):
                 f"step. Raise the rows of data.portions instead."
             )
         if self.compile_blocks and trainer.strategy.root_device.type == "cpu":
-            check_compiler()
+            compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
+            if shutil.which(compiler) is None:
+                raise UserError(
+                    f"model.compile needs a C++ compiler, and {compiler} is not installed. Install it (apt install "
+                    f"g++), or set model.compile to false."
+                )
         if self.export is not None:
             check_target(self.export)
 
     def check_data(self, data: object) -> None:
-        """Refuse text that the model could not read, before it is written.
-
-        Raises:
-            UserError: If it is of another class, or its blocks are longer than the context.
-        """
+        """Raise a UserError for data of another class, and for blocks longer than the context."""
         if not isinstance(data, LanguageData):
             raise UserError(f"{type(self).__name__} was given data of {type(data).__name__}; give it LanguageData.")
-        if data.length > self.context():
+        if data.length > self.context:
             raise UserError(
-                f"Blocks of {data.length} tokens were given to a model whose context holds {self.context()}. Lower "
+                f"Blocks of {data.length} tokens were given to a model whose context holds {self.context}. Lower "
                 f"data.length, or raise the context in model.config."
             )
 
@@ -172,8 +208,10 @@ class LanguageModule(LightningModule, ABC):
             self.check(self.trainer)
             self.check_data(self.data)
 
+    # -- steps --------------------------------------------------------------------------------------
+
     def on_train_start(self) -> None:
-        """The clock starts."""
+        """Start the clock."""
         self._began = perf_counter()
 
     def training_step(self, tokens_BT: Tensor, batch_idx: int) -> Tensor:
@@ -185,7 +223,7 @@ class LanguageModule(LightningModule, ABC):
         return loss
 
     def on_train_batch_end(self, outputs: Any, batch: Tensor, batch_idx: int) -> None:  # noqa: ANN401 - Lightning's
-        """Time goes to the record, for it travels with checkpoints."""
+        """Count time in the record, which checkpoints save."""
         now = perf_counter()
         self.record.seconds += now - self._began
         self._began = now
@@ -197,16 +235,15 @@ class LanguageModule(LightningModule, ABC):
     def validation_step(self, tokens_BT: Tensor, batch_idx: int) -> None:
         """Read every depth, in the weights' own precision: half-precision logits tie."""
         with torch.compiler.set_stance("force_eager"), torch.autocast(self.device.type, enabled=False):
-            logits = read_depths(self.backbone, tokens_BT, [*self.exits, self.backbone.spec.depth])
-            for scores in self._scores:
-                scores.update(logits, tokens_BT)
+            assert self._scores is not None, "on_validation_epoch_start comes first"
+            h_BTD = self.backbone.embed(tokens_BT)
+            states = self.backbone.walk(h_BTD, self._scores.depths)
+            self._scores.update([self.backbone.unembed(h_BTD) for _, h_BTD in states], tokens_BT)
 
     def on_validation_epoch_end(self) -> None:
         """Log what was counted at every depth; the top is the deepest."""
-        found: dict[int, dict[str, float]] = {}
-        for scores in self._scores:
-            for depth, score in scores.compute().items():
-                found[depth] = {**found.get(depth, {}), **score._asdict()}
+        assert self._scores is not None, "on_validation_epoch_start comes first"
+        found = self._scores.compute()
         for depth, score in found.items():
             self.log_dict({f"val/{name}/{depth}": value for name, value in score.items()})
         if not self.trainer.sanity_checking:
@@ -214,22 +251,12 @@ class LanguageModule(LightningModule, ABC):
             self.record.scores[self.global_step] = found
 
     def on_fit_end(self) -> None:
-        """Write the model, if a folder was given; also where a finished run is taken up once more.
-
-        Raises:
-            UserError: If the newest loss or a weight is not finite.
-        """
+        """Write the model if a folder was given, also when a finished run is resumed; see ``on_save_checkpoint``."""
         self._check_finite()
         if self.export is None or cast(Any, self.trainer).fast_dev_run:
             return
         self.to(self.trainer.strategy.root_device)  # Lightning has taken it off already
-        report = write_model(self.export, self.backbone, self.data, self.exits, self.prompts, self._facts())
-        told = ", ".join(f"{row['perplexity']:.1f} at {depth}" for depth, row in report["depths"].items())
-        print(f"Wrote the model to {self.export}. Perplexity on held-out text by depth: {told}")
-        print(f"Next: {command(report['depths'], self.export)}")
-
-    def _facts(self) -> dict[str, Any]:
-        return {
+        facts = {
             **self.origin(),
             "optimiser": self.optimiser._asdict(),
             "gradient_clip": self.trainer.gradient_clip_val,
@@ -240,6 +267,10 @@ class LanguageModule(LightningModule, ABC):
             "curve": self.record.curve(),
             "validation": self.record.scores,
         }
+        report = write_model(self.export, self.backbone, self.data, self.exits, self.prompts, facts)
+        figures = ", ".join(f"{row['perplexity']:.1f} at {depth}" for depth, row in report["depths"].items())
+        print(f"Wrote the model to {self.export}. Perplexity on held-out text by depth: {figures}")
+        print(f"Next: {command(report['depths'], self.export)}")
 
     # -- checkpoints --------------------------------------------------------------------------------
 
@@ -250,14 +281,11 @@ class LanguageModule(LightningModule, ABC):
             UserError: If the newest loss or a weight is not finite: no checkpoint is replaced by such a model.
         """
         self._check_finite()
-        checkpoint[self.notes] = {"identity": self._identity(), "record": self.record.state()}
+        self.record.losses = [float(loss) for loss in self.record.losses]
+        checkpoint[self.notes] = {"identity": self._identity(), "record": asdict(self.record)}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Go on with the record.
-
-        Raises:
-            UserError: If the checkpoint is of another command, or of another model, objective or text.
-        """
+        """Resume the record; a UserError for a checkpoint of another command, model, objective or text."""
         if self.notes not in checkpoint:
             raise UserError(f"The checkpoint is not one of {type(self).__name__}. Give one that it saved.")
         noted, here = checkpoint[self.notes]["identity"], self._identity()
@@ -269,7 +297,7 @@ class LanguageModule(LightningModule, ABC):
                 f"here: {[here[name] for name in changed]}. Give what it was made with, or train anew, without "
                 f"ckpt_path."
             )
-        self.record.load(checkpoint[self.notes]["record"])
+        self.record = TrainingLog(**checkpoint[self.notes]["record"])
 
     def _check_finite(self) -> None:
         self.record.check()

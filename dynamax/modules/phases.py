@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any, cast
 
 import torch
+from lightning.pytorch import Trainer
 
 from dynamax.data.batch import HiddenBatch
 from dynamax.errors import UserError
 from dynamax.heads.bank import ExitBank
 from dynamax.heads.base import ExitHead
 from dynamax.modules.schedule import warm_cosine
-from dynamax.objectives.base import Kind, Objective
+from dynamax.objectives.base import KINDS, Kind, Objective
 
 EPOCHS = 4
 """Length of a phase that is not the last one, where none is given."""
@@ -55,13 +58,6 @@ class Phase:
         if self.learning_rate is not None:
             return self.learning_rate
         return 2e-3 if "lenses" in self.trains else 1e-3
-
-    @property
-    def length(self) -> str:
-        """The length in words."""
-        if self.steps is None and self.epochs is None:
-            return "the rest"
-        return f"{self.steps} steps" if self.epochs is None else f"{self.epochs} epochs"
 
 
 def completed(phases: Mapping[str, Phase], alternate: Sequence[str]) -> dict[str, Phase]:
@@ -111,6 +107,80 @@ def heads_of(bank: ExitBank, kinds: Iterable[Kind]) -> Iterator[ExitHead]:
     for kind in kinds:
         for depth in bank.depths:
             yield from [bank.lens(depth)] if kind == "lenses" else bank.gates(depth).values()
+
+
+def check_trained(bank: ExitBank, phases: Mapping[str, Phase]) -> None:
+    """Raise a UserError for a phase with nothing to train, and for heads that no phase trains."""
+    learn = {kind for kind in KINDS if any(True for head in heads_of(bank, [kind]) for _ in head.parameters())}
+    for name, phase in phases.items():
+        if not phase.trains & learn:
+            kinds = " and ".join(sorted(phase.trains))
+            raise UserError(
+                f"The phase {name} trains {kinds}, but no exit has {kinds} with anything to learn. Add such heads to "
+                f"the exits, or leave the phase out of model.phases."
+            )
+    for kind in sorted(learn):
+        if not any(kind in phase.trains for phase in phases.values()):
+            raise UserError(
+                f"The exits have {kind} to train, but no phase trains {kind}. Add one to model.phases, such as "
+                f"{kind}: {{objective: {'LensDistillation' if kind == 'lenses' else 'GateObjective'}}}."
+            )
+
+
+def check_length(
+    phases: Mapping[str, Phase], alternate: Sequence[str], trainer: Trainer, epoch_steps: int | None = None
+) -> None:
+    """Refuse a run in which some phase does not get its full length, and one that goes on when all phases are over.
+
+    A trial run (``trainer.fast_dev_run``) may do either.
+
+    Args:
+        phases: As ``completed`` gives them.
+        alternate: Names of those that take turns.
+        trainer: Tells when training ends.
+        epoch_steps: Steps of an epoch; None before the data is there: then only what is certain is refused.
+
+    Raises:
+        UserError: If there are no phases, training has no end, or the lengths do not fit.
+    """
+    if not phases:
+        raise UserError(
+            "There is nothing to train: the model has no phases. Add one, such as phases: {gates: {objective: "
+            "GateObjective}}, with exits that have gates."
+        )
+    steps, epochs = trainer.max_steps, -1 if trainer.max_epochs is None else trainer.max_epochs
+    if epochs < 0 and steps < 0:
+        raise UserError("HeadsModule needs to know when training ends. Set trainer.max_epochs or trainer.max_steps.")
+    if cast(Any, trainer).fast_dev_run:
+        return
+    lengths = []
+    for name, phase in phases.items():
+        given = f"{phase.epochs} epochs" if phase.epochs is not None else f"{phase.steps} steps"
+        lengths.append(f"{name} {'the rest' if phase.epochs is None and phase.steps is None else given}")
+    turns = ", ".join(lengths)
+    known = f", with {epoch_steps} steps an epoch" if epoch_steps else ""
+    in_epochs = sum(phase.epochs or 0 for phase in phases.values())
+    in_steps = sum(phase.steps or 0 for phase in phases.values())
+    *_, last = phases.values()
+    rest = last.epochs is None and last.steps is None
+    least = in_epochs * (epoch_steps or 1) + in_steps + rest  # an epoch has at least one step
+    whole = math.inf if epochs < 0 else epochs * (epoch_steps or 1)
+    available = min(whole if epoch_steps or not in_steps else math.inf, math.inf if steps < 0 else steps)
+    too_few_epochs = 0 <= epochs < in_epochs + (rest or in_steps > 0)
+    if too_few_epochs or available < least:
+        raise UserError(
+            f"Training ends before every phase had its turn: the phases are {turns}, trainer.max_epochs is {epochs} "
+            f"and trainer.max_steps {steps}{known}. Raise "
+            f"trainer.max_epochs (or max_steps), make a phase shorter (model.phases.NAME.epochs or .steps), or leave "
+            f"a phase out."
+        )
+    exact = epoch_steps is not None or (not in_steps and steps < 0) or (not in_epochs and epochs < 0)
+    if exact and not rest and not alternate and available > least:
+        raise UserError(
+            f"Training goes on when all phases are over: the phases are {turns}, trainer.max_epochs is {epochs} and "
+            f"trainer.max_steps {steps}{known}. Give no length to the last "
+            f"phase, which then gets the rest, or lower trainer.max_epochs."
+        )
 
 
 class PhaseSchedule:
@@ -170,7 +240,7 @@ class PhaseSchedule:
         phase = self.phases[name]
         if step >= self.total or kind not in phase.trains:
             return 0.0
-        return phase.rate * warm_cosine(self.all_turns[name], warmup)(done)
+        return phase.rate * warm_cosine(done, length=self.all_turns[name], warmup=warmup)
 
 
 def share(batch: HiddenBatch, prompts: tuple[float, float]) -> HiddenBatch:

@@ -32,7 +32,7 @@ class PolicyRow:
         policy: Its label; ``Full`` for the full model.
         threshold: A number, one for each depth, or None for a policy without.
         agreement: Share of positions at which the most likely token is the full model's.
-        drafts_kept: Share of tokens that were drafted at an exit and stood up to verification.
+        drafts_kept: Share of tokens that were drafted at an exit and kept by verification.
         answer_agreement: Share of answers equal to the full model's, case and white space apart.
         blocks_per_token: Block calls a token.
         flops_fraction: FLOPs as a part of full decoding's.
@@ -175,8 +175,8 @@ class PolicyStats:
     Attributes:
         policy: Its label.
         threshold: None for a policy without.
-        drafts: Whether it drafts and verifies, so that it can be told how many drafts were kept.
-        kept: Tokens that were drafted at an exit and stood up to verification.
+        drafts: Whether it drafts and verifies, so that kept drafts are counted.
+        kept: Tokens that were drafted at an exit and kept by verification.
         timed: Tokens that were timed and charged. The full model's are timed anew beside every policy.
     """
 
@@ -217,13 +217,6 @@ class PolicyStats:
             self.blocks.update(sum(depths), tokens=len(depths))
             self.agreement.update(path.logits_TV.argmax(-1)[1:].cpu(), top_T[1:].cpu())
 
-    def add_time(self, ms: float, costs: Sequence[Cost], full: Sequence[Cost]) -> None:
-        """Add time and cost of decoded steps, beside the full model's cost."""
-        self.ms += ms
-        self.timed += len(costs)
-        self.cost = sum(costs, self.cost)
-        self.full_cost = sum(full, self.full_cost)
-
     def row(self, task: Task, full: PolicyStats) -> PolicyRow:
         """One line of the frontier."""
         scores = task.aggregate(self.scores) if self.scores else {}
@@ -250,7 +243,7 @@ class PolicyStats:
 
 @dataclass
 class ExitStats:
-    """What one exit said along the full model's own answers, in one test run."""
+    """What one exit predicted along the full model's own answers, in one test run."""
 
     depth: int
     agreement: ExitAgreement = field(default_factory=ExitAgreement)
@@ -267,13 +260,17 @@ class ExitStats:
     def row(self, lens: ExitHead, gates: Mapping[str, ExitHead]) -> ExitRow:
         """One line of the exits."""
         p50, p95 = percentiles(self.times_ms) if self.times_ms else (None, None)
+        first, *others = [
+            HeadRow(type(head).__name__, sum(p.numel() for p in head.parameters()), head.flops())
+            for head in (lens, *gates.values())
+        ]
         return ExitRow(
-            self.depth,
-            _computed(self.agreement),
-            {name: _computed(auroc) for name, auroc in self.gates.items()},
-            {"p50": p50, "p95": p95},
-            _head_row(lens),
-            [_head_row(gate) for gate in gates.values()],
+            depth=self.depth,
+            agreement=_computed(self.agreement),
+            gate_auroc={name: _computed(auroc) for name, auroc in self.gates.items()},
+            latency_ms={"p50": p50, "p95": p95},
+            lens=first,
+            gates=others,
         )
 
 
@@ -283,13 +280,9 @@ def percentiles(times_ms: Sequence[float]) -> tuple[float, float]:
     >>> percentiles([1.0, 2.0, 3.0])
     (2.0, 2.9)
     """
-    shares = torch.tensor([0.5, 0.95], dtype=torch.float64)
-    p50, p95 = torch.tensor(times_ms, dtype=torch.float64).quantile(shares).tolist()
-    return round(p50, 9), round(p95, 9)  # of what a clock can tell
-
-
-def _head_row(head: ExitHead) -> HeadRow:
-    return HeadRow(type(head).__name__, sum(p.numel() for p in head.parameters()), head.flops())
+    levels = torch.tensor([0.5, 0.95], dtype=torch.float64)
+    p50, p95 = torch.tensor(times_ms, dtype=torch.float64).quantile(levels).tolist()
+    return p50, p95
 
 
 def _json(value: Any) -> Any:  # noqa: ANN401 - any value of a report

@@ -14,7 +14,7 @@ from matplotlib.image import imread
 
 from callbacks import frontier, plots
 from callbacks.common import table
-from callbacks.depth import bar, shares
+from callbacks.observers import bar, shares
 from dynamax.modules.results import DecodingFacts, DecodingResults, ExitRow, HeadRow, PolicyRow, TaskFacts
 
 
@@ -125,9 +125,11 @@ def test_curves_go_up_the_thresholds_and_leave_the_full_model_out() -> None:
 
 def test_gates_go_by_their_own_name_and_the_full_model_hides_no_point() -> None:
     axes = Figure().subplots()
-    rows = [row("GateConfidence(MambaGate)", level, 1 - level) for level in (0.5, 1.0)]
+    rows = [row("AnyOf(GateConfidence(MambaGate), MaxProb)", None, 0.1)]
+    rows += [row("GateConfidence(MambaGate)", level, 1 - level) for level in (0.5, 1.0)]
     plots._plot(axes, rows, plots.panels(rows, 30)[0], plots.AGREEMENT)
-    curve, star = axes.get_lines()[-2:]
+    both, curve, star = axes.get_lines()[-3:]
+    assert both.get_label() == "AnyOf(MambaGate, MaxProb)"
     assert (curve.get_label(), star.get_label()) == ("MambaGate, 0.5 to 1", "full model")
     assert star.get_zorder() < curve.get_zorder()
 

@@ -12,8 +12,8 @@ from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from callbacks import ExitAccuracy, ExitDepth, ExitFrontier, ExitLatency
-from callbacks.latency import percentiles
 from dynamax.backbones.sources import Folder
+from dynamax.modules.results import percentiles
 from tests.callbacks.conftest import evaluated, trained
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from lightning.pytorch import Trainer
 
-from callbacks.latency import ExitLatency
+from callbacks.observers import ExitLatency
 from dynamax.backbones.sources import Folder
 from dynamax.data.tasks import TaskData
 from dynamax.decoding.probe import CudaEvents

@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM
 
 from dynamax.backbones.sources import Folder
 from dynamax.data.language import LanguageData
-from dynamax.modules.card import card
 from dynamax.modules.distilling import DistillationModule
+from dynamax.modules.export import card
 from dynamax.objectives.distillation import LogitDistillation
 from tests.folders import model_folder
 from tests.modules.languages import WARNINGS, Start, Stop, StopAt, data, trainer, weights

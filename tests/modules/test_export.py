@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dynamax.backbones.sources import Folder
 from dynamax.errors import UserError
-from dynamax.modules.card import card
-from dynamax.modules.training_log import TrainingLog
+from dynamax.modules.export import card
+from dynamax.modules.language import TrainingLog
 from tests.modules.languages import WARNINGS, Stop, data, module, trainer
 
 pytestmark = WARNINGS
