@@ -143,7 +143,7 @@ class Backbone(nn.Module, ABC):
         start: int = 0,
         leave_out: Collection[int] = (),
     ) -> Iterator[tuple[int, Tensor]]:
-        """Run up to each depth in turn: the only loop over depths.
+        """Run up to each depth in turn: the only loop over exits.
 
         Args:
             h_BTD: The caller's positions, input of block ``start``; None to pay all debts: then the owed positions

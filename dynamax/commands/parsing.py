@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from itertools import chain
 from pathlib import Path
+from textwrap import indent
 from typing import Any, ClassVar, Union, get_args, get_origin
 
 import jsonargparse._typehints as typehints
@@ -150,7 +151,7 @@ class _Rule:
     """
 
     def __init__(self, check: Callable[..., Any], option: str, kind: Any) -> None:  # noqa: ANN401 - an annotation
-        self.check = check
+        self._check = check
         self.option = option
         kinds = list(get_args(kind)) if get_origin(kind) in (Union, types.UnionType) else [kind]
         self.may_be_none = type(None) in kinds
@@ -177,6 +178,20 @@ class _Rule:
         if self.option == "config" and isinstance(found, dict) and isinstance(earlier, dict):
             return found if "model_type" in found else {**earlier, **found}
         return found
+
+    def check(self, value: Any, **more: Any) -> Any:  # noqa: ANN401 - whatever the option takes
+        """What jsonargparse makes of a value.
+
+        If the content of a file is refused, jsonargparse reads the file once more, and complains of a loop instead.
+        """
+        try:
+            return self._check(value, **more)
+        except TypeError as error:
+            loop = error.__cause__
+            if loop is None or "Config file loop detected" not in str(loop) or loop.__context__ is None:
+                raise
+            refused = indent(str(loop.__context__), "  ")
+            raise TypeError(f'Parser key "{self.option}":\n{refused}') from loop.__context__
 
 
 # -- files ------------------------------------------------------------------------------------------

@@ -121,6 +121,19 @@ def test_it_is_told_in_one_screen(refused: Refused, place: Path, case: str) -> N
     refused(*CASES[case])
 
 
+def test_a_wrong_option_in_the_file_of_a_part(run: Run, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (place / "parts/lens.yaml").write_text("class_path: LowRankLens\ninit_args: {ranc: 2}\n")
+    (place / "parts/text.yaml").write_text("class_path: LocalText\ninit_args: {path: ../text.txt, lenght: 9}\n")
+    for option, file, given in (
+        ("--data.text", "parts/text.yaml", "lenght"),
+        ("--model.exits.2.lens", "parts/lens.yaml", "ranc"),
+    ):
+        assert run(*FIT, option, file) == 2
+        message = capsys.readouterr().err
+        assert f"has no option {given}. Did you mean" in message
+        assert "loop" not in message
+
+
 def test_a_key_twice_in_a_file(run: Run, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = (place / "fit.yaml").read_text().replace("{2: parts/exit.yaml,", "{4: parts/exit.yaml,")
     (place / "twice.yaml").write_text(text)
