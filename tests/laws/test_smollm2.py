@@ -48,7 +48,7 @@ def test_lossless_is_generate(smollm2: tuple[HFBackbone, PreTrainedTokenizerBase
     decoder = SelfSpeculative(backbone, bank, MaxProb(0.5), draft_limit=3)
     accepted = 0
     for prompt_1T in encoded(tokenizer, 3):
-        steps = list(decoder.decode(prompt_1T, max_new_tokens=24, stop=[tokenizer.eos_token_id]))
+        steps = list(decoder.decode(prompt_1T, max_new_tokens=24, eos_token_id=[tokenizer.eos_token_id]))
         wanted = generate(backbone.model, prompt_1T, len(steps))
         got = torch.stack([step.token_B for step in steps], 1)
         end = len(steps) - 1 if got[0, -1] == tokenizer.eos_token_id else len(steps)

@@ -19,7 +19,7 @@ class LaterTokens(CountPolicy):
     gates = ()
 
     def __init__(self, tokens: int) -> None:
-        super().__init__(tokens)
+        self.threshold = self.checked(tokens)
 
     def __call__(self, evidence: Evidence) -> Tensor:
         """Whether enough tokens have been generated."""
