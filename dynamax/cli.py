@@ -11,12 +11,12 @@ import signal
 import sys
 import threading
 from collections.abc import Sequence
-from difflib import get_close_matches
 from importlib import import_module
 from typing import NamedTuple, NoReturn
 
 from dynamax import __version__
 from dynamax.errors import UserError
+from dynamax.registry import near
 
 
 class Command(NamedTuple):
@@ -46,9 +46,20 @@ TERMINATED = 128 + signal.SIGTERM
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run one command and exit.
 
-    The code is 0, or 2 for a mistake in what was asked, 1 for a failure, 130 if stopped by Ctrl-C, 143 by SIGTERM.
+    The code is 0, or 2 for a mistake in what was asked, 1 for a failure, 130 if stopped by Ctrl-C, 143 by SIGTERM, 141
+    if nobody reads its output any more.
     """
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        try:
+            _run(list(sys.argv[1:] if arguments is None else arguments))
+        finally:
+            print(end="", flush=True)  # a closed pipe is noticed here, not after the end
+    except BrokenPipeError:  # whoever reads, such as head, has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python writes the rest as it exits
+        sys.exit(128 + signal.SIGPIPE)
+
+
+def _run(arguments: list[str]) -> NoReturn:
     ended = arguments.index("--") if "--" in arguments else len(arguments)  # what follows is text, never an option
     options = arguments[:ended]
     debug = "--debug" in options or bool(os.environ.get("DYNAMAX_DEBUG"))
@@ -98,9 +109,7 @@ def _dispatch(options: list[str], texts: list[str]) -> None:
     elif first.startswith("-"):
         raise UserError(f"{first} stands before a command. Write the command first: dynamax fit {first} ...")
     else:
-        near = get_close_matches(first, COMMANDS, n=1, cutoff=0.5)
-        hint = f" Did you mean {near[0]}?" if near else ""
-        raise UserError(f"There is no command {first!r}.{hint} Commands: {', '.join(COMMANDS)}.")
+        raise UserError(f"There is no command {first!r}.{near(first, COMMANDS)} Commands: {', '.join(COMMANDS)}.")
 
 
 def overview() -> str:

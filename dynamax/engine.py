@@ -25,8 +25,7 @@ from dynamax.decoding.base import Decoder, DecoderFactory
 from dynamax.decoding.cost import CostModel
 from dynamax.decoding.early_exit import EarlyExit
 from dynamax.decoding.full import Full
-from dynamax.decoding.probe import Probe
-from dynamax.decoding.sampling import Sampler
+from dynamax.decoding.sampling import Greedy, Sampler
 from dynamax.decoding.teacher_forced import TeacherForcedPass
 from dynamax.device import chosen
 from dynamax.errors import UserError
@@ -148,6 +147,8 @@ class Engine:
     ) -> Answer | list[Answer]:
         """Answer a prompt, or several, one after the other, each as if it were alone.
 
+        A ``sampler`` that is given goes on drawing from one prompt to the next; ``seed`` begins anew with each.
+
         Args:
             prompt: Text; the turns of a conversation, ``[{"role": "user", "content": ...}]``; or a list of either.
             policy: When to leave; left out, every token runs at full depth.
@@ -193,15 +194,23 @@ class Engine:
         assert self.tokenizer is not None, "the prompt has been encoded"
         return Stream(made, self.tokenizer, prompt_1T, said)
 
-    def answer(
-        self, decoder: Decoder, prompt_1T: Tensor, options: GenerationOptions, *, probe: Probe | None = None
-    ) -> Answer:
-        """Answer one encoded prompt with a decoder of this engine."""
+    def answer(self, decoder: Decoder, prompt_1T: Tensor, options: GenerationOptions) -> Answer:
+        """Answer one encoded prompt with a decoder of this engine.
+
+        Raises:
+            UserError: If the options draw tokens otherwise than the decoder does, or there is no tokenizer.
+        """
+        both_greedy = type(decoder.sampler) is type(options.sampler) is Greedy
+        if decoder.sampler is not options.sampler and not both_greedy:
+            raise UserError(
+                "The options have another sampler than the decoder, which draws. Make the decoder with it: "
+                "engine.decoder(..., sampler=options.sampler)."
+            )
         if self.tokenizer is None:
             raise UserError(
                 "This engine has no tokenizer, so it writes no text. Use decoder.decode, which gives tokens."
             )
-        return Stream(decoder, self.tokenizer, prompt_1T.to(self.device), options, probe).answer()
+        return Stream(decoder, self.tokenizer, prompt_1T.to(self.device), options).answer()
 
     @cached_property
     def costs(self) -> CostModel:
@@ -229,8 +238,14 @@ class Engine:
             policy: When to leave; left out, the top is read.
 
         Raises:
-            UserError: If the tokens of both together do not begin with those of the context.
+            UserError: If the tokens of both together do not begin with those of the context; if a lens runs the last
+                block, so that one pass does not tell what decoding would do.
         """
+        if policy is not None and self.exits is not None and not self.decoder(policy).teacher_forced:
+            raise UserError(
+                "A likelihood is read off one pass, but a lens here runs the last block, and would read otherwise in "
+                "decoding. Use exits with other lenses, or leave the policy out."
+            )
         whole_1T, start = self.encode_pair(context, continuation)
         path = self.read(whole_1T[:, :-1], start=start - 1).apply_policy(policy)
         target_T = whole_1T[0, start:]
@@ -260,7 +275,10 @@ class Engine:
         Raises:
             UserError: If the tokenizer has neither.
         """
-        assert self.tokenizer is not None, "tokens have been encoded"
+        if self.tokenizer is None:
+            raise UserError(
+                "This engine has no tokenizer, so it has no start token. Load the model with its tokenizer."
+            )
         first = self.tokenizer.bos_token_id
         first = self.tokenizer.eos_token_id if first is None else first
         if first is None:
@@ -334,7 +352,12 @@ def _find(model: str | Path | Source) -> tuple[Source, Path | None]:
         return GGUF(str(path)), None
     name = str(model)
     if name in SOURCES.names():
-        return SOURCES.get(name)(), None
+        try:
+            return SOURCES.get(name)(), None
+        except TypeError as error:
+            raise UserError(
+                f"The source {name} needs options: {error}. Give the object: dynamax.{name}(...)."
+            ) from error
     if path.exists() or name.startswith((".", "/", "~")) or name.count("/") != 1:
         raise UserError(
             f"{name} is no folder of heads, no model folder, no .gguf file, no name of a source "

@@ -1,7 +1,7 @@
 """Prompts to tokens, and what the model's makers and the caller ask of generation.
 
-The only place that knows chat templates and ``generation_config``. Names and defaults are those of transformers'
-``generate``.
+The only place that knows chat templates and ``generation_config``. Names are those of transformers'
+``generate``, and defaults but for the length; ``seed`` and ``chat`` are our own. Stop strings are cut from the text.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ OBEYED: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "do_sample": ("true or false", lambda value: type(value) is bool),
     "eos_token_id": (
         "a token id, or a list of them",
-        lambda value: all(type(token) is int and token >= 0 for token in _listed(value)),
+        lambda value: all(type(token) is int and 0 <= token < 2**63 for token in _listed(value)),
     ),
     "stop_strings": (
         "one or more strings that are not empty",

@@ -13,7 +13,6 @@ from transformers import PreTrainedTokenizerBase
 
 from dynamax.decoding.base import Decoder
 from dynamax.decoding.cost import FREE, Cost, CostModel
-from dynamax.decoding.probe import Probe
 from dynamax.errors import UserError
 from dynamax.generation import GenerationOptions
 from dynamax.types import Step
@@ -87,7 +86,6 @@ class Stream(Iterator[Token]):
         tokenizer: The model's.
         prompt_1T: The prompt.
         options: When it ends.
-        probe: A clock.
     """
 
     def __init__(
@@ -96,7 +94,6 @@ class Stream(Iterator[Token]):
         tokenizer: PreTrainedTokenizerBase,
         prompt_1T: Tensor,
         options: GenerationOptions,
-        probe: Probe | None = None,
     ) -> None:
         if prompt_1T.shape[:-1] != (1,):
             raise UserError(
@@ -111,7 +108,6 @@ class Stream(Iterator[Token]):
             prompt_1T,
             max_new_tokens=options.room(self._prompt, decoder.backbone.spec.context),
             eos_token_id=options.eos_token_id,
-            probe=probe,
         )
         self._tokens = self._run(decoded)
 
@@ -123,6 +119,11 @@ class Stream(Iterator[Token]):
         for step in decoded:
             token, depth = int(step.token_B[0]), step.depth  # waits for the device
             self._seconds.append(time.perf_counter() - began)
+            if bool(step.logits_BV.isnan().any()):
+                raise UserError(
+                    f"The logits at depth {depth} hold NaN, so there is no next token. Check the weights of the model "
+                    f"and of the heads, or load them with a wider dtype such as float32."
+                )
             self._steps.append(step)
             yield Token(self._text.add(token), token, depth)
             if self._text.stopped is not None:
@@ -135,6 +136,10 @@ class Stream(Iterator[Token]):
         """All of the answer; what has not been iterated over is decoded now."""
         for _ in self:
             pass
+        if not self._steps:
+            raise UserError(
+                "This stream failed before its first token, so it has no answer. Mend that, and begin anew."
+            )
         return Answer(
             self._text.text,
             [int(step.token_B[0]) for step in self._steps],

@@ -91,6 +91,19 @@ def test_what_stands_behind_two_dashes_is_no_option(monkeypatch: pytest.MonkeyPa
     assert given == [["info", "--", "--debug", "--help"]]
 
 
+@pytest.mark.parametrize("options", [["-u"], []], ids=["while it prints", "at the end"])
+@pytest.mark.parametrize("command", ["--version", "list heads"])
+def test_a_reader_that_went_away_ends_it_quietly(options: list[str], command: str) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    try:
+        line = [sys.executable, *options, "-m", "dynamax", *command.split()]
+        done = subprocess.run(line, stdout=writing, stderr=subprocess.PIPE, text=True, check=False)
+    finally:
+        os.close(writing)
+    assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, "")
+
+
 def test_other_exits_keep_their_code(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dynamax.commands.info.main", lambda _: sys.exit(3))
     assert code("info") == 3

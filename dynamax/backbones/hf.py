@@ -238,7 +238,7 @@ def context_of(config: PretrainedConfig) -> int:
     rope = known.get("rope_parameters") or {}
     if rope.get("rope_type") == "longrope":
         return rope["original_max_position_embeddings"]
-    return known.get("max_position_embeddings") or UNBOUNDED
+    return getattr(config, "max_position_embeddings", None) or UNBOUNDED  # GPT-2 has it under another name
 
 
 UNBOUNDED = 1 << 30

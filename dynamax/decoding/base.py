@@ -32,12 +32,10 @@ class Decoder(ABC):
     Attributes:
         lossless: Whether its tokens are those of full decoding; sampled, of the same distribution.
         drafts: Whether it drafts tokens and verifies them later. Such a decoder takes no forced tokens.
-        lookahead: Positions it may run beyond the last token.
     """
 
     lossless: ClassVar[bool] = False
     drafts: ClassVar[bool] = False
-    lookahead: int = 0
 
     def __init__(
         self,
@@ -100,15 +98,21 @@ class Decoder(ABC):
                 decoder that drafts.
         """
         check_prompt(prompt_BT, max_new_tokens=max_new_tokens, spec=self.backbone.spec)
+        rows, length = prompt_BT.shape
+        if pad_B is not None and (pad_B.shape != (rows,) or bool(((pad_B < 0) | (pad_B >= length)).any())):
+            raise UserError(
+                f"pad_B is {pad_B.tolist()}; wanted: for each of the {rows} rows, how many of its {length} tokens are "
+                f"padding, from 0 to {length - 1}. Count the padding at the left of each row."
+            )
         if forced_BT is not None:
-            self._check_forced(forced_BT, max_new_tokens)
+            self._check_forced(forced_BT, rows, max_new_tokens)
         session = Session(
             self.backbone,
             self.exits,
             self.sampler,
             prompt_BT,
             max_new_tokens=max_new_tokens,
-            capacity=prompt_BT.shape[1] + max_new_tokens + self.lookahead,
+            capacity=prompt_BT.shape[1] + max_new_tokens,
             eos_token_id=eos_token_id,
             pad_B=pad_B,
             forced_BT=forced_BT,
@@ -119,11 +123,16 @@ class Decoder(ABC):
             if session.finished:
                 return
 
-    def _check_forced(self, forced_BT: Tensor, max_new_tokens: int) -> None:
+    def _check_forced(self, forced_BT: Tensor, rows: int, max_new_tokens: int) -> None:
         if self.drafts:
             raise UserError(
                 f"{type(self).__name__} was given forced tokens, but its own are full decoding's already. "
                 f"Force tokens on EarlyExit, or leave forced_BT out."
+            )
+        check_tokens(forced_BT, "The forced text", self.backbone.spec)
+        if len(forced_BT) != rows:
+            raise UserError(
+                f"Forced tokens were given for {len(forced_BT)} rows, but the prompt has {rows}. Give a row each."
             )
         if forced_BT.shape[1] < max_new_tokens - 1:
             raise UserError(
@@ -161,28 +170,43 @@ def check_prompt(prompt_BT: Tensor, *, max_new_tokens: int, spec: Spec) -> None:
         UserError: If the prompt is no integer tensor of two dimensions, or empty, or has a token outside the
             vocabulary; if ``max_new_tokens`` is below 1, or both together are too long.
     """
-    if prompt_BT.dim() != 2 or prompt_BT.dtype not in (torch.int64, torch.int32):
-        raise UserError(
-            f"The prompt is a {prompt_BT.dtype} tensor of shape {list(prompt_BT.shape)}; wanted: token ids, int64, of "
-            f"shape [rows, tokens]. Give what the tokenizer returns, one prompt as prompt[None], ids as prompt.long()."
-        )
-    rows, length = prompt_BT.shape
-    if not rows:
-        raise UserError("The prompt has no rows; wanted: shape [rows, tokens] with at least one row. Give a prompt.")
+    check_tokens(prompt_BT, "The prompt", spec)
+    length = prompt_BT.shape[1]
     if length < 1 or max_new_tokens < 1:
         raise UserError(
             f"The prompt has {length} tokens and max_new_tokens is {max_new_tokens}; both must be at least 1. "
             f"Give a prompt that is not empty and ask for at least one token."
-        )
-    least, most = torch.stack(prompt_BT.aminmax()).tolist()
-    if least < 0 or most >= spec.vocab:
-        raise UserError(
-            f"The prompt has the token {least if least < 0 else most}, but the backbone's vocabulary is 0 to "
-            f"{spec.vocab - 1}. Encode the prompt with the backbone's own tokenizer."
         )
     if length + max_new_tokens > spec.context:
         raise UserError(
             f"The prompt has {length} tokens and {max_new_tokens} more were asked for, but the backbone's context "
             f"holds {spec.context}. Shorten the prompt to {max(spec.context - max_new_tokens, 0)} tokens or lower "
             f"max_new_tokens."
+        )
+
+
+def check_tokens(tokens_BT: Tensor, what: str, spec: Spec) -> None:
+    """Raise if these are not token ids of the backbone. Waits for the device once, to look at them.
+
+    Args:
+        tokens_BT: The tokens.
+        what: What they are, for the message.
+        spec: Of the backbone.
+
+    Raises:
+        UserError: If it is no integer tensor of two dimensions with at least one row, or a token lies outside the
+            vocabulary.
+    """
+    if tokens_BT.dim() != 2 or tokens_BT.dtype not in (torch.int64, torch.int32):
+        raise UserError(
+            f"{what} is a {tokens_BT.dtype} tensor of shape {list(tokens_BT.shape)}; wanted: token ids, int64, of "
+            f"shape [rows, tokens]. Give what the tokenizer returns, one text as tokens[None], ids as tokens.long()."
+        )
+    if not len(tokens_BT):
+        raise UserError(f"{what} has no rows; wanted: shape [rows, tokens] with at least one row. Give a text.")
+    least, most = torch.stack(tokens_BT.aminmax()).tolist() if tokens_BT.numel() else (0, 0)
+    if least < 0 or most >= spec.vocab:
+        raise UserError(
+            f"{what} has the token {least if least < 0 else most}, but the backbone's vocabulary is 0 to "
+            f"{spec.vocab - 1}. Encode the text with the backbone's own tokenizer."
         )

@@ -55,16 +55,17 @@ class CostModel:
         cost = FREE
         for index, block in enumerate(self.blocks):
             if step.work.calls[index]:
-                cost += self._block(block, step.work.rows[index], context)
+                cost += self._block(block, step.work.rows[index], context, step.work.calls[index])
             if step.work.writes[index]:
                 cost += self._write(block, step.work.writes[index])
         return cost + self._reads(step) + self._recurrent(step, context)
 
-    def _block(self, block: BlockCost, rows: int, context: int) -> Cost:
+    def _block(self, block: BlockCost, rows: int, context: int, calls: int = 1) -> Cost:
         seen = context + 1 if block.window is None else min(context + 1, block.window)
         flops = rows * 2.0 * (block.active + block.scores * seen + block.scan)
-        weights = min(block.weights, block.active * rows * self.batch)
-        return Cost(flops, self.size * (weights / self.batch + block.keys * (seen + rows)) + self._state(block))
+        weights = min(block.weights * calls, block.active * rows * self.batch)
+        read = weights / self.batch + block.keys * (seen * calls + rows)
+        return Cost(flops, self.size * read + self._state(block) * calls)
 
     def _write(self, block: BlockCost, rows: int) -> Cost:
         weights = self._weights(block.write, rows)
@@ -97,7 +98,7 @@ class CostModel:
         """Recurrent gates read every position that passes them, asked or not."""
         cost = FREE
         for depth in self.bank.recurrent_depths if self.bank is not None else ():
-            rows = step.work.rows[depth - 1]
+            rows = step.work.rows[depth - 1] + step.work.writes[depth - 1]  # written by a rule that lets gates read
             for gate in self.bank.gates(depth).values() if self.bank is not None else ():
                 if gate.recurrent and rows:
                     cost += self._head(gate, rows) + self._memory(gate, rows, context)

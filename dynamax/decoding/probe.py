@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Sequence
 
@@ -23,7 +23,7 @@ class Probe:
         """The step has its token, from ``depth`` blocks."""
 
 
-class Clock(Probe):
+class Clock(Probe, ABC):
     """Times steps and the way up to each depth.
 
     A time at depth ``d`` runs from the beginning of the step to the moment the exit there has been

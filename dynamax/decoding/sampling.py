@@ -68,15 +68,17 @@ class Sampled(Sampler):
     def __init__(
         self, temperature: float = 1.0, *, top_k: int | None = None, top_p: float = 1.0, seed: int = 0
     ) -> None:
-        if not 0 < temperature < torch.inf:
+        if not torch.finfo(torch.float32).tiny <= temperature < torch.inf:
             raise UserError(
-                f"temperature is {temperature}; it must be above 0, and finite. For the most likely token, leave it "
-                f"out (in Python, use Greedy)."
+                f"temperature is {temperature}; it must be above 0 in float32, and finite. For the most likely token, "
+                f"leave it out (in Python, use Greedy)."
             )
         if top_k is not None and top_k < 1:
             raise UserError(f"top_k is {top_k}; it must be at least 1, or left out to keep all tokens.")
         if not 0 < top_p <= 1:
             raise UserError(f"top_p is {top_p}; it must lie in (0, 1]. 1 keeps all tokens.")
+        if not -(2**63) <= seed < 2**64:
+            raise UserError(f"seed is {seed}; it must fit 64 bits. Give a smaller number.")
         self.temperature = temperature
         self.top_k = top_k
         self.top_p = top_p
@@ -86,7 +88,8 @@ class Sampled(Sampler):
 
     def distribution(self, logits_BV: Tensor) -> Tensor:
         """Softmax of the tempered logits over the tokens that top-k and top-p keep."""
-        scores_BV = logits_BV.float() / self.temperature
+        scores_BV = logits_BV.float()
+        scores_BV = (scores_BV - scores_BV.amax(-1, keepdim=True)) / self.temperature  # 0 at most: it cannot overflow
         if self.top_k is not None and self.top_k < scores_BV.shape[-1]:
             least_B1 = scores_BV.topk(self.top_k, -1).values[..., -1:]
             scores_BV = scores_BV.masked_fill(scores_BV < least_B1, -torch.inf)

@@ -178,7 +178,9 @@ class Session:
         assert h_BTD is not None, "a decoder settles what it owes"
         return h_BTD
 
-    def step(self, arrival: Arrival, logits_BV: Tensor, token_B: Tensor, *, prefill: bool = False) -> Step:
+    def step(
+        self, arrival: Arrival, logits_BV: Tensor, token_B: Tensor, *, prefill: bool = False, top_rows: int = 1
+    ) -> Step:
         """End a step: its record, with all that was run and read since the step before.
 
         Args:
@@ -186,11 +188,12 @@ class Session:
             logits_BV: What its token was drawn from.
             token_B: The token.
             prefill: Whether this is the prompt's own pass.
+            top_rows: Positions whose logits were taken at the top, if it did not leave.
         """
         depth = arrival.depth if arrival.left else self.total
         self.probe.end(depth)
         reads = tuple((evidence.depth, 1) for evidence in arrival.trail if evidence.logits_read)
-        reads += self._reads + (() if arrival.left else ((self.total, 1),))
+        reads += self._reads + (() if arrival.left else ((self.total, top_rows),))
         gates = tuple((evidence.depth, gate) for evidence in arrival.trail for gate in evidence.gates_read)
         before, self._counted, self._reads = self._counted, self.cache.work(), ()
         depth_B = torch.full((len(token_B),), depth)

@@ -1,4 +1,4 @@
-"""Lossless decoding: draft at the exits, verify at the top, take back what was wrong.
+"""Lossless decoding: draft at the exits, verify at the top, undo the wrong tokens.
 
 The text is full decoding's (greedy), or drawn from full decoding's distribution (sampled).
 """
@@ -50,7 +50,7 @@ class SelfSpeculative(Decoder):
             raise UserError(f"draft_limit is {draft_limit}; it must be at least 1. For no drafts, decode with Full.")
         super().__init__(backbone, exits, policy, sampler)
         _, self._policy = read_exits(self)
-        self.draft_limit = self.lookahead = draft_limit
+        self.draft_limit = draft_limit
 
     def options(self) -> dict[str, object]:
         """Most drafts before a verification."""
@@ -85,7 +85,7 @@ class SelfSpeculative(Decoder):
         kept, token_B = verify(full_BTV, draft_TBV, draft_BT, session.finished_B, self.sampler)
         if kept < len(steps):
             session.rollback(kept + 1)
-        last = session.step(arrival._replace(left=False), logits_BTV[:, kept], token_B)
+        last = session.step(arrival._replace(left=False), logits_BTV[:, kept], token_B, top_rows=logits_BTV.shape[1])
         for rejected in steps[kept:]:
             last = replace(
                 last,

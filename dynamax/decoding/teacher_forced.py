@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from dynamax.backbones.base import Backbone
+from dynamax.decoding.base import check_tokens
 from dynamax.errors import UserError
 from dynamax.heads.bank import ExitBank
 from dynamax.policies.base import TerminationPolicy
@@ -41,19 +42,26 @@ class TeacherForcedPass:
         logits_TV: Logits of the top.
 
     Raises:
-        UserError: If the text is longer than the backbone's context.
+        UserError: If the text is no token ids of one row, has no position ``start``, or is longer than the context.
     """
 
     @torch.inference_mode()
     def __init__(self, backbone: Backbone, exits: ExitBank | None, tokens_1T: Tensor, *, start: int = 0) -> None:
-        if tokens_1T.shape[1] > backbone.spec.context:
+        check_tokens(tokens_1T, "The text", backbone.spec)
+        rows, length = tokens_1T.shape
+        if rows != 1 or not length or not 0 <= start <= length:
             raise UserError(
-                f"A text of {tokens_1T.shape[1]} tokens is to be read in one pass, but the backbone's context holds "
+                f"A text of shape {[rows, length]} is to be read from position {start}; wanted: one row of "
+                f"at least one token, [1, tokens], and a position in it. Read several texts one after the other."
+            )
+        if length > backbone.spec.context:
+            raise UserError(
+                f"A text of {length} tokens is to be read in one pass, but the backbone's context holds "
                 f"{backbone.spec.context}. Lower the task's window, or shorten its prompts."
             )
         self.total = backbone.spec.depth
         self.exits: list[Evidence] = []
-        step_T = torch.arange(tokens_1T.shape[1] - start, device=tokens_1T.device)
+        step_T = torch.arange(length - start, device=tokens_1T.device)
         depths = () if exits is None else exits.depths
         h_1TD = embedded_1TD = backbone.embed(tokens_1T)
         for depth, h_1TD in backbone.walk(embedded_1TD, [*depths, self.total]):

@@ -60,8 +60,8 @@ class ExitBank(nn.Module):
         recurrent_depths: Those with a recurrent gate, ascending.
 
     Raises:
-        UserError: If there is no exit, a depth is none of the model's, repeated or not a whole number,
-            or an exit has two gates of one class.
+        UserError: If there is no exit, a depth is none of the model's or not a whole number (such as "2", which could
+            stand beside 2), or an exit has two gates of one class.
     """
 
     def __init__(self, exits: Mapping[int, Exit], sites: Callable[[int], Site]) -> None:

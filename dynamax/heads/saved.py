@@ -9,6 +9,7 @@ imported, but importing runs the module: a record from somebody else names code,
 
 from __future__ import annotations
 
+import inspect
 import json
 import pkgutil
 from collections.abc import Callable, Mapping
@@ -72,12 +73,13 @@ def factory(entry: Mapping[str, Any]) -> Callable[[Site], Any]:
 
     def built(site: Site) -> ExitHead:
         try:
-            return head(site, **options)
+            inspect.signature(head.__init__).bind(None, site, **options)
         except TypeError as error:
             raise UserError(
                 f"A saved {head.__name__} at depth {site.depth} cannot be built from its options {options}: {error}. "
                 f"The class has changed since. Train it again, or install the version that saved it."
             ) from error
+        return head(site, **options)
 
     return built
 
@@ -105,7 +107,7 @@ def read(folder: Path, spec: Spec) -> tuple[dict[str, Any], dict[str, Tensor]]:
             # cloned: a tensor inside the file's map may lie at an address that a kernel treats otherwise
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 - not a mapping
     except (safetensors.SafetensorError, ValueError) as error:
-        raise UserError(f"The heads in {folder} are damaged: {error}. Copy them again, or run fit again.") from error
+        raise damaged(folder, error) from error
     if inner != outer:
         sides = [side.get("fingerprint") if isinstance(side, dict) else None for side in (inner, outer)]
         raise UserError(
@@ -118,6 +120,7 @@ def read(folder: Path, spec: Spec) -> tuple[dict[str, Any], dict[str, Tensor]]:
             f"The heads in {folder} are of format {given}; this version reads format {FORMAT}. Install the version "
             f"that saved them, or run fit again."
         )
+    check_record(outer, folder)
     if outer["fingerprint"] != spec.fingerprint:
         raise UserError(
             f"The heads in {folder} were trained for another backbone: theirs is {outer['backbone']['family']} with "
@@ -148,4 +151,27 @@ def read_record(folder: Path) -> dict[str, Any]:
     try:
         return json.loads((folder / RECORD).read_text("utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"The heads in {folder} are damaged: {error}. Copy them again, or run fit again.") from error
+        raise damaged(folder, error) from error
+
+
+def check_record(record: Mapping[str, Any], folder: Path) -> None:
+    """Refuse (UserError) a record that lacks what the heads are built from."""
+    try:
+        heads = [head for exit_ in record["exits"].values() for head in (exit_["lens"], *exit_["gates"])]
+        texts = [record["fingerprint"], record["backbone"]["family"], *(head["class"] for head in heads)]
+        for depth in record["exits"]:
+            int(depth)
+        for head in heads:
+            dict(head["options"])
+    except KeyError as error:
+        raise damaged(folder, f"{RECORD} lacks {error}") from error
+    except (AttributeError, TypeError, ValueError) as error:
+        raise damaged(folder, f"{RECORD} is not as fit writes it, {error}") from error
+    for text in texts:
+        if not isinstance(text, str):
+            raise damaged(folder, f"{RECORD} has {text!r} where a name is wanted")
+
+
+def damaged(folder: Path, reason: object) -> UserError:
+    """The error of files that are not as they were written."""
+    return UserError(f"The heads in {folder} are damaged: {reason}. Copy them again, or run fit again.")

@@ -18,7 +18,7 @@ from dynamax.decoding.cost import CostModel
 from dynamax.decoding.probe import Probe
 from dynamax.decoding.sampling import Greedy, Sampler
 from dynamax.engine import Engine, load
-from dynamax.errors import UserError
+from dynamax.errors import UserError, at_least
 from dynamax.heads.bank import Exit
 from dynamax.metrics.environment import environment
 from dynamax.modules.checks import one_device
@@ -48,7 +48,8 @@ class DecodingModule(LightningModule):
 
     Args:
         backbone: Where the model comes from.
-        policies: Policies and their thresholds; each is run beside the full model.
+        policies: Policies and their thresholds; ``test`` runs each beside the full model. ``predict`` answers with the
+            first one at its first threshold.
         heads: Folder of trained heads, as ``fit`` leaves it.
         exits: Exits in place of trained heads, for heads that need no training such as LogitLens.
         decoder: How tokens are decoded: EarlyExit (by default) takes the exits' tokens; SelfSpeculative verifies every
@@ -58,6 +59,7 @@ class DecodingModule(LightningModule):
         dtype: Of the backbone, such as float32 or bfloat16.
         timed: Examples on which ``test`` takes time and cost, policy by policy, beside the full model; 8 if left out.
             On the others it takes agreement and depth alone. Only for tasks that generate, as ``sampler`` and ``chat``.
+            ``predict`` takes no times and does not read it.
 
     Attributes:
         engine: The model and its exits; there once ``configure_model`` has run.
@@ -82,6 +84,7 @@ class DecodingModule(LightningModule):
         timed: int | None = None,
     ) -> None:
         super().__init__()
+        at_least(self, 0, timed=timed)
         if (heads is None) == (exits is None):
             raise UserError(
                 f"DecodingModule was given heads: {heads} and exits: {exits}; it wants exactly one of the two. "
@@ -118,6 +121,11 @@ class DecodingModule(LightningModule):
             check_options(self._task, sampler=self.sampler, chat=self.chat, timed=self.timed)
         elif not isinstance(self._task, GenerationTask):
             raise UserError(f"predict answers in words, but {name} asks for likelihoods. Use test.")
+        elif not self.policies:
+            raise UserError(
+                "predict answers with the first of model.policies, but none was given. Give one; Never runs the full "
+                "model."
+            )
 
     def configure_model(self) -> None:
         """Load backbone and heads, once; a policy that does not fit them is refused now."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
 from typing import Self
@@ -109,7 +110,7 @@ class CountPolicy(TerminationPolicy):
 
     def checked(self, threshold: float) -> int:
         """The count; a UserError if it is not a whole number of at least 1."""
-        if threshold < 1 or threshold != int(threshold):
+        if not 1 <= threshold < math.inf or threshold != int(threshold):
             raise UserError(
                 f"{type(self).__name__} was given {threshold}; it counts and needs a whole number of at least 1."
             )

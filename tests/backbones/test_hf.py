@@ -212,3 +212,7 @@ def test_a_backbone_can_be_pickled(name):
     assert other.row == backbone.row
     wanted = backbone.unembed(backbone.run(backbone.embed(TOKENS_BT), Span(0, 6)))
     assert other.unembed(other.run(other.embed(TOKENS_BT), Span(0, 6))).equal(wanted)
+
+
+def test_gpt2_has_its_context_under_another_name() -> None:
+    assert context_of(tiny("gpt2").config) == 512

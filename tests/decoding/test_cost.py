@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -13,11 +15,12 @@ from dynamax.backbones.skipped_state import Propagate
 from dynamax.decoding.cost import CostModel
 from dynamax.decoding.early_exit import EarlyExit
 from dynamax.decoding.full import Full
+from dynamax.decoding.speculative import SelfSpeculative
 from dynamax.heads.bank import Exit, ExitBank
 from dynamax.heads.base import Gate
 from dynamax.heads.gates import AttentionGate, LinearGate, MambaGate
 from dynamax.heads.lenses import LastBlockLens, TunedLens
-from dynamax.policies.confidence import GateConfidence
+from dynamax.policies.confidence import GateConfidence, MaxProb
 from dynamax.policies.schedule import AtDepth
 from dynamax.testing import toy_evidence
 from dynamax.types import Memory, Span, Step
@@ -184,3 +187,39 @@ def test_full_decoding_costs_what_full_says() -> None:
     steps = list(Full(backbone).decode(torch.arange(7)[None], max_new_tokens=3))
     costs = CostModel(backbone)
     assert [costs.step(step, 7 + i) for i, step in enumerate(steps[1:])] == [costs.full(7), costs.full(8)]
+
+
+def test_verification_is_charged_for_all_logits_that_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    backbone = HFBackbone(tiny("llama", dtype=torch.float32))
+    bank = ExitBank({2: Exit(), 4: Exit()}, backbone.site)
+    taken: list[int] = []
+    unembed = HFBackbone.unembed
+
+    def counted(self: HFBackbone, h_BTD: torch.Tensor) -> torch.Tensor:
+        taken.append(h_BTD.shape[1])
+        return unembed(self, h_BTD)
+
+    monkeypatch.setattr(HFBackbone, "unembed", counted)
+    steps = list(SelfSpeculative(backbone, bank, MaxProb(0.0)).decode(torch.arange(7)[None], max_new_tokens=12))
+    assert max(taken) > 1
+    assert sum(rows for step in steps for depth, rows in step.logits_read if depth == 6) == sum(taken)
+
+
+def test_weights_are_charged_for_each_call() -> None:
+    steps, costs, _ = steps_of(AtDepth(4), [])
+    once, step = costs.step(steps[1], 9), steps[1]
+    work = replace(step.work, calls=(3, 1, 1, 1, 0, 0), rows=(3, 1, 1, 1, 0, 0))
+    thrice, block = costs.step(replace(step, work=work), 9), costs.blocks[0]
+    assert thrice.flops - once.flops == 2 * (costs._block(block, 1, 9).flops)
+    assert thrice.bytes - once.bytes == pytest.approx(2 * costs._block(block, 1, 9).bytes)
+
+
+def test_gates_above_an_exit_are_charged_where_a_rule_lets_them_read() -> None:
+    steps, costs, bank = steps_of(AtDepth(2), [MambaGate], skipped_state=Propagate())
+    exact, _, _ = steps_of(AtDepth(2), [MambaGate])
+    head = bank.gates(4)["MambaGate"].flops()
+    assert [step.work.writes[3] for step in steps[1:]] == [1, 1, 1]
+    without = costs.step(replace(steps[1], work=replace(steps[1].work, writes=(0,) * 6)), 9).flops
+    written = sum(costs._write(costs.blocks[index], 1).flops for index in range(2, 6))
+    assert costs.step(steps[1], 9).flops == pytest.approx(without + written + head)
+    assert all(not any(step.work.writes) for step in exact)

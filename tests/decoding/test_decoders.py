@@ -15,6 +15,7 @@ from dynamax.decoding.sampling import Sampled
 from dynamax.decoding.session import Session
 from dynamax.decoding.speculative import SelfSpeculative
 from dynamax.decoding.teacher_forced import TeacherForcedPass
+from dynamax.errors import UserError
 from dynamax.heads.bank import Exit, ExitBank
 from dynamax.heads.base import Gate
 from dynamax.heads.gates import AttentionGate, LinearGate, MambaGate
@@ -83,9 +84,9 @@ def test_a_limit_below_one_is_refused(house, limit: int) -> None:  # noqa: ANN00
 @pytest.mark.parametrize(
     ("given", "wanted"),
     [
-        (torch.tensor([1, 2, 3]), r"torch.int64 tensor of shape \[3\]; wanted: .* \[rows, tokens\].*prompt\[None\]"),
+        (torch.tensor([1, 2, 3]), r"torch.int64 tensor of shape \[3\]; wanted: .* \[rows, tokens\].*tokens\[None\]"),
         (torch.ones(1, 1, 3, dtype=torch.long), r"shape \[1, 1, 3\]"),
-        (torch.ones(1, 3), "torch.float32 tensor.*int64.*prompt.long"),
+        (torch.ones(1, 3), "torch.float32 tensor.*int64.*tokens.long"),
         (torch.ones(1, 3, dtype=torch.bool), "torch.bool tensor"),
         (torch.ones(1, 0, dtype=torch.long), "0 tokens .* must be at least 1"),
         (torch.ones(0, 3, dtype=torch.long), "no rows"),
@@ -264,3 +265,22 @@ def test_recurrent_gates_read_steps_that_pass_them_unasked(house) -> None:  # no
         read = TeacherForcedPass(backbone, decoder.exits, text, start=5)
         wanted = [float(each.score("MambaGate")[step]) for step in (2, 4, 6) for each in read.exits]
     assert asked == pytest.approx(wanted)
+
+
+@pytest.mark.parametrize("pad", [[6], [-1], [1, 1], [[1]]])
+def test_padding_that_cannot_be_is_refused(house, pad: list) -> None:  # noqa: ANN001
+    with pytest.raises(UserError, match="how many of its 6 tokens are padding"):
+        list(Full(house[0]).decode(prompt(6), max_new_tokens=2, pad_B=torch.tensor(pad)))
+
+
+@pytest.mark.parametrize(
+    ("forced", "told"),
+    [
+        (torch.ones(2, 4, dtype=torch.long), "for 2 rows, but the prompt has 1"),
+        (torch.full((1, 4), VOCAB), "The forced text has the token"),
+        (torch.ones(1, 4), "token ids, int64"),
+    ],
+)
+def test_forced_tokens_that_are_none_are_refused(house, forced: torch.Tensor, told: str) -> None:  # noqa: ANN001
+    with pytest.raises(UserError, match=told):
+        list(Full(house[0]).decode(prompt(6), max_new_tokens=4, forced_BT=forced))

@@ -58,7 +58,7 @@ def test_greedy_is_the_argmax_with_all_the_mass() -> None:
 @pytest.mark.parametrize(
     ("options", "wanted"),
     [
-        ({"temperature": 0.0}, "above 0, and finite. For the most likely token, leave it out"),
+        ({"temperature": 0.0}, "above 0 in float32, and finite. For the most likely token, leave it out"),
         ({"top_k": 0}, "at least 1, or left out"),
         ({"top_p": 0.0}, "lie in"),
         ({"top_p": 1.5}, "lie in"),

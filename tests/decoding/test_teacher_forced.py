@@ -7,6 +7,7 @@ import torch
 
 from dynamax.decoding.early_exit import EarlyExit
 from dynamax.decoding.teacher_forced import TeacherForcedPass
+from dynamax.errors import UserError
 from dynamax.heads.bank import Exit, ExitBank
 from dynamax.heads.gates import AttentionGate, LinearGate, MambaGate
 from dynamax.heads.lenses import TunedLens
@@ -69,3 +70,22 @@ def test_the_policies_above_do_leave() -> None:
         for policy in POLICIES[1:]:
             depths = set(text.apply_policy(policy).depth_T[1:].tolist())
             assert depths != {6}, policy.label
+
+
+@pytest.mark.parametrize(
+    ("tokens", "start", "told"),
+    [
+        (torch.ones(2, 5, dtype=torch.long), 0, "one row"),
+        (torch.ones(1, 5, dtype=torch.long), 6, "read from position 6"),
+        (torch.ones(1, 5, dtype=torch.long), -1, "read from position -1"),
+        (torch.ones(5, dtype=torch.long), 0, "token ids, int64"),
+        (torch.ones(1, 5), 0, "token ids, int64"),
+        (torch.full((1, 5), 10_000), 0, "vocabulary is 0 to"),
+        (torch.ones(1, 5, dtype=torch.long) * -1, 0, "has the token -1"),
+        (torch.ones(1, 0, dtype=torch.long), 0, "at least one token"),
+    ],
+)
+def test_what_is_no_text_is_refused(tokens: torch.Tensor, start: int, told: str) -> None:
+    _, backbone = pair("llama")
+    with pytest.raises(UserError, match=told):
+        TeacherForcedPass(backbone, None, tokens, start=start)

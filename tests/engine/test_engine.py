@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import dynamax
 from dynamax import AtDepth, EarlyExit, Engine, Full, Greedy, MaxProb, Never, SelfSpeculative, UserError
+from dynamax.heads import LastBlockLens
 from dynamax.types import Step, Work
 from tests.folders import byte_tokenizer
 
@@ -413,3 +414,48 @@ def test_a_text_that_begins_with_the_start_token_gets_no_second(tiny: Engine) ->
     tokenizer.eos_token = tokenizer.bos_token = None
     with pytest.raises(UserError, match="neither a BOS nor an EOS"):
         Engine(tiny.backbone, tokenizer).with_start_token(tokens_1T)
+
+
+# -- what would be wrong without a word -----------------------------------------------------------------
+
+
+def test_a_lens_that_runs_the_last_block_has_no_likelihood_in_one_pass(tiny_folder: Path) -> None:
+    engine = dynamax.load(tiny_folder, exits={2: dynamax.Exit(LastBlockLens)}, device="cpu")
+    assert engine.loglikelihood("a", "b").tokens == 1
+    with pytest.raises(UserError, match="a lens here runs the last block"):
+        engine.loglikelihood("a", "b", MaxProb(0.5))
+
+
+def test_options_draw_as_the_decoder_does_or_are_refused(tiny: Engine) -> None:
+    options = tiny.options(temperature=1.5, seed=1, max_new_tokens=4)
+    prompt_1T = tiny.encode("Hi", chat=False)
+    with pytest.raises(UserError, match="another sampler than the decoder"):
+        tiny.answer(tiny.decoder(), prompt_1T, options)
+    drawn = tiny.answer(tiny.decoder(sampler=options.sampler), prompt_1T, options).tokens
+    assert drawn == tiny.generate("Hi", chat=False, temperature=1.5, seed=1, max_new_tokens=4).tokens
+
+
+def test_the_smallest_temperature_is_the_most_likely_token(tiny: Engine) -> None:
+    tokens = [tiny.generate("Hi", max_new_tokens=4, **more).tokens for more in ({}, {"temperature": 1e-37})]
+    assert tokens[0] == tokens[1]
+    for given in ({"temperature": 1e-46}, {"temperature": 1.0, "seed": 2**70}, {"eos_token_id": 2**70}):
+        with pytest.raises(UserError, match=next(reversed(given))):
+            tiny.generate("Hi", max_new_tokens=4, **given)
+
+
+def test_logits_that_are_nan_end_the_answer(tiny_folder: Path) -> None:
+    engine = dynamax.load(tiny_folder, device="cpu")
+    with torch.no_grad():
+        next(p for name, p in engine.backbone.named_parameters() if name.endswith("norm.weight"))[0] = torch.nan
+    for options in {}, {"temperature": 1.0}:
+        stream = engine.stream("Hi", max_new_tokens=3, **options)
+        with pytest.raises(UserError, match="hold NaN"):
+            next(stream)
+
+
+def test_a_stream_that_failed_has_no_answer(tiny: Engine) -> None:
+    stream = tiny.stream("Hi", max_new_tokens=10**6)
+    with pytest.raises(UserError, match="context"):
+        next(stream)
+    with pytest.raises(UserError, match="no answer"):
+        stream.answer()

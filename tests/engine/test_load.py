@@ -207,3 +207,9 @@ def test_three_lines_generate_with_exits_and_without_a_trainer() -> None:
     ).splitlines()
     assert told[0].startswith("[8, 4, 4] ")
     assert told[1] == "[]"
+
+
+@pytest.mark.parametrize("name", ["Folder", "Hub", "GGUF"])
+def test_a_source_that_needs_options_says_so(name: str) -> None:
+    with pytest.raises(UserError, match=f"The source {name} needs options"):
+        dynamax.load(name)

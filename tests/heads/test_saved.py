@@ -162,6 +162,29 @@ def edited(folder, edit):
     saved.write(folder, record, tensors)
 
 
+@pytest.mark.parametrize(
+    ("edit", "told"),
+    [
+        (lambda record: record.pop("fingerprint"), "lacks 'fingerprint'"),
+        (lambda record: record.pop("backbone"), "lacks 'backbone'"),
+        (lambda record: record["backbone"].pop("family"), "lacks 'family'"),
+        (lambda record: record.pop("exits"), "lacks 'exits'"),
+        (lambda record: record.update(exits=[]), "heads.json is not as fit writes it"),
+        (lambda record: record["exits"].update(two=record["exits"].pop("2")), "int.* 'two'"),
+        (lambda record: record["exits"]["2"].pop("lens"), "lacks 'lens'"),
+        (lambda record: record["exits"]["2"].update(gates=None), "heads.json is not as fit writes it"),
+        (lambda record: record["exits"]["2"]["lens"].pop("class"), "lacks 'class'"),
+        (lambda record: record["exits"]["2"]["lens"].update({"class": 5}), "has 5 where a name is wanted"),
+        (lambda record: record["exits"]["2"]["lens"].update(options=5), "heads.json is not as fit writes it"),
+    ],
+)
+def test_a_record_that_lacks_something_in_both_files_is_refused(tmp_path, edit, told):
+    trained().save(tmp_path, SPEC)
+    edited(tmp_path, edit)
+    with pytest.raises(UserError, match=rf"The heads in .* are damaged: .*{told}.*run fit again"):
+        ExitBank.load(tmp_path, site)
+
+
 def test_a_class_that_is_not_installed_is_the_registrys_error(tmp_path):
     trained().save(tmp_path, SPEC)
     edited(tmp_path, lambda record: record["exits"]["1"]["gates"][0].update({"class": "LinaerGate"}))
@@ -173,6 +196,16 @@ def test_a_class_that_lost_an_option_is_named(tmp_path):
     trained().save(tmp_path, SPEC)
     edited(tmp_path, lambda record: record["exits"]["3"]["lens"]["options"].update({"colour": "red"}))
     with pytest.raises(ValueError, match=r"A saved LowRankLens at depth 3 cannot be built .*colour"):
+        ExitBank.load(tmp_path, site)
+
+
+def test_a_mistake_inside_a_constructor_keeps_its_traceback(tmp_path, monkeypatch):
+    def mistaken(*_, **__):
+        raise TypeError("a mistake of its own")
+
+    trained().save(tmp_path, SPEC)
+    monkeypatch.setattr(torch.nn, "Linear", mistaken)
+    with pytest.raises(TypeError, match="a mistake of its own"):
         ExitBank.load(tmp_path, site)
 
 

@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
+from dynamax.errors import UserError
 from dynamax.policies import Patience, Saturation
 from tests.policies.evidence import climb, evidence
 
@@ -32,9 +35,9 @@ def test_patience_reads_no_logits_before_it_could_leave():
     assert all(seen.logits_read for seen in exits)
 
 
-@pytest.mark.parametrize("patience", [0, -1, 1.5])
+@pytest.mark.parametrize("patience", [0, -1, 1.5, math.nan, math.inf, -math.inf])
 def test_patience_needs_a_whole_number(patience):
-    with pytest.raises(ValueError, match="whole number of at least 1"):
+    with pytest.raises(UserError, match="whole number of at least 1"):
         Patience(patience)
 
 
