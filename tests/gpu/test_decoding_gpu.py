@@ -37,10 +37,10 @@ def test_a_sweep_runs_and_is_timed_by_cuda_events(tmp_path: Path, dtype: str) ->
         accelerator="gpu", devices=1, logger=False, enable_checkpointing=False, callbacks=[latency], max_epochs=1
     )
     trainer.test(module, datamodule=TaskData(Questions(limit=2, max_new_tokens=8)), verbose=False)
-    full, never, early, _ = module.results.rows
+    full, never, early, _ = module.results.frontier
     assert isinstance(latency._clock, CudaEvents)
-    assert never["agreement"] == 1.0
-    assert early["blocks_per_token"] == 2
-    assert full["ms_per_token"] > 0
+    assert never.agreement == 1.0
+    assert early.blocks_per_token == 2
+    assert full.ms_per_token > 0
     assert module.results.environment["cuda"] is not None
-    assert all(exit_["latency_ms"]["p50"] > 0 for exit_ in module.results.exits)
+    assert all(exit_.latency_ms["p50"] > 0 for exit_ in module.results.exits)

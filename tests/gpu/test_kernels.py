@@ -6,7 +6,7 @@ import torch
 from dynamax.heads import MambaGate
 from dynamax.kernels import backend, selective, ssd
 from dynamax.kernels.convolution import convolve
-from dynamax.testing import stir, toy_site
+from dynamax.testing import stir, toy_evidence, toy_site
 from dynamax.types import Memory
 
 pytestmark = [
@@ -84,11 +84,11 @@ def test_gate_on_the_gpu_is_the_gate_on_the_cpu(dtype):
     gate = MambaGate(toy_site())
     stir(gate)
     gate, h_BTD = gate.to(dtype), torch.randn(2, 90, 64, dtype=dtype)
-    wanted = gate.confidence(h_BTD)
+    wanted = gate.score(toy_evidence(h_BTD, recurrent=True)).sigmoid()
     gate.cuda()
     memory, parts = Memory(pad_B=torch.zeros(2, dtype=torch.long, device="cuda")), []
     for chunk_BTD in h_BTD.cuda().split([40, 1, 49], 1):
-        parts.append(gate.confidence(chunk_BTD, memory))
+        parts.append(gate.score(toy_evidence(chunk_BTD, recurrent=True), memory).sigmoid())
         memory.read += chunk_BTD.shape[1]
     bound = 1e-9 if dtype == torch.float64 else BOUNDS[dtype]
     torch.testing.assert_close(torch.cat(parts, 1).cpu(), wanted, rtol=bound, atol=bound)

@@ -99,8 +99,8 @@ def test_settled_state_is_that_of_one_full_pass(family: str, dtype: torch.dtype)
                 cache.group.owe(depth, h_BTD)
         backbone.settle(cache)
         backbone.run(backbone.embed(tokens, whole), Span(0, 6), whole)
-    for mine, theirs in zip(cache.states, whole.cells, strict=True):
-        for got, wanted in zip(state(mine).values(), state(theirs).values(), strict=True):
+    for mine, theirs in zip(cache.states, whole.states, strict=True):
+        for got, wanted in zip(state(mine, 30).values(), state(theirs, 30).values(), strict=True):
             assert float((got - wanted).norm() / wanted.norm()) < bound(backbone, dtype)
 
 
