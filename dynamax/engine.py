@@ -118,6 +118,8 @@ class Engine:
         Raises:
             UserError: If the policy and the exits do not fit, or there are none.
         """
+        if policy is not None and not isinstance(policy, TerminationPolicy):
+            raise UserError(f"The policy is {policy!r:.80}; wanted: a policy object, such as MaxProb(0.9).")
         factory = decoder or (Full if policy is None else EarlyExit)
         return partial(factory, **options)(self.backbone, self.exits, policy, sampler)
 
@@ -326,6 +328,8 @@ def load(
     if heads is not None:
         bank = ExitBank.load(heads, backbone.site)
     elif exits is not None:
+        if len(set(exits)) < len(exits):
+            raise UserError(f"load was given exits at {list(exits)}, one depth more than once. Give each depth once.")
         given = exits if isinstance(exits, Mapping) else {depth: Exit() for depth in exits}
         bank = ExitBank(given, backbone.site)
     engine = Engine(backbone, source.tokenizer(), bank, source.generation_config())

@@ -459,3 +459,14 @@ def test_a_stream_that_failed_has_no_answer(tiny: Engine) -> None:
         next(stream)
     with pytest.raises(UserError, match="no answer"):
         stream.answer()
+
+
+@pytest.mark.parametrize("policy", ["MaxProb", 0.5, MaxProb])
+def test_what_is_no_policy_is_refused(tiny: Engine, policy: Any) -> None:
+    with pytest.raises(UserError, match="wanted: a policy object"):
+        tiny.generate("Hi", policy)
+
+
+def test_a_depth_given_twice_is_refused(tiny_folder: Path) -> None:
+    with pytest.raises(UserError, match=r"exits at \[2, 2\]"):
+        dynamax.load(tiny_folder, exits=[2, 2], device="cpu")
