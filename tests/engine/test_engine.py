@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import dynamax
 from dynamax import AtDepth, EarlyExit, Engine, Full, Greedy, MaxProb, Never, SelfSpeculative, UserError
 from dynamax.heads import LastBlockLens
+from dynamax.stream import TextStream
 from dynamax.types import Step, Work
 from tests.folders import byte_tokenizer
 
@@ -470,3 +471,13 @@ def test_what_is_no_policy_is_refused(tiny: Engine, policy: Any) -> None:
 def test_a_depth_given_twice_is_refused(tiny_folder: Path) -> None:
     with pytest.raises(UserError, match=r"exits at \[2, 2\]"):
         dynamax.load(tiny_folder, exits=[2, 2], device="cpu")
+
+
+def test_text_that_changes_behind_is_not_cut_by_its_length(monkeypatch: pytest.MonkeyPatch, tiny: Engine) -> None:
+    """A tokenizer may change what it has said, as those do that remove spaces before a comma."""
+    tokenizer = byte_tokenizer()
+    said = {1: "a ", 2: "a, b"}
+    monkeypatch.setattr(tokenizer, "decode", lambda tokens: said[len(tokens)])
+    stream = TextStream(tokenizer, tiny.options(max_new_tokens=2, eos_token_id=[0]))
+    assert [stream.add(2), stream.add(4)] == ["a ", ", b"]
+    assert stream.text == "a, b"
