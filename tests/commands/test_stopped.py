@@ -46,12 +46,22 @@ def started(place: Path, *arguments: str) -> Iterator[subprocess.Popen]:
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{place}", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "dynamax", *arguments, "--trainer.callbacks+=slow.Slow"]
     with subprocess.Popen(
-        command, cwd=place, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        command,
+        cwd=place,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        preexec_fn=heed_interrupts,
     ) as process:
         try:
             yield process
         finally:
             process.kill()
+
+
+def heed_interrupts() -> None:
+    """A shell starts what it runs in the background with Ctrl-C ignored, and a child would inherit that."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def stopped(process: subprocess.Popen, when: str, how: signal.Signals) -> tuple[int, str]:
