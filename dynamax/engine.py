@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from dynamax.backbones.base import Backbone
+from dynamax.backbones.precision import Choice, set_precision
 from dynamax.backbones.sources import GGUF, Folder, Hub, Source, source_from
 from dynamax.decoding.base import Decoder, DecoderFactory
 from dynamax.decoding.cost import CostModel
@@ -66,6 +67,7 @@ class Engine:
         tokenizer: Its tokenizer; without one, token ids alone are read.
         exits: Its exits; without them, it decodes at full depth.
         generation_config: The rules of generation that came with the model.
+        precision: How its weights are held; None for as they were loaded.
     """
 
     def __init__(
@@ -74,8 +76,10 @@ class Engine:
         tokenizer: PreTrainedTokenizerBase | None = None,
         exits: ExitBank | None = None,
         generation_config: GenerationConfig | None = None,
+        precision: Choice | None = None,
     ) -> None:
         self.backbone = backbone
+        self.precision = precision
         self.tokenizer = tokenizer
         self.exits = exits
         self.generation_config = generation_config
@@ -297,6 +301,7 @@ def load(
     heads: str | Path | None = None,
     exits: Exits | None = None,
     dtype: str = "float32",
+    precision: str | None = None,
     device: Literal["auto", "cpu", "cuda"] | str = "auto",
 ) -> Engine:
     """Load a model with its exits.
@@ -307,6 +312,8 @@ def load(
         heads: Folder of heads for the model.
         exits: Untrained exits in place of heads, by depth; depths alone get the logit lens.
         dtype: What the model computes in, such as float32 or bfloat16.
+        precision: How its weights are held for fast decoding: float32, float16, bfloat16, int8 or int4; ``auto`` takes
+            the faster of float32 and float16 here. Left out, transformers' modules run as they are.
         device: Where it runs; ``auto`` is a GPU where there is one.
 
     Raises:
@@ -324,6 +331,7 @@ def load(
         read_record(Path(heads))  # before the model, which takes longer
     place = chosen(device)
     backbone = source.load(dtype=dtype, device=place)
+    choice = None if precision is None else set_precision(backbone, precision)
     bank: ExitBank | None = None
     if heads is not None:
         bank = ExitBank.load(heads, backbone.site)
@@ -332,7 +340,7 @@ def load(
             raise UserError(f"load was given exits at {list(exits)}, one depth more than once. Give each depth once.")
         given = exits if isinstance(exits, Mapping) else {depth: Exit() for depth in exits}
         bank = ExitBank(given, backbone.site)
-    engine = Engine(backbone, source.tokenizer(), bank, source.generation_config())
+    engine = Engine(backbone, source.tokenizer(), bank, source.generation_config(), choice)
     return engine.to(place)
 
 

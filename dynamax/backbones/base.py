@@ -82,6 +82,11 @@ class Backbone(nn.Module, ABC):
         """Rotary angles; None for a model without."""
         return None
 
+    @property
+    def weight_bytes(self) -> float:
+        """Bytes that a product reads for each weight."""
+        return float(next(self.parameters()).element_size())
+
     # -- running blocks ---------------------------------------------------------------------------------
 
     @final

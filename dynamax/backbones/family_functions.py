@@ -15,9 +15,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PretrainedConfig
 
+from dynamax.backbones.linear import channels
 from dynamax.backbones.mixers import Mixer, SSDMixer
 from dynamax.backbones.plan import Rotary
 from dynamax.backbones.state import LayerView, StateKind
+from dynamax.kernels.products import Product
 
 # -- the whole model ---------------------------------------------------------------------------------------
 
@@ -143,7 +145,8 @@ def rows_of_fused_projection(block: nn.Module, u_BTD: Tensor) -> tuple[Tensor, T
     """Phi-3: queries, keys and values are rows of one matrix, in this order."""
     attention: Any = block.get_submodule("self_attn")
     size, queries = attention.head_dim, attention.config.num_attention_heads * attention.head_dim
-    k_BTC, v_BTC = F.linear(u_BTD, attention.qkv_proj.weight[queries:]).chunk(2, -1)
+    fused = attention.qkv_proj
+    k_BTC, v_BTC = channels(fused, u_BTD, (queries, fused.out_features)).chunk(2, -1)
     return heads(k_BTC, size), heads(v_BTC, size)
 
 
@@ -151,6 +154,11 @@ def heads_of_fused_projection(block: nn.Module, u_BTD: Tensor) -> tuple[Tensor, 
     """GPT-NeoX: each head has its query, key and value behind one another in one matrix."""
     attention: Any = block.get_submodule("attention")
     size, fused = attention.head_size, attention.query_key_value
+    if isinstance(fused, Product):
+        spans = [(start + size, start + 3 * size) for start in range(0, fused.out_features, 3 * size)]
+        kv_BTHC = fused.part(u_BTD, *spans).unflatten(-1, (-1, 2 * size))
+        k_BHTD, v_BHTD = kv_BTHC.transpose(1, 2).chunk(2, -1)
+        return k_BHTD, v_BHTD
     weight_HCD = fused.weight.unflatten(0, (-1, 3 * size))[:, size:]
     kv_HNC = u_BTD.flatten(0, 1) @ weight_HCD.mT  # one product a head, without a copy of the weights
     if fused.bias is not None:
@@ -163,8 +171,7 @@ def columns_of_fused_projection(block: nn.Module, u_BTD: Tensor) -> tuple[Tensor
     """GPT-2: queries, keys and values are columns of one transposed matrix."""
     attention: Any = block.get_submodule("attn")
     width = attention.embed_dim
-    weight, bias = attention.c_attn.weight[:, width:], attention.c_attn.bias[width:]
-    k_BTC, v_BTC = torch.addmm(bias, u_BTD.flatten(0, 1), weight).unflatten(0, u_BTD.shape[:2]).chunk(2, -1)
+    k_BTC, v_BTC = channels(attention.c_attn, u_BTD, (width, 3 * width)).chunk(2, -1)
     return heads(k_BTC, attention.head_dim), heads(v_BTC, attention.head_dim)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Iterable
+from functools import partial
 from typing import Any, final
 
 import torch
@@ -21,9 +22,11 @@ from dynamax.backbones.checkpoint import fingerprint_of
 from dynamax.backbones.families import FamilySpec, family
 from dynamax.backbones.mixers import MixerCost
 from dynamax.backbones.plan import Rotary, StepPlan
-from dynamax.backbones.state import LayerView, StateKind
+from dynamax.backbones.recorded import MOST_POSITIONS, Recordings
+from dynamax.backbones.state import CacheView, LayerView, StateKind
 from dynamax.errors import UserError
 from dynamax.kernels import at_least_float32
+from dynamax.kernels.products import Product
 from dynamax.types import BlockCost, Spec
 
 
@@ -55,6 +58,9 @@ class HFBackbone(Backbone):
         self._windows = self.row.windows(config)
         self._rotary_types = self.row.rotary_types(config)
         self._state_kinds = self.row.state_kinds(config)
+        self.recordings: Recordings | None = None
+        self._costs: list[BlockCost] = []
+        self._weight_bytes: float | None = None
         self._mixers = tuple(self.row.mixer(block) for block in self._blocks)
         self.additive_masks = config._attn_implementation == "eager"
         self.spec = Spec(
@@ -76,9 +82,13 @@ class HFBackbone(Backbone):
     @property
     def output_matrix(self) -> Tensor:
         """The output matrix ``W_VD``, which may be the embedding matrix as well."""
-        output = self.model.get_output_embeddings()
-        assert output is not None, "a causal language model has an output matrix"
-        return output.weight
+        output: Any = self.model.get_output_embeddings()
+        return output.dense() if isinstance(output, Product) else output.weight
+
+    def output_rows(self, tokens_C: Tensor) -> Tensor:
+        """Rows ``[C, D]`` of the output matrix."""
+        output: Any = self.model.get_output_embeddings()
+        return output.rows(tokens_C) if isinstance(output, Product) else output.weight[tokens_C]
 
     def reference(self, tokens_BT: Tensor) -> Tensor:
         """Logits of one pass by transformers' own forward, to check this class against."""
@@ -97,6 +107,13 @@ class HFBackbone(Backbone):
 
     def block(self, index: int, h_BTD: Tensor, plan: StepPlan, view: LayerView) -> Tensor:
         """One block over one chunk. ``view`` takes its keys and values, and advances its recurrent state."""
+        small = plan.length <= MOST_POSITIONS and isinstance(view, CacheView) and not torch.is_grad_enabled()
+        if self.recordings is not None and small:
+            angles = plan.angles(self._rotary_types[index])
+            return self.recordings.run(index, h_BTD, plan, view, angles, partial(self._call, index, plan))
+        return self._call(index, plan, h_BTD, view)
+
+    def _call(self, index: int, plan: StepPlan, h_BTD: Tensor, view: LayerView) -> Tensor:
         return self.row.call_block(self._blocks[index], h_BTD, index, self._options(index, plan, view))
 
     def _options(self, index: int, plan: StepPlan, view: LayerView) -> dict[str, Any]:
@@ -145,12 +162,31 @@ class HFBackbone(Backbone):
 
         The product is taken in the model's dtype; the logits are float32, or float64 for a float64 model.
         """
-        matrix_VD = self.output_matrix
-        logits = F.linear(u_BTD.to(matrix_VD.dtype), matrix_VD if tokens_C is None else matrix_VD[tokens_C])
+        output: Any = self.model.get_output_embeddings()
+        if tokens_C is not None:
+            matrix_CD = self.output_rows(tokens_C)
+            logits = F.linear(u_BTD.to(matrix_CD.dtype), matrix_CD)
+        elif isinstance(output, Product):
+            logits = output(u_BTD)
+        else:
+            logits = F.linear(u_BTD.to(output.weight.dtype), output.weight)
         return self.row.scale_logits(self.model.config, at_least_float32(logits))
 
     def block_cost(self, index: int) -> BlockCost:
         """What the block costs: products only; norms and biases are left out."""
+        return self._costs[index] if self._costs else self._cost(index)
+
+    def freeze_costs(self, weight_bytes: float | None) -> None:
+        """Keep what blocks cost, since packed weights cannot be counted; each of them takes ``weight_bytes``."""
+        self._costs = [self._cost(index) for index in range(self.spec.depth)]
+        self._weight_bytes = weight_bytes
+
+    @property
+    def weight_bytes(self) -> float:
+        """Bytes that a product reads for each weight."""
+        return super().weight_bytes if self._weight_bytes is None else self._weight_bytes
+
+    def _cost(self, index: int) -> BlockCost:
         config, mixer, block = self.model.config, self._mixers[index], self._blocks[index]
         held = [pair for pair in block.named_parameters() if self.row.uses_parameter(config, index, pair[0])]
         plain, experts = linear_weights(held, 2), linear_weights(held, 3)

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dynamax.backbones.linear import channels, without_bias
 from dynamax.backbones.state import LayerView, Tensors
 from dynamax.kernels import at_least_float32, selective, ssd
 from dynamax.kernels.convolution import convolve
@@ -119,9 +120,9 @@ class SSDMixer(Mixer):
 
     def _advance(self, u_BTD: Tensor, view: LayerView, first: int) -> tuple[Tensor, Tensor]:
         """Project from channel ``first`` on and advance; the gate's channels, as far as they are projected, and y."""
-        m, linear = self.module, self.module.in_proj
-        bias = None if linear.bias is None else linear.bias[first:]
-        rows_BTC = F.linear(u_BTD if self._gain == 1.0 else u_BTD * self._gain, linear.weight[first:], bias)
+        m = self.module
+        u_BTD = u_BTD if self._gain == 1.0 else u_BTD * self._gain
+        rows_BTC = channels(m.in_proj, u_BTD, (first, m.in_proj.out_features)) if first else m.in_proj(u_BTD)
         if self._scale is not None:
             rows_BTC = rows_BTC * getattr(m, self._scale)[..., first:]
         z_BTE, xbc_BTC, dt_BTH = rows_BTC.split([self._inner - first, self._channels, m.num_heads], -1)
@@ -178,9 +179,8 @@ class SelectiveMixer(Mixer):
 
     def write(self, u_BTD: Tensor, view: LayerView) -> None:
         """Project the input's half, advance."""
-        linear = self.module.in_proj
-        bias = None if linear.bias is None else linear.bias[: self._inner]
-        view.advance(self._read, self._rows(F.linear(u_BTD, linear.weight[: self._inner], bias), view))
+        x_BTE = channels(self.module.in_proj, u_BTD, (0, self._inner))
+        view.advance(self._read, self._rows(x_BTE, view))
 
     def _rows(self, x_BTE: Tensor, view: LayerView) -> Tensors:
         if view.live_BT is None:
@@ -196,7 +196,7 @@ class SelectiveMixer(Mixer):
         if self._norms is not None:
             step, b, c = (getattr(m, name)(part) for name, part in zip(self._norms, (step, b, c), strict=True))
         bias = at_least_float32(m.dt_proj.bias)
-        dt_BTE = F.softplus(at_least_float32(F.linear(step, m.dt_proj.weight)) + bias)
+        dt_BTE = F.softplus(at_least_float32(without_bias(m.dt_proj, step)) + bias)
         (dt_BTE,) = masked(live_BT, dt_BTE)
         x_BTE, b_BTN, c_BTN = at_least_float32(x_BTE), at_least_float32(b), at_least_float32(c)
         decay_EN = -at_least_float32(m.A_log).exp()
@@ -229,10 +229,9 @@ class ShortConvMixer(Mixer):
 
     def write(self, u_BTD: Tensor, view: LayerView) -> None:
         """Project B and the input, advance."""
-        linear = self.module.in_proj
-        bias_b, bias_x = (None, None) if linear.bias is None else linear.bias.chunk(3)[::2]
-        weight_b, weight_x = linear.weight.chunk(3)[::2]
-        rows_BTD = F.linear(u_BTD, weight_b, bias_b) * F.linear(u_BTD, weight_x, bias_x)
+        width = self.module.in_proj.out_features // 3
+        b_BTD, x_BTD = channels(self.module.in_proj, u_BTD, (0, width), (2 * width, 3 * width)).chunk(2, -1)
+        rows_BTD = b_BTD * x_BTD
         view.advance(self._read, masked(view.live_BT, rows_BTD))
 
     def _read(self, past: Tensors | None, x_BTD: Tensor) -> tuple[Tensor, Tensors]:

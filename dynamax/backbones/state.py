@@ -234,10 +234,23 @@ class CacheView(LayerView):
 
     def advance(self, recurrence: Recurrence, rows: Tensors) -> Tensor:
         """Continue from the state that is held."""
-        assert self._recurrent is not None, "a block without a recurrent state advanced one"
-        output, tensors = recurrence(self._recurrent.tensors, *rows)
-        self._advanced = (recurrence, rows, tensors)
+        output, tensors = recurrence(self.past(), *rows)
+        self.take(recurrence, rows, tensors)
         return output
+
+    @property
+    def fresh(self) -> bool:
+        """Whether there is no recurrent state yet, or none at all."""
+        return self._recurrent is None or self._recurrent.tensors is None
+
+    def past(self) -> Tensors | None:
+        """The recurrent state that is held; None before the first position."""
+        assert self._recurrent is not None, "a block without a recurrent state advanced one"
+        return self._recurrent.tensors
+
+    def take(self, recurrence: Recurrence, rows: Tensors, tensors: Tensors) -> None:
+        """Take note of the state that the chunk ends with."""
+        self._advanced = (recurrence, rows, tensors)
 
     def commit(self) -> None:
         """Make the chunk part of the state."""

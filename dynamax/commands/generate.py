@@ -6,7 +6,7 @@ import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from dynamax.backbones.sources import SmolLM2, Source
 from dynamax.commands.colors import DepthColors, coloured
@@ -67,6 +67,7 @@ def generate(
     stop_strings: list[str] | None = None,
     chat: bool | None = None,
     dtype: str = "float32",
+    precision: str | None = "auto",
     device: Literal["auto", "cpu", "cuda"] = "auto",
 ) -> None:
     """Print the answer, a legend, and what was saved.
@@ -88,8 +89,11 @@ def generate(
         stop_strings: Strings that end the answer.
         chat: Wrap the prompt as a user's turn in the chat template; left out, where the model has one.
         dtype: Of the backbone, such as float32 or bfloat16.
+        precision: How its weights are held: float32, float16, bfloat16, int8 or int4; auto takes the faster of the
+            first two here, null runs transformers' modules as they are, and so does a dtype other than float32.
         device: Where to run; auto takes a GPU where there is one.
     """
+    numbers: dict[str, Any] = {"dtype": dtype, "precision": precision, "device": device}
     options = {
         "max_new_tokens": max_new_tokens,
         "do_sample": do_sample,
@@ -106,11 +110,9 @@ def generate(
                 f"There are no saved heads in {folder}. Wanted: a folder that fit wrote, --heads FOLDER. A model that "
                 f"was trained with exits needs no heads: {WITHOUT_HEADS}"
             )
-        engine = load(backbone or folder, heads=folder, dtype=dtype, device=device)
+        engine = load(backbone or folder, heads=folder, **numbers)
     else:
-        engine = load(
-            backbone or SmolLM2(), heads=None if heads is None else str(heads), exits=exits, dtype=dtype, device=device
-        )
+        engine = load(backbone or SmolLM2(), heads=None if heads is None else str(heads), exits=exits, **numbers)
     show(engine, engine.stream(prompt, policy, decoder=decoder, chat=chat, **options))
 
 

@@ -34,7 +34,7 @@ class CostModel:
     """What a step costs, from what the blocks counted.
 
     Args:
-        backbone: Gives the cost of each block and the size of a weight.
+        backbone: Gives the cost of each block and the size of a weight in its precision.
         bank: Its exits; None for plain decoding.
         batch: Rows that share each read of the weights.
     """
@@ -43,6 +43,7 @@ class CostModel:
         self.spec = backbone.spec
         self.blocks = [backbone.block_cost(index) for index in range(self.spec.depth)]
         self.size = next(backbone.parameters()).element_size()
+        self.weight_size = backbone.weight_bytes
         self.bank = bank
         self.batch = batch
 
@@ -64,8 +65,8 @@ class CostModel:
         seen = context + 1 if block.window is None else min(context + 1, block.window)
         flops = rows * 2.0 * (block.active + block.scores * seen + block.scan)
         weights = min(block.weights * calls, block.active * rows * self.batch)
-        read = weights / self.batch + block.keys * (seen * calls + rows)
-        return Cost(flops, self.size * read + self._state(block) * calls)
+        keys = block.keys * (seen * calls + rows)
+        return Cost(flops, self.weight_size * weights / self.batch + self.size * keys + self._state(block) * calls)
 
     def _write(self, block: BlockCost, rows: int) -> Cost:
         weights = self._weights(block.write, rows)
@@ -79,7 +80,7 @@ class CostModel:
         return self._weights(self.spec.vocab * self.spec.width, 1)
 
     def _weights(self, count: int, rows: int) -> Cost:
-        return Cost(2.0 * count * rows, self.size * count / self.batch)
+        return Cost(2.0 * count * rows, self.weight_size * count / self.batch)
 
     def _reads(self, step: Step) -> Cost:
         cost = FREE

@@ -56,8 +56,8 @@ def chunked(
     written_BTC, parts = x_BTC * dt_BTC, []
     if state_BCN is None:
         state_BCN = x_BTC.new_zeros(len(x_BTC), *a_CN.shape)
-    for rows in torch.arange(x_BTC.shape[1]).split(chunk):
-        part = slice(int(rows[0]), int(rows[-1]) + 1)
+    for start in range(0, x_BTC.shape[1], chunk):
+        part = slice(start, start + chunk)
         decay_BQCN = (dt_BTC[:, part, :, None] * a_CN).exp()
         states_BQCN = written_BTC[:, part, :, None] * b_BTN[:, part, None]
         first_BCN = torch.addcmul(states_BQCN[:, 0], decay_BQCN[:, 0], state_BCN)

@@ -57,6 +57,8 @@ class DecodingModule(LightningModule):
         sampler: How tokens are drawn; left out, by the model's ``generation_config``, which is greedy for most.
         chat: Wrap prompts as a user's turn in the chat template; plain text if left out.
         dtype: Of the backbone, such as float32 or bfloat16.
+        precision: How its weights are held: float32, float16, bfloat16, int8 or int4; auto takes the faster of the
+            first two here. Left out, transformers' modules run as they are. On a CPU.
         timed: Examples on which ``test`` takes time and cost, policy by policy, beside the full model; 8 if left out.
             On the others it takes agreement and depth alone. Only for tasks that generate, as ``sampler`` and ``chat``.
             ``predict`` takes no times and does not read it.
@@ -81,6 +83,7 @@ class DecodingModule(LightningModule):
         sampler: Sampler | None = None,
         chat: bool | None = None,
         dtype: str = "float32",
+        precision: str | None = None,
         timed: int | None = None,
     ) -> None:
         super().__init__()
@@ -102,7 +105,7 @@ class DecodingModule(LightningModule):
         self.source, self.exits = backbone, exits
         self.heads = None if heads is None else str(heads)
         self.decoder, self.sampler, self.chat, self.timed = decoder, sampler, chat, timed
-        self.dtype_name = dtype
+        self.dtype_name, self.precision = dtype, precision
         self.probes: list[Probe] = []
         self._evaluation: Evaluation | None = None
 
@@ -130,7 +133,14 @@ class DecodingModule(LightningModule):
     def configure_model(self) -> None:
         """Load backbone and heads, once; a policy that does not fit them is refused now."""
         if "engine" not in vars(self):
-            engine = load(self.source, heads=self.heads, exits=self.exits, dtype=self.dtype_name, device="cpu")
+            engine = load(
+                self.source,
+                heads=self.heads,
+                exits=self.exits,
+                dtype=self.dtype_name,
+                precision=self.precision,
+                device="cpu",
+            )
             for policy in self.policies:
                 engine.decoder(policy, self.decoder)
             self.backbone, self.bank = engine.backbone, engine.exits  # as submodules, so that they move with this one

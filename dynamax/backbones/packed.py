@@ -1,0 +1,107 @@
+"""Faster execution of a loaded model: its products in another weight format, its norms in one call.
+
+Modules are replaced one by one inside transformers' own blocks, whose code stays what runs; so this holds for every
+family, and whatever transformers does between the products is still done. Nothing is assumed of a module because of its
+name: a norm is replaced if its output is the same.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Iterator
+from typing import Any, final
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from dynamax.backbones.hf import HFBackbone
+from dynamax.backbones.linear import as_product
+from dynamax.backbones.recorded import Recordings
+from dynamax.kernels.attention import attend
+from dynamax.kernels.products import Product
+
+ATTENTION = "dynamax"
+"""The name of ``attend`` among transformers' implementations of attention."""
+
+
+@final
+class RMSNorm(nn.Module):
+    """``x / rms(x) * weight`` over the channels.
+
+    Args:
+        weight_D: Gain of each channel.
+        eps: Added to the mean square.
+    """
+
+    def __init__(self, weight_D: Tensor, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight_D, requires_grad=False)
+        self._shape, self._eps = tuple(weight_D.shape), eps
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The norm."""
+        return F.rms_norm(x, self._shape, self.weight, self._eps)
+
+
+def pack(backbone: HFBackbone, kind: type[Product]) -> None:
+    """Make a backbone faster, in place. Weights that nothing else holds are freed.
+
+    Layers of other kinds, such as experts that hold all their matrices in one tensor, stay as they are.
+
+    Args:
+        backbone: The model. Afterwards it cannot be trained, and stays on its device.
+        kind: What takes the place of a linear layer.
+
+    Raises:
+        UserError: If weights cannot be held so.
+    """
+    kinds = {kind for index in range(backbone.spec.depth) for kind in backbone.state_kinds(index)}
+    backbone.freeze_costs(kind.bytes)
+    replace_modules(backbone.model, kind)
+    if "keys" in kinds:
+        ALL_ATTENTION_FUNCTIONS.register(ATTENTION, attend)
+        backbone.model.set_attn_implementation(ATTENTION)
+        backbone.additive_masks = False
+    backbone.recordings = Recordings(backbone.model)
+
+
+def replace_modules(model: nn.Module, kind: type[Product]) -> None:
+    """Replace linear layers and norms."""
+    made: dict[int, nn.Module] = {}  # one module may stand in several places
+    for parent, name, child in list(children(model)):
+        if id(child) not in made:
+            made[id(child)] = as_product(child, kind) or norm_of(child) or child
+        setattr(parent, name, made[id(child)])
+
+
+def children(module: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Module]]:
+    """Every module below, with its parent and its name there."""
+    for parent in module.modules():
+        for name, child in parent.named_children():
+            yield parent, name, child
+
+
+@torch.no_grad()
+def norm_of(module: nn.Module) -> RMSNorm | None:
+    """What takes the place of a norm without a mean; None for anything else.
+
+    Some families hold the gain less one, some do not use it. So it is tried out, with another gain than the module's.
+    """
+    weight: Any = getattr(module, "weight", None)
+    eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+    arguments = inspect.signature(module.forward).parameters
+    if not (isinstance(weight, Tensor) and weight.ndim == 1 and isinstance(eps, float) and len(arguments) == 1):
+        return None
+    tried: Any = copy.deepcopy(module)
+    generator = torch.Generator().manual_seed(0)
+    x, gain = (torch.randn(shape, generator=generator).to(weight) for shape in ((2, 3, len(weight)), len(weight)))
+    x = x * eps**0.5  # so that it counts
+    tried.weight.copy_(gain)
+    wanted = tried(x)
+    for less in (0.0, 1.0):
+        if wanted.dtype == x.dtype and torch.allclose(RMSNorm(gain + less, eps)(x), wanted, rtol=1e-5, atol=1e-6):
+            return RMSNorm(weight.detach() + less, eps)
+    return None

@@ -1,0 +1,154 @@
+"""The format in which weights are held, chosen by name or by a short measurement on this machine."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from statistics import median
+
+import torch
+from torch import Tensor, nn
+
+from dynamax.backbones.base import Backbone
+from dynamax.backbones.downloads import cache_folder
+from dynamax.backbones.hf import HFBackbone
+from dynamax.backbones.linear import weight_of
+from dynamax.backbones.packed import pack
+from dynamax.device import processor
+from dynamax.errors import UserError
+from dynamax.files import write_atomically
+from dynamax.kernels.products import BFloat16, Columns, Float16, Int4, Int8, Product, Rows
+
+PRECISIONS: dict[str, tuple[type[Product], ...]] = {
+    "float32": (Rows, Columns),
+    "float16": (Float16,),
+    "bfloat16": (BFloat16,),
+    "int8": (Int8,),
+    "int4": (Int4,),
+}
+"""The formats of each precision; the fastest on the machine is taken."""
+
+AUTO, FAITHFUL = "auto", ("float32", "float16")
+"""``auto`` takes the fastest of those whose tokens are float32's, but for ties in the last digits."""
+
+SAMPLE = 48 << 20
+"""Bytes of float32 weights that a measurement reads: more than most processors keep in their caches."""
+
+ROUNDS = 5
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How weights are held, and what that was chosen from.
+
+    Attributes:
+        precision: Its name in ``PRECISIONS``.
+        format: The name of the class that multiplies.
+        milliseconds: For each format that was measured, the time of the sample's products for one position.
+    """
+
+    precision: str
+    format: str
+    milliseconds: dict[str, float]
+
+
+def set_precision(backbone: Backbone, precision: str) -> Choice | None:
+    """Hold a backbone's weights in a precision, in place, and run its small steps recorded.
+
+    Args:
+        backbone: The model, on the device where it will run.
+        precision: A name of ``PRECISIONS``; or ``auto``, which takes what suits the model and the machine.
+
+    Returns:
+        What was chosen; None if ``auto`` left the model as it is: on a GPU, or if it is none of transformers'.
+
+    Raises:
+        UserError: If there is no such precision, or this model or this machine cannot have it.
+    """
+    if precision != AUTO and precision not in PRECISIONS:
+        raise UserError(f"The precision {precision!r} was given; one of {', '.join([AUTO, *PRECISIONS])} is wanted.")
+    like = next(backbone.parameters())
+    if not isinstance(backbone, HFBackbone) or like.device.type != "cpu":
+        if precision == AUTO:
+            return None
+        what = f"on {like.device}" if isinstance(backbone, HFBackbone) else f"of the class {type(backbone).__name__}"
+        raise UserError(
+            f"The precision {precision} was asked of a model {what}; wanted: a model of transformers on a CPU. Leave "
+            f"precision out, and choose a dtype."
+        )
+    if like.dtype != torch.float32 and precision != AUTO:
+        raise UserError(
+            f"The precision {precision} was asked of a model that computes in {str(like.dtype).removeprefix('torch.')}."
+            f" Load it in float32, or leave precision out."
+        )
+    return _choose(backbone, precision)
+
+
+def _choose(backbone: HFBackbone, precision: str) -> Choice:
+    names = FAITHFUL if precision == AUTO else (precision,)
+    weights = list(linear_weights(backbone.model))
+    possible = {kind: name for name in names for kind in PRECISIONS[name] if refusal(kind, weights) is None}
+    if not possible:
+        raise UserError(
+            f"The precision {precision} cannot be had here: {refusal(PRECISIONS[precision][0], weights)}. Choose "
+            f"another of {', '.join(PRECISIONS)}, or leave it out."
+        )
+    times = {} if len(possible) == 1 else measured(list(possible), sample(weights))
+    kind = min(possible, key=lambda kind: times.get(kind.__name__, 0.0))
+    pack(backbone, kind)
+    return Choice(possible[kind], kind.__name__, times)
+
+
+def linear_weights(model: nn.Module) -> Iterable[Tensor]:
+    """The matrices ``[O, I]`` of a model's linear layers, each once."""
+    for module in model.modules():
+        weight_OI = weight_of(module)
+        if weight_OI is not None:
+            yield weight_OI
+
+
+def refusal(kind: type[Product], weights: Iterable[Tensor]) -> str | None:
+    """Why a format cannot hold some of these weights; None if it can hold all."""
+    return next((reason for weight_OI in weights if (reason := kind.refusal(weight_OI)) is not None), None)
+
+
+def sample(weights: Sequence[Tensor]) -> list[Tensor]:
+    """The first matrices, up to ``SAMPLE`` bytes."""
+    taken, size = [], 0
+    for weight_OI in weights:
+        size += 4 * weight_OI.numel()
+        if taken and size > SAMPLE:
+            break
+        taken.append(weight_OI)
+    return taken
+
+
+def measured(kinds: Sequence[type[Product]], weights: Sequence[Tensor]) -> dict[str, float]:
+    """Milliseconds of the products with one position, by format; measured once for each machine and kept on disk."""
+    key = [processor(weights[0].device), torch.__version__, torch.get_num_threads(), [list(w.shape) for w in weights]]
+    digest = hashlib.sha256(json.dumps([key, sorted(kind.__name__ for kind in kinds)]).encode()).hexdigest()[:16]
+    file = cache_folder() / "precision" / f"{digest}.json"
+    with suppress(OSError, ValueError):
+        return json.loads(file.read_text())
+    times = timed({kind.__name__: [kind(weight_OI) for weight_OI in weights] for kind in kinds})
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(file, json.dumps(times).encode())
+    return times
+
+
+@torch.inference_mode()
+def timed(products: dict[str, list[Product]]) -> dict[str, float]:
+    """Milliseconds for one position, formats in turn, the median of some rounds behind one to warm up."""
+    spent: dict[str, list[float]] = {name: [] for name in products}
+    for _ in range(ROUNDS + 1):
+        for name, parts in products.items():
+            rows = [torch.ones(1, part.in_features, dtype=part.dtype) for part in parts]
+            begin = time.perf_counter()
+            for part, row in zip(parts, rows, strict=True):
+                part(row)
+            spent[name].append(1000 * (time.perf_counter() - begin))
+    return {name: median(times[1:]) for name, times in spent.items()}
