@@ -99,8 +99,9 @@ def _choose(backbone: HFBackbone, precision: str) -> Choice:
         )
     times = {} if len(possible) == 1 else measured(list(possible), sample(weights))
     kind = min(possible, key=lambda kind: times.get(kind.__name__, 0.0))
+    own = str(weights[0].dtype).removeprefix("torch.")
     pack(backbone, kind)
-    return Choice(possible[kind], kind.__name__, times)
+    return Choice(own if kind.bytes is None else possible[kind], kind.__name__, times)
 
 
 def linear_weights(model: nn.Module) -> Iterable[Tensor]:

@@ -15,7 +15,7 @@ def main(arguments: Sequence[str]) -> None:
     """Print versions, device and kernels."""
     device = chosen("auto")
     facts = {"dynamax": __version__, **environment(device, dtype="float32", batch=1)}
-    for name in ("dtype", "batch"):
+    for name in ("dtype", "precision", "weights", "batch"):
         facts.pop(name)
     for package in PACKAGES:
         used = f"installed; {backend(package, device).replace('torch', 'plain PyTorch')} runs on {device}"

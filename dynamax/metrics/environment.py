@@ -8,11 +8,21 @@ from typing import Any
 
 import torch
 
+from dynamax.backbones.precision import Choice
 from dynamax.device import processor
 
 
-def environment(device: torch.device | str = "cpu", *, dtype: str, batch: int) -> dict[str, Any]:
-    """Where and with what a measurement was made."""
+def environment(
+    device: torch.device | str = "cpu", *, dtype: str, batch: int, precision: Choice | None = None
+) -> dict[str, Any]:
+    """Where and with what a measurement was made.
+
+    Args:
+        device: What computed.
+        dtype: What it computed in.
+        batch: Sequences at a time.
+        precision: How weights were held; None for as they were loaded.
+    """
     device = torch.device(device)
     on_gpu = device.type == "cuda"
     return {
@@ -21,6 +31,8 @@ def environment(device: torch.device | str = "cpu", *, dtype: str, batch: int) -
         "matmul": torch.get_float32_matmul_precision(),
         "deterministic": torch.are_deterministic_algorithms_enabled(),
         "dtype": dtype,
+        "precision": None if precision is None else precision.precision,
+        "weights": None if precision is None else precision.format,
         "batch": batch,
         "system": platform.platform(terse=True),
         "python": platform.python_version(),

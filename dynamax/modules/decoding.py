@@ -191,7 +191,12 @@ class DecodingModule(LightningModule):
             decoding=DecodingFacts(
                 type(decoder).__name__, decoder.lossless, decoder.options(), sampler, chat, self.heads
             ),
-            environment=environment(self.engine.device, dtype=str(self.engine.dtype).removeprefix("torch."), batch=1),
+            environment=environment(
+                self.engine.device,
+                dtype=str(self.engine.dtype).removeprefix("torch."),
+                batch=1,
+                precision=self.engine.precision,
+            ),
             exits=[stats.row(run.bank.lens(depth), run.bank.gates(depth)) for depth, stats in run.exits.items()],
             frontier=[point.stats.row(task, run.full.stats) for point in (run.full, *run.points)],
         )
