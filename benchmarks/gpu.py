@@ -39,6 +39,8 @@ NEEDS = {
     "siblings": ("torch", "transformers"),
 }
 """Packages without which a part cannot run at all."""
+MODULE = "benchmarks.gpu_{}"
+"""Where a part is."""
 GRACE = 0.93
 """Share of its time after which a part begins nothing new."""
 RESULTS = Path("benchmarks/results")
@@ -79,8 +81,8 @@ def run_part(part: str, seconds: float, args: argparse.Namespace) -> Report:
         return told(
             file, part, "failed", f"not installed here: {named}; put them on PYTHONPATH, or pip install {named}"
         )
-    command = [sys.executable, "-m", "benchmarks.gpu_part", part, "--file", str(file)]
-    command += ["--seconds", str(seconds * GRACE)]
+    command = [sys.executable, "-m", "benchmarks.gpu_part", part, "--module", MODULE.format(part)]
+    command += ["--file", str(file), "--seconds", str(seconds * GRACE)]
     command += ["--rehearse"] if args.rehearse else []
     command += ["--parts", str(args.parts)] if args.parts is not None else []
     start = time.monotonic()

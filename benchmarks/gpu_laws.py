@@ -7,15 +7,21 @@ from __future__ import annotations
 
 import os
 from collections import Counter
+from importlib import import_module
 from typing import Any
 
 import pytest
 
-from benchmarks.gpu_part import ROOT, Box
+from benchmarks.gpu_part import ROOT, Box, reason
 
 TESTS = ("tests/gpu", "tests/metrics", "tests/data", "tests/modules")
 """Most worth first."""
-OPTIONS = ("-q", "--no-header", "--tb=short", "--durations=0", "--durations-min=5", "-p", "no:cacheprovider")
+OPTIONS = (
+    *("--rootdir", str(ROOT), "-c", str(ROOT / "pyproject.toml")),
+    *("-q", "--no-header", "--tb=short", "--durations=0", "--durations-min=5", "-p", "no:cacheprovider"),
+    *("-W", "default"),  # other versions warn of other things, and that is not what is asked here
+    *("-m", "gpu", "--continue-on-collection-errors"),
+)
 
 
 class Recorder:
@@ -30,6 +36,7 @@ class Recorder:
         self._counts: Counter[str] = Counter()
         self._skipped: Counter[str] = Counter()
         self._session: Any = None
+        self._found = self._ended = 0
 
     def pytest_sessionstart(self, session: pytest.Session) -> None:
         """Remember whom to tell to stop."""
@@ -42,7 +49,7 @@ class Recorder:
 
     def pytest_collection_finish(self, session: pytest.Session) -> None:
         """How many there are."""
-        self._box.report["findings"]["tests"] = len(session.items)
+        self._found += len(session.items)
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """Keep how it ended."""
@@ -52,6 +59,7 @@ class Recorder:
             self._skipped[report.longrepr[2].removeprefix("Skipped: ")] += 1
         elif report.when == "call":
             self._counts[report.outcome] += 1
+        self._ended += report.when == "teardown"
         self.keep()
         if self._box.left() <= 0:
             self._session.shouldstop = "out of time"
@@ -63,28 +71,39 @@ class Recorder:
     def keep(self) -> None:
         """Write what is known."""
         report, failed = self._box.report, self._box.report["failures"]
-        report["findings"] |= {"passed": self._counts["passed"], "skipped": dict(self._skipped)}
-        ended = self._counts["passed"] + sum(self._skipped.values()) + len(failed)
-        report["findings"]["ended"] = ended
-        head = f"{self._counts['passed']} passed, {len(failed)} failed of {report['findings'].get('tests', 0)}"
+        counts = {"tests": self._found, "ended": self._ended, "passed": self._counts["passed"]}
+        report["findings"] |= {**counts, "skipped": dict(self._skipped)}
+        head = f"{self._counts['passed']} passed, {len(failed)} failed of {self._found}"
         report["table"] = "\n".join([head, *(f"skipped {n}: {why}" for why, n in self._skipped.items())])
         self._box.write()
 
 
 def run(box: Box) -> None:
-    """Run the tests; those that time did not allow are counted."""
+    """Run the tests, folder by folder; those that time did not allow are counted."""
     if box.rehearse:
         os.environ["DYNAMAX_GPU_TESTS"] = "cpu"
     os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # what else is installed shall not matter
-    recorder, where = Recorder(box), ["--rootdir", str(ROOT), "-c", str(ROOT / "pyproject.toml")]
-    warnings = ["-W", "default"]  # other versions warn of other things, and that is not what is asked here
-    paths = [str(ROOT / path) for path in TESTS]
-    pytest.main(
-        [*where, *OPTIONS, *warnings, "-m", "gpu", "--continue-on-collection-errors", *paths], plugins=[recorder]
-    )
-    recorder.keep()
+    recorder = Recorder(box)
+    for folder in TESTS:
+        if box.left() <= 0:
+            box.report["left_out"].append(folder)
+        elif (error := unready(folder)) is not None:
+            box.report["failures"][folder] = reason(error)
+        else:
+            pytest.main([*OPTIONS, str(ROOT / folder)], plugins=[recorder])
+        recorder.keep()
     findings = box.report["findings"]
-    if not findings.get("tests") and not box.report["failures"]:
+    if not findings["tests"] and not box.report["failures"]:
         raise RuntimeError("no test was found")
-    if (rest := findings.get("tests", 0) - findings["ended"]) > 0:
+    if (rest := findings["tests"] - findings["ended"]) > 0:
         box.report["left_out"].append(f"{rest} tests")
+
+
+def unready(folder: str) -> Exception | None:
+    """Why the fixtures of a folder cannot be had, such as a package that is missing; pytest would end there."""
+    if (ROOT / folder / "conftest.py").is_file():
+        try:
+            import_module(f"{folder.replace('/', '.')}.conftest")
+        except Exception as error:
+            return error
+    return None

@@ -1,8 +1,8 @@
 """One part of ``benchmarks.gpu`` in a process of its own: its time box, and its report, written as findings come.
 
-    python -m benchmarks.gpu_part PART --file FILE --seconds N [--rehearse] [--parts FOLDER]
+    python -m benchmarks.gpu_part PART --module MODULE --file FILE --seconds N [--rehearse] [--parts FOLDER]
 
-A part is a module ``benchmarks.gpu_PART`` with ``run(box)``. Knows files and clocks; torch only for what machine it is.
+A part is a module with ``run(box)``. Knows files and clocks; torch only for what machine it is.
 """
 
 from __future__ import annotations
@@ -166,6 +166,7 @@ def main(given: Sequence[str] | None = None) -> None:
     """Run one part; its report tells how it went."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part")
+    parser.add_argument("--module", required=True)
     parser.add_argument("--file", type=Path, required=True)
     parser.add_argument("--seconds", type=float, required=True)
     parser.add_argument("--rehearse", action="store_true")
@@ -174,7 +175,7 @@ def main(given: Sequence[str] | None = None) -> None:
     box = Box(args.file, args.part, args.seconds, rehearse=args.rehearse, parts=args.parts)
     try:
         box.report["machine"] = machine(box.device)
-        import_module(f"benchmarks.gpu_{args.part}").run(box)
+        import_module(args.module).run(box)
     except Exception as error:
         box.end(error)
         if not isinstance(error, UserError | ModuleNotFoundError):
