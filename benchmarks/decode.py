@@ -103,10 +103,11 @@ def _wait() -> None:
 
 @torch.inference_mode()
 def measure(
-    backbone: HFBackbone, prompts: list[Tensor], depths: Depths, *, tokens: int, rounds: int
+    backbone: HFBackbone, prompts: list[Tensor], depths: Depths, *, tokens: int, rounds: int, leave_out: str = ""
 ) -> dict[str, dict[str, float]]:
     """Milliseconds a token: decode alone, the prefill's time taken off by a one-token run of the same prompt."""
     longer, shorter = contenders(backbone, depths, tokens), contenders(backbone, depths, 1)
+    longer.pop(leave_out, None)
     times: dict[str, list[float]] = {name: [] for name in longer}
     floors: dict[int, list[float]] = {depth: [] for depth in (*depths, backbone.spec.depth)}
     for number in range(rounds + 1):

@@ -6,6 +6,7 @@ time in which memory is read once, and bare products. At batch 1 also chunks of 
 
 from __future__ import annotations
 
+import gc
 from functools import cache
 from typing import Any
 
@@ -90,5 +91,6 @@ class Speeds:
             box.put(f"{name}, memory_ms", least)
             head = [] if box.report["table"] else [gpu_speeds.HEAD]
             box.tabulate("\n".join([*head, *gpu_speeds.lines(name, slow, fast, self.rate, least)]))
+        gc.collect()  # a captured decoder is in a cycle with its graphs, and its state may be gigabytes
         if box.device == "cuda":
             torch.cuda.empty_cache()

@@ -209,7 +209,8 @@ def test_shapes_are_rehearsed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
                 made.report["findings"][f"small {name}, batch {batch}, {how}"] for how in ("eager", "captured")
             )
             assert eager["batch"] == fast["batch"] == batch
-            assert set(eager["ms"]) >= {"transformers generate", "dynamax, all 2", "dynamax, depth 1", "floor, depth 1"}
+            assert set(eager["ms"]) >= {"dynamax, all 2", "dynamax, depth 1", "floor, depth 1", "floor, depth 2"}
+            assert ("transformers generate" in eager["ms"]) is (batch == 1 or "mistral" in name)
             assert set(fast["ms"]) == {"1", "2"}
             assert (fast["recorder"], fast["equals_plain_calls"], fast["dtype"]) == ("Plain", True, "float32")
             assert fast["distance_from_run"] < 1e-5
