@@ -49,7 +49,8 @@ def facts(backbone: HFBackbone, prompt_BT: Tensor, tokens: int) -> Finding:
 def eager(backbone: HFBackbone, prompt_BT: Tensor, depths: Depths, tokens: int) -> Finding:
     """The library's decoders beside transformers' generate, and bare products: milliseconds a token of every row.
 
-    Without its kernels, transformers' Mamba-2 needs 4 GB a row for a prompt of Codestral, so there batches go without.
+    Without its kernels, Mamba-2 of some versions of transformers needs 4 GB a row for a prompt of Codestral, so batches
+    of recurrent models go without ``generate``.
     """
     recurrent = any("recurrent" in backbone.state_kinds(index) for index in range(backbone.spec.depth))
     leave_out = GENERATE if recurrent and len(prompt_BT) > 1 else ""

@@ -51,6 +51,7 @@ def test_parts_keep_their_order_and_share_the_minutes() -> None:
     assert halves == {"laws": pytest.approx(60), "frontier": pytest.approx(60)}
 
 
+@pytest.mark.slow
 def test_every_part_ends_with_a_report_and_the_next_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
