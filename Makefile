@@ -50,9 +50,10 @@ bench: $(READY)
 cross: $(READY)
 	$(PY) -m benchmarks.cross --out benchmarks/results/cross.json --markdown runs/cross.md --plot docs/cross.png
 
+# In parts by worth, 12.5 minutes on a CUDA device; some of it: make gpu OPTIONS="--only shapes --minutes 5".
+# In small on the CPU, before a GPU is at hand: make gpu REHEARSE=1
 gpu: $(READY)
-	$(PY) -m pytest -m gpu tests/gpu tests/modules tests/metrics tests/data
-	$(PY) -m benchmarks.gpu
+	$(PY) -m benchmarks.gpu $(if $(REHEARSE),--rehearse) $(OPTIONS)
 
 clean:
 	rm -rf runs build *.egg-info .pytest_cache .ruff_cache .import_linter_cache .hypothesis

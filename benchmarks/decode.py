@@ -61,10 +61,10 @@ def matrices(backbone: HFBackbone, depth: int) -> list[Tensor]:
     return [module.weight for module in blocks] + [backbone.output_matrix]
 
 
-def floor(backbone: HFBackbone, depth: int) -> Callable[[], None]:
-    """The bare matrix products of ``depth`` blocks and the output matrix, for one position."""
+def floor(backbone: HFBackbone, depth: int, batch: int = 1) -> Callable[[], None]:
+    """The bare matrix products of ``depth`` blocks and the output matrix, for one position of every row."""
     weights = matrices(backbone, depth)
-    rows = [torch.randn(1, weight.shape[1], dtype=weight.dtype, device=weight.device) for weight in weights]
+    rows = [torch.randn(batch, weight.shape[1], dtype=weight.dtype, device=weight.device) for weight in weights]
 
     def run() -> None:
         for weight, row in zip(weights, rows, strict=True):
@@ -103,10 +103,11 @@ def _wait() -> None:
 
 @torch.inference_mode()
 def measure(
-    backbone: HFBackbone, prompts: list[Tensor], depths: Depths, *, tokens: int, rounds: int
+    backbone: HFBackbone, prompts: list[Tensor], depths: Depths, *, tokens: int, rounds: int, leave_out: str = ""
 ) -> dict[str, dict[str, float]]:
     """Milliseconds a token: decode alone, the prefill's time taken off by a one-token run of the same prompt."""
     longer, shorter = contenders(backbone, depths, tokens), contenders(backbone, depths, 1)
+    longer.pop(leave_out, None)
     times: dict[str, list[float]] = {name: [] for name in longer}
     floors: dict[int, list[float]] = {depth: [] for depth in (*depths, backbone.spec.depth)}
     for number in range(rounds + 1):
@@ -116,18 +117,18 @@ def measure(
                 if number:
                     times[name].append(1000 * spent / (tokens - 1))
             for depth, known in floors.items():
-                run = floor(backbone, depth)
+                run = floor(backbone, depth, len(prompts[0]))
                 run()
                 spent = seconds(lambda: [run() for _ in range(5)]) / 5  # noqa: B023
                 if number:
                     known.append(1000 * spent)
-    rows = {name: _summary(values) for name, values in times.items()}
+    rows = {name: summary(values) for name, values in times.items()}
     for depth, values in floors.items():
-        rows[f"floor, depth {depth}"] = _summary(values)
+        rows[f"floor, depth {depth}"] = summary(values)
     return rows
 
 
-def _summary(values: list[float]) -> dict[str, float]:
+def summary(values: list[float]) -> dict[str, float]:
     return {"median": statistics.median(values), "min": min(values), "max": max(values), "n": len(values)}
 
 

@@ -11,8 +11,6 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from dynamax.backbones.hf import HFBackbone
 from dynamax.backbones.loading import dtype_of
-from dynamax.backbones.sources import SmolLM2
-from dynamax.data.generated import questions
 
 
 @dataclass(frozen=True)
@@ -55,6 +53,24 @@ CONTESTANTS = {
             "tie_word_embeddings": True,
         },
     ),
+    "mistral-7b": Contestant(
+        (16, 20, 24, 28),
+        {
+            "model_type": "mistral",
+            "hidden_size": 4096,
+            "intermediate_size": 14336,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "head_dim": 128,
+            "sliding_window": None,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
+            "rms_norm_eps": 1e-5,
+            "max_position_embeddings": 32768,
+            "vocab_size": 32768,
+            "tie_word_embeddings": False,
+        },
+    ),
     "codestral-7b": Contestant(
         (32, 40, 48, 56),
         {
@@ -70,13 +86,16 @@ CONTESTANTS = {
         },
     ),
 }
-"""By name; DYNAMAX's exits for Codestral."""
+"""By name; DYNAMAX's exits for Mistral-7B v0.3 and Codestral-Mamba-7B."""
 
 
 def load(name: str, *, dtype: str, device: str, prompts: int) -> tuple[HFBackbone, list[Tensor]]:
     """The backbone, and prompts ``tokens_1T`` for it."""
     config = CONTESTANTS[name].config
     if config is None:
+        from dynamax.backbones.sources import SmolLM2  # these two need packages that random weights do without
+        from dynamax.data.generated import questions
+
         source = SmolLM2()
         tokenizer = source.tokenizer()
         texts = [question.question for question in questions()[:prompts]]

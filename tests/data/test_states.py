@@ -7,6 +7,7 @@ from dynamax.data.states import StateReader, batches, check_exits
 from dynamax.data.text import Document, origin_hash
 from dynamax.types import Site
 from tests.data.small import VOCAB, RandomText, small_backbone
+from tests.devices import DEVICE, missing
 from tests.tiny import tiny
 
 EXITS = (2, 5)
@@ -133,10 +134,10 @@ def test_batches_hold_each_document_once_and_stay_small():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@missing
 def test_states_on_a_gpu_are_those_of_the_cpu(backbone):
     documents = RandomText().documents()
-    on_gpu = reader(small_backbone().to("cuda")).read(documents)
+    on_gpu = reader(small_backbone().to(DEVICE)).read(documents)
     for found, wanted in zip(on_gpu, reader(backbone).read(documents), strict=True):
         assert found.top_probs_TK.device.type == "cpu"
         torch.testing.assert_close(found.hidden[5], wanted.hidden[5], rtol=1e-3, atol=1e-3)

@@ -8,13 +8,11 @@ from dynamax.kernels import backend, selective, ssd
 from dynamax.kernels.convolution import convolve
 from dynamax.testing import stir, toy_evidence, toy_site
 from dynamax.types import Memory
+from tests.devices import DEVICE, missing
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device; none is there"),
-]
-kernel = pytest.mark.skipif(backend("mamba_ssm", "cuda") == "torch", reason="mamba_ssm is not installed")
-conv_kernel = pytest.mark.skipif(backend("causal_conv1d", "cuda") == "torch", reason="causal_conv1d is not installed")
+pytestmark = [pytest.mark.gpu, missing]
+kernel = pytest.mark.skipif(backend("mamba_ssm", DEVICE) == "torch", reason="mamba_ssm is not installed")
+conv_kernel = pytest.mark.skipif(backend("causal_conv1d", DEVICE) == "torch", reason="causal_conv1d is not installed")
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 BOUNDS = {torch.float32: 5e-3, torch.bfloat16: 3e-2}  # Mamba-2's kernel multiplies float32 in TF32
 
@@ -85,9 +83,9 @@ def test_gate_on_the_gpu_is_the_gate_on_the_cpu(dtype):
     stir(gate)
     gate, h_BTD = gate.to(dtype), torch.randn(2, 90, 64, dtype=dtype)
     wanted = gate.score(toy_evidence(h_BTD, recurrent=True)).sigmoid()
-    gate.cuda()
-    memory, parts = Memory(pad_B=torch.zeros(2, dtype=torch.long, device="cuda")), []
-    for chunk_BTD in h_BTD.cuda().split([40, 1, 49], 1):
+    gate.to(DEVICE)
+    memory, parts = Memory(pad_B=torch.zeros(2, dtype=torch.long, device=DEVICE)), []
+    for chunk_BTD in h_BTD.to(DEVICE).split([40, 1, 49], 1):
         parts.append(gate.score(toy_evidence(chunk_BTD, recurrent=True), memory).sigmoid())
         memory.read += chunk_BTD.shape[1]
     bound = 1e-9 if dtype == torch.float64 else BOUNDS[dtype]

@@ -16,13 +16,11 @@ from dynamax.kernels import backend
 from dynamax.policies.base import TerminationPolicy
 from dynamax.policies.schedule import AtDepth, Never
 from dynamax.types import Evidence, Span
+from tests.devices import DEVICE, missing
 from tests.states import state
 from tests.tiny import FAMILIES, RECURRENT, tiny
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device; none was found"),
-]
+pytestmark = [pytest.mark.gpu, missing]
 TOLERANCE = {torch.float32: 2e-4, torch.bfloat16: 1e-1}
 TRITON = 5e-3  # Mamba-2's kernel multiplies float32 in TF32
 
@@ -37,7 +35,7 @@ class EveryThird(TerminationPolicy):
 
 def bound(backbone: HFBackbone, dtype: torch.dtype) -> float:
     scans = any(isinstance(mixer, SSDMixer) for mixer in backbone._mixers)
-    kernel = scans and backend("mamba_ssm", "cuda") != "torch"
+    kernel = scans and backend("mamba_ssm", DEVICE) != "torch"
     return max(TOLERANCE[dtype], TRITON if kernel else 0.0)
 
 
@@ -45,7 +43,7 @@ def same_tokens(backbone: HFBackbone, start_1T: torch.Tensor, got: list[int], wa
     """The same, or up to a first difference that was a tie."""
     differs = next((i for i, pair in enumerate(zip(got, wanted, strict=True)) if pair[0] != pair[1]), None)
     if differs is not None:
-        text_1T = torch.cat([start_1T, torch.tensor([wanted[:differs]], dtype=torch.long, device="cuda")], 1)
+        text_1T = torch.cat([start_1T, torch.tensor([wanted[:differs]], dtype=torch.long, device=DEVICE)], 1)
         with torch.inference_mode():
             logits_V = backbone.reference(text_1T)[0, -1].float()
         gap = logits_V[wanted[differs]] - logits_V[got[differs]]
@@ -53,16 +51,16 @@ def same_tokens(backbone: HFBackbone, start_1T: torch.Tensor, got: list[int], wa
 
 
 def backbone_of(family: str, dtype: torch.dtype) -> HFBackbone:
-    return HFBackbone(tiny(family, dtype=dtype).to("cuda"))
+    return HFBackbone(tiny(family, dtype=dtype).to(DEVICE))
 
 
 def bank_of(backbone: HFBackbone) -> ExitBank:
     exit_ = Exit(gates=[LinearGate, MambaGate])
-    return ExitBank({2: exit_, 3: exit_, 5: exit_}, backbone.site).to("cuda")
+    return ExitBank({2: exit_, 3: exit_, 5: exit_}, backbone.site).to(DEVICE)
 
 
 def text(length: int) -> torch.Tensor:
-    return torch.randint(0, 61, (1, length), generator=torch.Generator().manual_seed(0)).to("cuda")
+    return torch.randint(0, 61, (1, length), generator=torch.Generator().manual_seed(0)).to(DEVICE)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

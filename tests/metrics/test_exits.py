@@ -6,6 +6,7 @@ import torch
 from torchmetrics.functional.classification import binary_auroc
 
 from dynamax.metrics.exits import AnswerAgreement, BlocksPerToken, ExitAgreement, GateAUROC, auroc
+from tests.devices import DEVICE, missing
 
 
 def computed(metric, *batch) -> float:
@@ -147,14 +148,14 @@ def test_copies_and_resets(kind):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@missing
 def test_on_a_gpu(batches):
     agreed, area = ExitAgreement(), GateAUROC()
-    agreed_there, area_there = ExitAgreement().cuda(), GateAUROC().cuda()
+    agreed_there, area_there = ExitAgreement().to(DEVICE), GateAUROC().to(DEVICE)
     for token_BT, reference_BT, score_BT, live_BT in batches:
         agreed.update(token_BT, reference_BT, live_BT)
         area.update(score_BT, token_BT == reference_BT, live_BT)
-        agreed_there.update(token_BT.cuda(), reference_BT.cuda(), live_BT.cuda())
-        area_there.update(score_BT.cuda(), (token_BT == reference_BT).cuda(), live_BT.cuda())
+        agreed_there.update(token_BT.to(DEVICE), reference_BT.to(DEVICE), live_BT.to(DEVICE))
+        area_there.update(score_BT.to(DEVICE), (token_BT == reference_BT).to(DEVICE), live_BT.to(DEVICE))
     assert agreed_there.compute().cpu() == agreed.compute()
     assert area_there.compute().item() == pytest.approx(area.compute().item())

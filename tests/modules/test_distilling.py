@@ -17,6 +17,7 @@ from dynamax.data.language import LanguageData
 from dynamax.modules.distilling import DistillationModule
 from dynamax.modules.export import card
 from dynamax.objectives.distillation import LogitDistillation
+from tests.devices import ACCELERATOR, DEVICE, missing
 from tests.folders import model_folder
 from tests.modules.languages import WARNINGS, Start, Stop, StopAt, data, trainer, weights
 
@@ -192,10 +193,10 @@ def test_text_in_other_tokens_is_refused(teacher: Folder, tmp_path: Path) -> Non
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@missing
 def test_on_a_gpu(teacher: Folder, folder: Path, tmp_path: Path) -> None:
     built = module(teacher, trained="all", teacher_dtype="bfloat16", loss=LogitDistillation(hidden=0.1))
-    fitter = trainer(tmp_path, accelerator="gpu", devices=1, precision="bf16-mixed")
+    fitter = trainer(tmp_path, accelerator=ACCELERATOR, devices=1, precision="bf16-mixed")
     fitter.fit(built, datamodule=text(folder, teacher))
-    assert built._teacher.output_matrix.is_cuda
+    assert built._teacher.output_matrix.device.type == DEVICE
     assert fitter.callback_metrics["val/divergence/3"].isfinite()

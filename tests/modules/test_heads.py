@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 from dynamax.heads import Exit, LastBlockLens, LinearGate, LogitLens, TunedLens
 from dynamax.modules.phases import Phase, share
 from dynamax.objectives import GateObjective, LensDistillation, Objective
+from tests.devices import ACCELERATOR, missing
 from tests.modules.fitting import (
     DEPTHS,
     WARNINGS,
@@ -273,10 +274,10 @@ def test_half_precision_trains_the_same_heads(folder, tmp_path):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@missing
 def test_on_a_gpu(folder, tmp_path):
     heads, watch = module(folder), Watch()
-    trainer(tmp_path, watch, accelerator="gpu", devices=1).fit(heads, loader(heads), loader(heads, first=50))
+    trainer(tmp_path, watch, accelerator=ACCELERATOR, devices=1).fit(heads, loader(heads), loader(heads, first=50))
     assert "val/auroc/4/MambaGate" in watch.scores[-1]
 
 

@@ -15,6 +15,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from dynamax.backbones.sources import Folder
 from dynamax.modules.pretraining import PretrainingModule
 from dynamax.objectives.early_exit import LayerSkip, NextToken
+from tests.devices import ACCELERATOR, missing
 from tests.modules.languages import WARNINGS, Start, Stop, StopAt, data, module, trainer, weights
 
 pytestmark = WARNINGS
@@ -209,9 +210,9 @@ def test_vectors_do_not_decay(text: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@missing
 def test_on_a_gpu(text: Path, tmp_path: Path) -> None:
     built = module(export=str(tmp_path / "model"), prompts=["Question:"])
-    trainer(tmp_path, accelerator="gpu", devices=1, precision="bf16-mixed").fit(built, datamodule=data(text))
+    trainer(tmp_path, accelerator=ACCELERATOR, devices=1, precision="bf16-mixed").fit(built, datamodule=data(text))
     assert math.isfinite(built.record.curve()[-1][1])
     assert Folder(str(tmp_path / "model")).load().spec.depth == 4
