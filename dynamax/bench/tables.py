@@ -11,12 +11,12 @@ HEADS = (
     ("ms a token", "p10"),
     ("", "p50"),
     ("", "p95"),
-    ("", "tokens/s"),
+    ("tokens", "a s"),
     ("first", "ms"),
     ("memory", "MB"),
     ("", "tokens"),
     ("tokens", "equal"),
-    ("answers", "same"),
+    ("texts", "equal"),
     ("over", "floor"),
 )
 
