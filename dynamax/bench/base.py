@@ -84,6 +84,9 @@ class Contender(ABC):
             return "it reads a folder in transformers' layout, which this source has not"
         return None
 
+    def prepare(self) -> None:  # noqa: B027 - most need nothing
+        """Make what ``load`` reads, where it is not there yet; its time and memory do not count."""
+
     @abstractmethod
     def load(self) -> None:
         """Load the model, so that ``decode`` can run."""

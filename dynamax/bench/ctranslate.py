@@ -37,18 +37,23 @@ class CTranslate2(Contender):
         super().__init__(name, subject)
         self.about = f"CTranslate2, {quantization}"
         self.weights = quantization
+        self._copy = Path()
         self._generator: Any = None
         self._tokenizer: Any = None
 
-    def load(self) -> None:
-        """Convert the folder, where that was not done before, and load the copy."""
+    def prepare(self) -> None:
+        """Convert the folder."""
         assert self.subject.folder is not None, "absent says so"
         kind = f"ctranslate2-{version(self.package)}-{LAYOUT}-{self.weights}"
         make = partial(_convert, self.subject.folder, self.weights)
-        folder = converted(self.subject.folder, kind, make, bytes_per_weight=ROOM)
+        self._copy = converted(self.subject.folder, kind, make, bytes_per_weight=ROOM)
+
+    def load(self) -> None:
+        """Load the copy."""
+        assert self.subject.folder is not None, "absent says so"
         self._tokenizer = read_tokenizer(self.subject.folder)
         self._generator = import_module(self.module).Generator(
-            str(folder / "model"),
+            str(self._copy / "model"),
             device="cpu",
             compute_type=self.weights,
             inter_threads=1,

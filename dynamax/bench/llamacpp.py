@@ -41,6 +41,7 @@ class LlamaCpp(Contender):
         self.about = f"llama.cpp, {kind}"
         self.kind = kind
         self.weights = KINDS[kind][0]
+        self._copy = Path()
         self._llama: Any = None
 
     def absent(self) -> str | None:
@@ -50,11 +51,15 @@ class LlamaCpp(Contender):
             reason = uncovered(read_config(self.subject.folder))
         return reason
 
-    def load(self) -> None:
-        """Write the copy, where that was not done before, and load it."""
+    def prepare(self) -> None:
+        """Write the copy."""
         assert self.subject.folder is not None, "absent says so"
+        self._copy = copy_of(self.subject.folder, self.kind)
+
+    def load(self) -> None:
+        """Load the copy."""
         self._llama = import_module(self.module).Llama(
-            str(copy_of(self.subject.folder, self.kind)),
+            str(self._copy),
             n_ctx=self._context(),
             n_threads=self.subject.threads,
             n_threads_batch=self.subject.threads,

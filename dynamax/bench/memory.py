@@ -12,7 +12,8 @@ STATUS, MEMORY, RESET = Path("/proc/self/status"), Path("/proc/meminfo"), Path("
 LIMIT, USED = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
 METHOD = (
     "peak resident set of this process (VmHWM of /proc/self/status, set back before) over loading and the warm-up "
-    "answer, less the resident set before; pages of mapped files count once they are read"
+    "answer, less the resident set before; pages of mapped files count once they are read, "
+    "and the contender that is loaded first bears what libraries take once"
 )
 
 

@@ -77,5 +77,7 @@ def _legend(figure: Figure, timed: Sequence[tuple[Row, dict[str, float]]]) -> No
     handles: list[Patch | Line2D] = [Patch(color=OURS, label="dynamax"), Patch(color=OTHERS, label="others")]
     handles.append(Line2D([], [], color=INK, linewidth=1.2, label="p10 to p95"))
     if any(row.floor_ms is not None for row, _ in timed):
-        handles.append(Line2D([], [], color="#D55E00", linewidth=2, label="floor: bare products of its weights"))
+        handles.append(
+            Line2D([], [], color="#D55E00", linewidth=2, label="floor: the bare products of its weights, by torch")
+        )
     figure.legend(handles=handles, loc="outside lower left", ncols=4, frameon=False, fontsize=8.5)

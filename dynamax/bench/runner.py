@@ -153,9 +153,11 @@ class Runner:
 
     def _loaded(self, contender: Contender) -> Record | None:
         """Load a contender and let it answer the longest prompt, which is the warm-up; None if it cannot."""
-        self._progress.say(f"loading {contender.name}", long=True)
-        growth, began = Growth(), time.perf_counter()
         try:
+            self._progress.say(f"preparing {contender.name}", long=True)
+            contender.prepare()
+            self._progress.say(f"loading {contender.name}", long=True)
+            growth, began = Growth(), time.perf_counter()
             contender.load()
             seconds = time.perf_counter() - began
             self._progress.say(f"warming up {contender.name}", long=True)

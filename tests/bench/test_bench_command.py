@@ -130,6 +130,18 @@ def test_without_the_reference_nothing_is_compared(bench: Bench, capsys: pytest.
     assert "Nothing to compare answers with: name transformers" in capsys.readouterr().out
 
 
+def test_where_memory_is_short_the_report_says_so(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("dynamax.bench.runner.available", lambda: 1000)
+    given = ("--contenders", "dynamax-full,transformers", "--max-new-tokens", "2", "--out", "report.json")
+    assert bench(str(ASSETS / "llama"), *SMALL, *given) == 0
+    report = json.loads((tmp_path / "report.json").read_text())
+    validate(report, SCHEMA)
+    assert report["loading"] == "in turn"
+    assert set(report["floors"]) == {"float32"}
+
+
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
