@@ -7,6 +7,7 @@ from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 from dynamax.bench.base import Contender
+from dynamax.errors import UserError
 
 
 class Answer(NamedTuple):
@@ -51,7 +52,12 @@ class Clock:
             number: Number of the round.
             ends: End tokens.
             limit: Most tokens.
+
+        Raises:
+            UserError: If no token was told.
         """
+        if not self._told:
+            raise UserError("It gave no token to a prompt; wanted: at least one. Try another prompt.")
         tokens: list[int] = []
         first, last = self._told[0], self._told[0][0]
         for moment, new in self._told:

@@ -30,6 +30,7 @@ class Subject:
         folder: The model in transformers' layout; None for a source of another kind.
         ends: Tokens that end an answer.
         max_new_tokens: Most tokens of an answer.
+        context: Most tokens of a prompt and its answer together.
         threads: Threads that a contender may use.
         heads: Folder of trained heads.
         exits: Untrained exits, where there are no heads.
@@ -41,6 +42,7 @@ class Subject:
     folder: Path | None
     ends: tuple[int, ...]
     max_new_tokens: int
+    context: int
     threads: int
     heads: Path | None = None
     exits: Exits | None = None

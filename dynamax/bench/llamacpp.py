@@ -60,7 +60,7 @@ class LlamaCpp(Contender):
         """Load the copy."""
         self._llama = import_module(self.module).Llama(
             str(self._copy),
-            n_ctx=self._context(),
+            n_ctx=self.subject.context,
             n_threads=self.subject.threads,
             n_threads_batch=self.subject.threads,
             n_gpu_layers=0,
@@ -80,10 +80,6 @@ class LlamaCpp(Contender):
         if self._llama is not None:
             self._llama.close()
         self._llama = None
-
-    def _context(self) -> int:
-        assert self.subject.folder is not None, "absent says so"
-        return min(read_config(self.subject.folder).max_position_embeddings, 4096)
 
 
 def copy_of(folder: Path, kind: str) -> Path:

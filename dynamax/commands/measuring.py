@@ -100,33 +100,43 @@ def bench(
     """
     wanted = chosen(contenders)
     _check(max_new_tokens=(max_new_tokens, 2), rounds=(rounds, 1), threads=(threads, 1))
-    places = [_place(out, ".json"), _place(plot, ".png")]
+    report, picture = _place(out, ".json"), _place(plot, ".png")
     texts = read_prompts(None if prompts is None else Path(prompts), seed)
     torch.manual_seed(seed)
     torch.set_num_threads(threads or torch.get_num_threads())
-    subject, sizes = _subject(model, policy, heads, exits, decoder, max_new_tokens)
-    tokens = [encode(subject.source.tokenizer(), text, chat=chat)[0].tolist() for text in texts]
-    longest = max(map(len, tokens)) + max_new_tokens
-    if sizes is not None and longest > sizes.context:
-        raise UserError(
-            f"A prompt and max_new_tokens={max_new_tokens} are {longest} tokens together, and the model's context "
-            f"holds {sizes.context}. Shorten the prompts, or lower max_new_tokens."
-        )
+    source, own_heads = find_source(model)
+    folder_of_heads = Path(heads) if heads is not None else own_heads if exits is None else None
+    policy = _checked(policy, folder_of_heads, exits)
+    folder = source.folder() if isinstance(source, FolderSource) else None
+    sizes = None if folder is None else outline(folder)
+    tokens = [encode(source.tokenizer(), text, chat=chat)[0].tolist() for text in texts]
+    subject = Subject(
+        source=source,
+        folder=folder,
+        ends=_ends(source),
+        max_new_tokens=max_new_tokens,
+        context=_context(max(map(len, tokens)), max_new_tokens, sizes),
+        threads=torch.get_num_threads(),
+        heads=folder_of_heads,
+        exits=exits,
+        policy=policy,
+        decoder=decoder,
+    )
     made = {CONTENDERS[name](name, subject): asked for name, asked in wanted.items()}
     found = Runner(made, tokens, rounds=rounds, sizes=sizes).run()
     figures = rows(found, REFERENCE)
     _show(figures, found)
     options = {"prompts": texts, "max_new_tokens": max_new_tokens, "rounds": rounds, "seed": seed, "chat": chat}
-    if places[0] is not None:
+    if report is not None:
         about = {"command": command, **facts(), "model": model_facts(model, subject, sizes), "options": options}
         content = {**about, **as_json(found, figures, REFERENCE)}
-        write_atomically(places[0], f"{json.dumps(content, indent=2, allow_nan=False)}\n".encode())
-        print(f"Wrote {places[0]}")
-    if places[1] is not None:
+        write_atomically(report, f"{json.dumps(content, indent=2, allow_nan=False)}\n".encode())
+        print(f"Wrote {report}")
+    if picture is not None:
         from dynamax.bench.plot import draw  # matplotlib is slow to import
 
-        draw(figures, title=title(model, sizes), subtitle=where(options, found.loading), path=places[1])
-        print(f"Wrote {places[1]}")
+        draw(figures, title=title(model, sizes), subtitle=where(options, found.loading), path=picture)
+        print(f"Wrote {picture}")
 
 
 def _check(**counts: tuple[int | None, int]) -> None:
@@ -151,36 +161,27 @@ def _place(file: str | None, suffix: str) -> Path | None:
     return path
 
 
-def _subject(
-    model: str,
-    policy: TerminationPolicy | None,
-    heads: InputPath | None,
-    exits: dict[int, Exit] | None,
-    decoder: DecoderFactory | None,
-    max_new_tokens: int,
-) -> tuple[Subject, Outline | None]:
-    """What contenders decode with, and the model's sizes; the model is fetched if need be."""
-    source, own = find_source(model)
-    folder_of_heads = Path(heads) if heads is not None else own if exits is None else None
-    if folder_of_heads is not None and exits is not None:
+def _checked(
+    policy: TerminationPolicy | None, heads: Path | None, exits: dict[int, Exit] | None
+) -> TerminationPolicy | None:
+    """The policy; where there are trained heads and none is given, that of ``generate``."""
+    if heads is None:
+        return policy
+    if exits is not None:
         raise UserError(f"bench was given heads: {heads} and exits: {sorted(exits)}; give one of the two.")
-    if folder_of_heads is not None:
-        read_record(folder_of_heads)
-        policy = policy or GateConfidence(0.8, gate="MambaGate")
-    folder = source.folder() if isinstance(source, FolderSource) else None
-    sizes = None if folder is None else outline(folder)
-    subject = Subject(
-        source,
-        folder,
-        _ends(source),
-        max_new_tokens,
-        torch.get_num_threads(),
-        folder_of_heads,
-        exits,
-        policy,
-        decoder,
-    )
-    return subject, sizes
+    read_record(heads)  # before the model, which takes longer
+    return policy or GateConfidence(0.8, gate="MambaGate")
+
+
+def _context(longest: int, max_new_tokens: int, sizes: Outline | None) -> int:
+    """Tokens of the longest prompt and its answer together."""
+    context = longest + max_new_tokens
+    if sizes is not None and context > sizes.context:
+        raise UserError(
+            f"A prompt and max_new_tokens={max_new_tokens} are {context} tokens together, and the model's context "
+            f"holds {sizes.context}. Shorten the prompts, or lower max_new_tokens."
+        )
+    return context
 
 
 def _ends(source: Source) -> tuple[int, ...]:

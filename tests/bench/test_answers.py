@@ -17,7 +17,7 @@ from dynamax.bench.runner import Runner
 from dynamax.errors import UserError
 
 LIMIT = 6
-SUBJECT = Subject(Folder("nowhere"), None, ends=(0,), max_new_tokens=LIMIT, threads=1)
+SUBJECT = Subject(Folder("nowhere"), None, ends=(0,), max_new_tokens=LIMIT, context=16, threads=1)
 
 
 class Scripted(Contender):
@@ -162,6 +162,12 @@ def test_what_fails_is_absent_with_the_reason_or_an_error_if_it_was_named() -> N
 def test_a_bug_of_our_own_is_not_hidden() -> None:
     with pytest.raises(KeyError):
         Runner({Scripted("ours", {}): False}, [[1]], rounds=1, sizes=None).run()
+
+
+def test_a_contender_that_says_nothing_is_absent() -> None:
+    fine, silent = Scripted("fine", {1: [[5]]}), Scripted("silent", {1: []})
+    found = Runner({fine: False, silent: False}, [[1]], rounds=1, sizes=None).run()
+    assert "gave no token" in found.absent["silent"]
 
 
 def test_a_clock_that_was_told_nothing_twice() -> None:

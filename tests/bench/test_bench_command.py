@@ -12,10 +12,13 @@ from pathlib import Path
 import pytest
 from jsonschema import validate
 
+import dynamax
+from dynamax import Exit, Folder
 from dynamax.bench.contenders import CONTENDERS
 from dynamax.bench.prompts import DEFAULT
 from dynamax.bench.results import MEANING
 from dynamax.cli import main
+from dynamax.heads.gates import MambaGate
 
 ASSETS = Path(__file__).parents[2] / "assets"
 EXITS = ("--exits={2: {}, 4: {}}", "--policy", "MaxProb", "--threshold", "0.05")
@@ -124,6 +127,17 @@ def test_answers_end_at_the_models_end_tokens(bench: Bench, tmp_path: Path) -> N
         assert each["identical"] == 2
 
 
+def test_a_folder_of_heads_names_its_model_and_has_a_policy(bench: Bench, tmp_path: Path) -> None:
+    engine = dynamax.load(ASSETS / "llama", exits={4: Exit(gates=[MambaGate])}, device="cpu")
+    assert engine.exits is not None
+    engine.exits.save("heads", engine.backbone.spec, Folder(ASSETS / "llama").recipe)
+    given = ("--contenders", "dynamax-early-exit,dynamax-lossless,transformers", "--max-new-tokens", "4")
+    assert bench("heads", *SMALL, *given, "--out", "report.json") == 0
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert (report["model"]["heads"], report["model"]["policy"]) == ("heads", "GateConfidence(MambaGate)")
+    assert report["contenders"][1]["identical"] == DEFAULT
+
+
 def test_without_the_reference_nothing_is_compared(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
     given = ("--contenders", "dynamax-full", "--max-new-tokens", "2")
     assert bench(str(ASSETS / "llama"), *SMALL, *given) == 0
@@ -165,7 +179,7 @@ def test_where_memory_is_short_the_report_says_so(
         (["LLAMA", "--exits={99: {}}", "--policy", "Never", "--contenders", "dynamax-lossless"], ["99"]),
         (["LLAMA", "--policy", "MaxPro"], ["MaxPro", "Did you mean MaxProb?"]),
         (["LLAMA", "--max_tokens", "3"], ["no option --max_tokens"]),
-        ([], ["model"]),
+        ([], ["There is no model", "dynamax bench SmolLM2"]),
     ],
 )
 def test_what_cannot_be_done_is_refused(

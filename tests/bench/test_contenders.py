@@ -35,7 +35,7 @@ SAFE = ("dynamax-full", "dynamax-lossless", "dynamax-decoder", "transformers", "
 def subject(name: str, *, tokens: int = 8, ends: tuple[int, ...] = ()) -> Subject:
     folder = ASSETS / name
     exits = {2: Exit(), 4: Exit()}
-    return Subject(Folder(str(folder)), folder, ends, tokens, 1, exits=exits, policy=MaxProb(0.05))
+    return Subject(Folder(str(folder)), folder, ends, tokens, 16, 1, exits=exits, policy=MaxProb(0.05))
 
 
 def spoken(name: str, tokens: int) -> list[int]:
@@ -51,6 +51,7 @@ def spoken(name: str, tokens: int) -> list[int]:
 def said(name: str, given: Subject) -> list[int]:
     contender = CONTENDERS[name](name, given)
     assert contender.absent() is None
+    contender.prepare()
     contender.load()
     answer = timed(contender, PROMPT)
     contender.unload()
@@ -94,6 +95,20 @@ def test_every_peer_tells_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> 
     for each in made:
         if each.module:
             assert f"pip install {each.package}, or pip install -e '.[bench]'" in str(each.absent())
+
+
+@pytest.mark.filterwarnings("ignore")  # of packages that are not ours
+@pytest.mark.parametrize(
+    "name", ["economize-lookup", "economize-early-exit", "ctranslate2-float32", "llamacpp-f32", "llamacpp-f16"]
+)
+def test_lossless_peers_say_what_the_model_says(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("DYNAMAX_CACHE", str(tmp_path))
+    reason = CONTENDERS[name](name, subject("llama")).absent()
+    if reason is not None:
+        pytest.skip(reason)
+    whole = spoken("llama", 8)
+    assert said(name, subject("llama")) == whole
+    assert said(name, subject("llama", ends=(whole[3],))) == whole[: whole.index(whole[3]) + 1]
 
 
 def test_what_lacks_exits_or_a_policy_says_so() -> None:
