@@ -8,6 +8,7 @@ from pathlib import Path
 from dynamax.backbones.checkpoint import Checkpoint, fingerprint_of
 from dynamax.backbones.downloads import made_once
 from dynamax.backbones.loading import read_config
+from dynamax.bench.outline import outline
 
 
 def converted(folder: Path, kind: str, make: Callable[[Path], None], *, bytes_per_weight: float) -> Path:
@@ -25,7 +26,5 @@ def converted(folder: Path, kind: str, make: Callable[[Path], None], *, bytes_pe
     Raises:
         UserError: If the disk has not that much room.
     """
-    tensors = Checkpoint(folder)
-    weights = sum(tensor.numel() for tensor in tensors.values())
-    name = f"bench/{fingerprint_of(read_config(folder), tensors)}-{kind}"
-    return made_once(name, make, room=int(bytes_per_weight * weights))
+    name = f"bench/{fingerprint_of(read_config(folder), Checkpoint(folder))}-{kind}"
+    return made_once(name, make, room=int(bytes_per_weight * outline(folder).weights))
