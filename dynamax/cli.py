@@ -36,6 +36,7 @@ COMMANDS = {
     "train": Command(RUNS, "train a small language model from the start, with exits built in"),
     "distill": Command(RUNS, "train a Mamba-2 student of a Transformer, or a hybrid"),
     "generate": Command("dynamax.commands.generate", "answer a prompt, each token coloured by the depth it left at"),
+    "bench": Command("dynamax.commands.bench", "measure how fast a model decodes here, beside other packages"),
     "list": Command("dynamax.commands.list", "names that a configuration can use, such as exit heads and policies"),
     "info": Command("dynamax.commands.info", "versions, device, kernels"),
 }

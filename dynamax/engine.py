@@ -323,7 +323,7 @@ def load(
         >>> load("assets/mamba2", exits=[2, 4, 6]).exits.depths
         (2, 4, 6)
     """
-    source, own_heads = _find(model)
+    source, own_heads = find_source(model)
     heads = own_heads if heads is None and exits is None else heads
     if heads is not None and exits is not None:
         raise UserError(f"load was given heads: {heads} and exits: {exits}; give one of the two.")
@@ -344,8 +344,15 @@ def load(
     return engine.to(place)
 
 
-def _find(model: str | Path | Source) -> tuple[Source, Path | None]:
-    """The source that is meant, and the folder of heads if it was one."""
+def find_source(model: str | Path | Source) -> tuple[Source, Path | None]:
+    """The source that ``load`` takes a model from, and the folder of heads if that was named.
+
+    Args:
+        model: As for ``load``.
+
+    Raises:
+        UserError: If the name is no model.
+    """
     if isinstance(model, Source):
         return model, None
     path = Path(model).expanduser()

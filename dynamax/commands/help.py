@@ -62,6 +62,7 @@ EXAMPLES = {
     "train": "-c configs/siblings/llama.yaml",
     "distill": "-c configs/distill/smollm2-to-mamba2.yaml",
     "generate": '"What is the capital of France?"',
+    "bench": "SmolLM2",
 }
 LINKED = ("backbone", "exits")
 """Options of the store that follow the heads it is for."""
@@ -86,21 +87,32 @@ CONFIG = Option(
     "options lie over both. Paths of what is read count from the file that names them.",
 )
 PROMPT = Option("PROMPT", None, "What to answer: any text. One that begins with - stands behind --.")
+MODEL = Option(
+    "MODEL",
+    None,
+    "Which model: a folder, a name on the Hub, a GGUF file, a folder of trained heads, or a source such as SmolLM2.",
+)
 PRINT = Option("--print_config", None, "Print all options that the run would use, as YAML, and stop.")
+FUNCTIONS = {"generate": ("dynamax.commands.generate", PROMPT), "bench": ("dynamax.commands.measuring", MODEL)}
+"""Commands whose options are those of a function of their name: its module, and the argument that is no option."""
+HIDDEN = ("prompt", "model", "command")
+"""Arguments of these functions that are no options."""
 
 
 def page(command: str, purpose: str) -> str:
     """The page of a command."""
-    usage = {"generate": "PROMPT [-c FILE]... [--OPTION VALUE]...", "list": "[KIND]", "info": ""}
+    usage = {"list": "[KIND]", "info": ""}
+    usage |= {name: f"{first.name} [-c FILE]... [--OPTION VALUE]..." for name, (_, first) in FUNCTIONS.items()}
     shown = usage.get(command, "[-c FILE]... [--OPTION VALUE]...")
     lines = [f"usage: dynamax {command} {shown}".rstrip(), "", f"{purpose[0].upper()}{purpose[1:]}."]
     if command == "list":
         lines += ["", "KIND is heads, policies, tasks or another heading of the whole list."]
     if command in EXAMPLES:
         lines += ["", f"  dynamax {command} {EXAMPLES[command]}", "", "Options", *_entries("", [CONFIG, PRINT])]
-    if command == "generate":
-        own = options("dynamax.commands.generate", "generate")
-        lines += _entries("", [PROMPT]) + _entries("--", [each for each in own if each.name != "prompt"])
+    if command in FUNCTIONS:
+        module, first = FUNCTIONS[command]
+        lines += _entries("", [first])
+        lines += _entries("--", [each for each in options(module, command) if each.name not in HIDDEN])
     for part in PARTS.get(command, ()):
         found = [each for each in options(part.module, part.name) if part is not STORE or each.name not in LINKED]
         lines += ["", f"Options of --{part.prefix} {part.name}", *_entries(f"--{part.prefix}.", found)]
@@ -120,7 +132,7 @@ def page(command: str, purpose: str) -> str:
             "",
             "Names of exit heads, policies, tasks and other parts: dynamax list. Options of one of them:",
             "  --OPTION.help NAME, such as "
-            + ("--policy.help MaxProb" if command == "generate" else "--model.help " + PARTS[command][0].name),
+            + ("--policy.help MaxProb" if command in FUNCTIONS else "--model.help " + PARTS[command][0].name),
             "How files are put together: configs/README.md. Every option there is:",
             f"  dynamax {command} --help all",
         ]

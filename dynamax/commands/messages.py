@@ -107,6 +107,8 @@ def _missing(where: str, given: str, known: Known, lines: Sequence[str]) -> str:
     command, _, name = given.rpartition(".")
     if name == "prompt":
         return 'There is no prompt. Write what to answer: dynamax generate "What is the capital of France?"'
+    if given == "model":
+        return "There is no model. Write which to measure: dynamax bench SmolLM2"
     start = f", or start from a whole run: -c configs/demo/{DEMOS[command]}.yaml" if command in DEMOS else ""
     return f"{where} lacks {given}. Give it in a file (-c) or as an option{start}."
 

@@ -12,6 +12,7 @@ import pytest
 from dynamax.cli import COMMANDS
 from dynamax.commands.generate import generate
 from dynamax.commands.help import PARTS, definition, options
+from dynamax.commands.measuring import bench
 from dynamax.registry import ALL, FAMILIES, HEADS
 
 Run = Callable[..., int]
@@ -77,6 +78,15 @@ def test_options_of_generate_are_those_of_the_function(run: Run, capsys: pytest.
     assert run("generate", "-h") == 0
     shown = capsys.readouterr().out
     assert all(each.text and f"  --{each.name} " in shown for each in found if each.name != "prompt")
+
+
+def test_options_of_bench_are_those_of_the_function(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    found = options("dynamax.commands.measuring", "bench")
+    assert [each.name for each in found] == list(inspect.signature(bench).parameters)
+    assert run("bench", "-h") == 0
+    shown = capsys.readouterr().out
+    assert all(each.text and f"  --{each.name} " in shown for each in found if each.name not in ("model", "command"))
+    assert "  MODEL " in shown
 
 
 def test_all_options_are_the_live_parsers(run: Run, capsys: pytest.CaptureFixture[str]) -> None:

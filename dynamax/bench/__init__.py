@@ -1,0 +1,1 @@
+"""How fast a model decodes here, with this package and with others, measured in turn in one process."""
