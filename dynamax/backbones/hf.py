@@ -22,7 +22,7 @@ from dynamax.backbones.checkpoint import fingerprint_of
 from dynamax.backbones.families import FamilySpec, family
 from dynamax.backbones.mixers import MixerCost
 from dynamax.backbones.plan import Rotary, StepPlan
-from dynamax.backbones.recorded import MOST_POSITIONS, Recordings
+from dynamax.backbones.recorded import Recordings
 from dynamax.backbones.state import CacheView, LayerView, StateKind
 from dynamax.errors import UserError
 from dynamax.kernels import at_least_float32
@@ -107,11 +107,10 @@ class HFBackbone(Backbone):
 
     def block(self, index: int, h_BTD: Tensor, plan: StepPlan, view: LayerView) -> Tensor:
         """One block over one chunk. ``view`` takes its keys and values, and advances its recurrent state."""
-        small = plan.length <= MOST_POSITIONS and isinstance(view, CacheView) and not torch.is_grad_enabled()
-        if self.recordings is not None and small:
-            angles = plan.angles(self._rotary_types[index])
-            return self.recordings.run(index, h_BTD, plan, view, angles, partial(self._call, index, plan))
-        return self._call(index, plan, h_BTD, view)
+        if self.recordings is None or not isinstance(view, CacheView) or not self.recordings.suits(plan):
+            return self._call(index, plan, h_BTD, view)
+        angles = plan.angles(self._rotary_types[index])
+        return self.recordings.run(index, h_BTD, plan, view, angles, partial(self._call, index, plan))
 
     def _call(self, index: int, plan: StepPlan, h_BTD: Tensor, view: LayerView) -> Tensor:
         return self.row.call_block(self._blocks[index], h_BTD, index, self._options(index, plan, view))

@@ -14,12 +14,12 @@ from typing import Any, final
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from dynamax.backbones.hf import HFBackbone
 from dynamax.backbones.linear import as_product
 from dynamax.backbones.recorded import Recordings
+from dynamax.kernels import at_least_float32
 from dynamax.kernels.attention import attend
 from dynamax.kernels.products import Product
 
@@ -39,11 +39,15 @@ class RMSNorm(nn.Module):
     def __init__(self, weight_D: Tensor, eps: float) -> None:
         super().__init__()
         self.weight = nn.Parameter(weight_D, requires_grad=False)
-        self._shape, self._eps = tuple(weight_D.shape), eps
+        self._share = 1 / len(weight_D)
+        self._eps = nn.Buffer(at_least_float32(weight_D.new_full((1,), eps)))
 
     def __call__(self, x: Tensor) -> Tensor:
-        """The norm."""
-        return F.rms_norm(x, self._shape, self.weight, self._eps)
+        """The norm, in fewer operations than torch's own takes on a CPU."""
+        y = x.to(self._eps.dtype)
+        length = torch.linalg.vector_norm(y, dim=-1, keepdim=True)
+        y = y * torch.addcmul(self._eps, length, length, value=self._share).rsqrt_()
+        return y.to(x.dtype) * self.weight
 
 
 def pack(backbone: HFBackbone, kind: type[Product]) -> None:

@@ -30,6 +30,8 @@ class StepPlan:
         past: Keys held from before the chunk; ``start`` unless positions are owed.
 
     Attributes:
+        rows: Rows of the batch.
+        length: Positions of the chunk.
         key: Positions, dtype and device: two plans of one run with equal keys are the same.
     """
 
@@ -44,6 +46,7 @@ class StepPlan:
         past: int | None = None,
     ) -> None:
         self.start = start
+        self.rows = like.shape[0]
         self.length = like.shape[1]
         self.past = start if past is None else past
         self.pad_B = pad_B

@@ -255,6 +255,10 @@ class Recordings:
         self.ready: dict[tuple[Any, ...], Callable[..., Tensor]] = {}
         self.given_up: dict[int, str] = {}
 
+    def suits(self, plan: StepPlan) -> bool:
+        """Whether a chunk is small enough, and nobody asks for gradients."""
+        return plan.length <= MOST_POSITIONS and not torch.is_grad_enabled()
+
     def run(
         self,
         index: int,
@@ -274,7 +278,7 @@ class Recordings:
             angles: Its rotary angles.
             block: Runs it as it is.
         """
-        key = (index, len(h_BTD), plan.length, view.mask is None, view.live_BT is None, view.fresh)
+        key = (index, plan.rows, plan.length, view.mask is None, view.live_BT is None, view.fresh)
         cos, sin = angles or (None, None)
         program = self.ready.get(key)
         if program is not None:

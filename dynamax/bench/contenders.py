@@ -16,8 +16,8 @@ from dynamax.registry import near
 
 Maker = Callable[[str, Subject], Contender]
 
-PRECISIONS: tuple[str | None, ...] = (None,)
-"""Formats of weights that ``dynamax.load`` offers and that are measured; None is its default, float32."""
+PRECISIONS: tuple[str | None, ...] = (None, "float32", "float16", "bfloat16", "int8")
+"""Precisions that ``dynamax.load`` takes and that are measured; None runs transformers' modules as they are."""
 
 OURS: dict[str, Callable[..., Contender]] = {
     "dynamax-full": FullDepth,
@@ -51,8 +51,15 @@ CONTENDERS: dict[str, Maker] = {
 """Makers by name, in the order in which they are reported."""
 
 ON_REQUEST = {
+    **{
+        f"{name}-{precision}": "float16 is measured, and other precisions if they are named: "
+        f"--contenders all,{name}-{precision}"
+        for precision in PRECISIONS
+        for name in OURS
+        if precision not in (None, "float16") and name != "dynamax-full"
+    },
     "transformers-static": "it takes minutes to compile, so it runs only if it is named: "
-    "--contenders all,transformers-static"
+    "--contenders all,transformers-static",
 }
 """Contenders that run only if they are named, and why."""
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dynamax.errors import UserError
+from dynamax.kernels.products import Float16
 
 Product = Callable[[], object]
 REPEATS = 3
@@ -29,8 +30,8 @@ def _bfloat16(weight: Tensor) -> Product:
 
 
 def _float16(weight: Tensor) -> Product:
-    row, packed = torch.ones(1, weight.shape[1]), torch.ops.quantized.linear_prepack_fp16(weight, None)
-    return lambda: torch.ops.quantized.linear_dynamic_fp16(row, packed)
+    row, product = torch.ones(1, weight.shape[1]), Float16(weight)
+    return lambda: product(row)
 
 
 def _int8(weight: Tensor) -> Product:
@@ -59,7 +60,7 @@ def known(weights: str) -> str:
     if weights in FORMATS:
         try:
             FORMATS[weights](torch.ones(8, 8))()
-        except (RuntimeError, AttributeError):  # another processor than x86, or a torch without it
+        except (RuntimeError, AttributeError, UserError):  # another processor than x86, or a torch without it
             return "float32"
         return weights
     return "float32"

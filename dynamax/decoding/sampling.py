@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import final
 
 import torch
 from torch import Tensor
@@ -30,7 +29,6 @@ class Sampler(ABC):
     def restart(self, turn: int) -> None:
         """Draw from here on as in turn ``turn``, whatever was drawn before: the same numbers each time."""
 
-    @final
     def __call__(self, logits_BV: Tensor) -> Tensor:
         """Draw ``token_B`` from logits."""
         return self.draw(self.distribution(logits_BV))
@@ -38,6 +36,10 @@ class Sampler(ABC):
 
 class Greedy(Sampler):
     """Always the most likely token."""
+
+    def __call__(self, logits_BV: Tensor) -> Tensor:
+        """The argmax, without a distribution in between."""
+        return logits_BV.argmax(-1)
 
     def distribution(self, logits_BV: Tensor) -> Tensor:
         """All mass on the argmax."""

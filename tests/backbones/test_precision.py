@@ -14,7 +14,7 @@ from dynamax.backbones import precision as precisions
 from dynamax.backbones.base import Backbone
 from dynamax.backbones.hf import HFBackbone
 from dynamax.backbones.precision import PRECISIONS, set_precision
-from dynamax.kernels.products import Columns, Float16, Product, Rows
+from dynamax.kernels.products import Columns, Product, Rows
 from tests.folders import model_folder
 from tests.tiny import tiny
 

@@ -20,7 +20,9 @@ def layer(*, bias: bool = True, out: int = 48, width: int = 64) -> nn.Linear:
 
 
 def wanted(linear: nn.Linear, x: torch.Tensor) -> torch.Tensor:
-    return nn.functional.linear(x.double(), linear.weight.double(), None if linear.bias is None else linear.bias.double())
+    return nn.functional.linear(
+        x.double(), linear.weight.double(), None if linear.bias is None else linear.bias.double()
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -52,7 +54,9 @@ def test_some_channels_and_some_rows(kind: type[Product]) -> None:
     whole = product(x)
     for spans in [((16, 32),), ((32, 48), (0, 16))]:
         part = torch.cat([whole[..., slice(*span)] for span in spans], -1)
-        torch.testing.assert_close(product.part(x, *spans), part, rtol=2e-2, atol=2e-2 if kind in (Int8, Int4) else 1e-5)
+        torch.testing.assert_close(
+            product.part(x, *spans), part, rtol=2e-2, atol=2e-2 if kind in (Int8, Int4) else 1e-5
+        )
     rows = product.rows(torch.tensor([5, 0]))
     assert (rows - linear.weight[[5, 0]]).norm() <= ERRORS[kind] * linear.weight[[5, 0]].norm()
     torch.testing.assert_close(product.multiply(x, None) + linear.bias, whole, rtol=0, atol=1e-5)
