@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from dynamax.backbones.hf import HFBackbone
     from dynamax.backbones.skipped_state import CopyLayer, CopyToken, Exact, Propagate, Skip
     from dynamax.backbones.sources import GGUF, Folder, Hub, SmolLM2
+    from dynamax.decoding.drafting import Speculative
+    from dynamax.decoding.drafts import PromptLookup, TokenTable
     from dynamax.decoding.early_exit import EarlyExit
     from dynamax.decoding.full import Full
     from dynamax.decoding.sampling import Greedy, Sampled
@@ -66,9 +68,11 @@ _PLACES = {
         ),
         "dynamax.policies",
     ),
+    **dict.fromkeys(("PromptLookup", "TokenTable"), "dynamax.decoding.drafts"),
     "EarlyExit": "dynamax.decoding.early_exit",
     "Full": "dynamax.decoding.full",
     "HFBackbone": "dynamax.backbones.hf",
+    "Speculative": "dynamax.decoding.drafting",
     "SelfSpeculative": "dynamax.decoding.speculative",
 }
 
@@ -97,13 +101,16 @@ __all__ = [
     "MaxProb",
     "Never",
     "Patience",
+    "PromptLookup",
     "Propagate",
     "Sampled",
     "Saturation",
     "SelfSpeculative",
     "Skip",
     "SmolLM2",
+    "Speculative",
     "Stream",
+    "TokenTable",
     "UserError",
     "load",
 ]

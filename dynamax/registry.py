@@ -96,6 +96,7 @@ FAMILIES = Registry("dynamax.families", "model family")
 HEADS = Registry("dynamax.heads", "exit head", "dynamax.heads.base:Lens", "dynamax.heads.base:Gate")
 POLICIES = Registry("dynamax.policies", "termination policy", "dynamax.policies.base:TerminationPolicy")
 DECODERS = Registry("dynamax.decoders", "decoder", "dynamax.decoding.base:Decoder")
+DRAFTS = Registry("dynamax.drafts", "draft source", "dynamax.decoding.drafts:DraftSource")
 SKIPPED_STATE = Registry(
     "dynamax.skipped_state", "rule for skipped state", "dynamax.backbones.skipped_state:SkippedState"
 )
@@ -113,5 +114,5 @@ TEXT_SOURCES = Registry(
 )
 CALLBACKS = Registry("dynamax.callbacks", "callback", "lightning.pytorch.callbacks.callback:Callback")
 
-ALL: tuple[Registry, ...] = (SOURCES, FAMILIES, HEADS, POLICIES, DECODERS, SKIPPED_STATE, SAMPLERS, OBJECTIVES, TASKS)
-ALL += (TEXT_SOURCES, CALLBACKS)
+ALL: tuple[Registry, ...] = (SOURCES, FAMILIES, HEADS, POLICIES, DECODERS, DRAFTS, SKIPPED_STATE)
+ALL += (SAMPLERS, OBJECTIVES, TASKS, TEXT_SOURCES, CALLBACKS)

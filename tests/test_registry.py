@@ -48,6 +48,7 @@ def test_every_kind_knows_a_part_of_its_own() -> None:
         "heads": "MambaGate",
         "policies": "MaxProb",
         "decoders": "SelfSpeculative",
+        "drafts": "PromptLookup",
         "skipped_state": "CopyLayer",
         "samplers": "Sampled",
         "objectives": "LayerSkip",

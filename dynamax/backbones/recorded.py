@@ -12,8 +12,10 @@ it is used only if another step, at other positions, gives the same one.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from types import CodeType
 from typing import Any, final
 
 import torch
@@ -74,9 +76,21 @@ class Program:
     def compiled(self) -> Callable[..., Tensor]:
         """``f(h_BTD, plan tensors, view)``: the block's output."""
         names = {f"c{index}": value for index, value in enumerate(self.objects)}
-        text = "\n ".join(["def block(h, cos, sin, positions, mask, live, view):", *self.lines])
-        exec(text, names)  # noqa: S102 - nothing in it comes from outside
+        exec(code("\n ".join(["def block(h, cos, sin, positions, mask, live, view):", *self.lines])), names)  # noqa: S102
         return names["block"]
+
+
+@functools.cache
+def code(text: str) -> CodeType:
+    """Source text, compiled: most blocks of a model have the same. Nothing in it comes from outside."""
+    return compile(text, "<recorded block>", "exec")
+
+
+@functools.cache
+def name_of(func: Any) -> str:  # noqa: ANN401
+    """The last part of the name of a function of torch, or of what gives an attribute of a tensor."""
+    name = resolve_name(func) or getattr(func, "__name__", "")
+    return name.removesuffix(".__get__").rpartition(".")[2]
 
 
 def equal(a: object, b: object) -> bool:
@@ -109,7 +123,7 @@ class Recorder(TorchFunctionMode):
         """Run one operation and write it down."""
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
-        name = (resolve_name(func) or getattr(func, "__name__", "")).removesuffix(".__get__").rpartition(".")[2]
+        name = name_of(func)
         tensors = list(tensors_in((args, kwargs)))
         if name in FACTS or not (tensors or list(tensors_in(out))):
             return out

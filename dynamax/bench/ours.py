@@ -10,10 +10,12 @@ import torch
 
 from dynamax.bench.base import Contender, Subject, Told
 from dynamax.decoding.base import Decoder
+from dynamax.decoding.drafting import Speculative
 from dynamax.decoding.early_exit import EarlyExit
 from dynamax.decoding.full import Full
-from dynamax.decoding.speculative import SelfSpeculative
 from dynamax.engine import Engine, load
+
+NO_POLICY = "there is no policy: give one, such as --policy MaxProb --policy.threshold 0.5"
 
 
 class Dynamax(Contender):
@@ -89,7 +91,7 @@ class WithExits(Dynamax):
                 "exits, --exits '{2: {}, 4: {}}'"
             )
         if self.subject.policy is None:
-            return "there is no policy: give one, such as --policy MaxProb --policy.threshold 0.5"
+            return NO_POLICY
         return super().absent()
 
 
@@ -105,14 +107,23 @@ class Early(WithExits):
 
 
 @final
-class Lossless(WithExits):
-    """What exits say is a draft, which the whole model verifies."""
+class Lossless(Dynamax):
+    """Drafts from earlier text, and from exits if there are any with a policy; the whole model verifies them."""
 
-    about = "dynamax, SelfSpeculative"
+    about = "dynamax, Speculative"
+
+    @property
+    def _has_exits(self) -> bool:
+        return self.subject.heads is not None or self.subject.exits is not None
+
+    def absent(self) -> str | None:
+        """Also whether there is a policy, where there are exits."""
+        return NO_POLICY if self._has_exits and self.subject.policy is None else super().absent()
 
     def decoder(self) -> Decoder:
-        """SelfSpeculative."""
-        return self.engine(exits=True).decoder(self.subject.policy, SelfSpeculative)
+        """Speculative."""
+        policy = self.subject.policy if self._has_exits else None
+        return self.engine(exits=self._has_exits).decoder(policy, Speculative)
 
 
 @final

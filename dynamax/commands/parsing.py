@@ -41,6 +41,7 @@ KINDS: dict[str, Registry] = {
     **dict.fromkeys(("text", "corpus"), registered.TEXT_SOURCES),
     **dict.fromkeys(("rule", "skipped_state"), registered.SKIPPED_STATE),
     "decoder": registered.DECODERS,
+    "sources": registered.DRAFTS,
     "task": registered.TASKS,
     "sampler": registered.SAMPLERS,
     "callbacks": registered.CALLBACKS,

@@ -160,11 +160,24 @@ class Session:
 
         Recurrent gates on the way read them, whether or not anybody asks.
         """
+        return self.backbone.unembed(self._walk_to_top(arrival)[:, -1:])[:, 0]
+
+    def _walk_to_top(self, arrival: Arrival) -> Tensor:
         h_BTD = arrival.h_BTD
         depths = [*(depth for depth in self._recurrent if depth > arrival.depth), self.total]
         for depth, h_BTD in self.backbone.walk(arrival.h_BTD, depths, self.cache, start=arrival.depth):
             self._read_on(depth, h_BTD)
-        return self.backbone.unembed(h_BTD[:, -1:])[:, 0]
+        return h_BTD
+
+    def run_chunk(self, tokens_BT: Tensor) -> tuple[Arrival, Tensor]:
+        """Begin a step of several positions a row, and run them to the top; the model's logits ``[B, T, V]`` of all.
+
+        Recurrent gates on the way read them.
+        """
+        self.probe.begin(prefill=False)
+        start = Arrival(self.backbone.embed(tokens_BT, self.cache), 0)
+        h_BTD = self._walk_to_top(start)
+        return start._replace(h_BTD=h_BTD), self.backbone.unembed(h_BTD)
 
     def settle(self) -> Tensor:
         """Pay all debts: every owed position goes to the top; recurrent gates on the way read them.
@@ -198,6 +211,11 @@ class Session:
         before, self._counted, self._reads = self._counted, self.cache.work(), ()
         depth_B = torch.full((len(token_B),), depth)
         return Step(token_B, depth_B, logits_BV, reads, gates, self._counted - before, prefill)
+
+    def verified(self, token_B: Tensor, logits_BV: Tensor) -> Step:
+        """A step whose token was drafted without a block, and verified by a chunk whose step bears the cost."""
+        nothing = self._counted - self._counted
+        return Step(token_B, torch.full((len(token_B),), self.total), logits_BV, work=nothing, accepted=True)
 
     # -- the stop rule ----------------------------------------------------------------------------------
 

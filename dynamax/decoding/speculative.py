@@ -5,17 +5,17 @@ The text is full decoding's (greedy), or drawn from full decoding's distribution
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import ClassVar, final
 
 import torch
-from torch import Tensor
 
 from dynamax.backbones.base import Backbone
 from dynamax.decoding.base import Decoder, read_exits
 from dynamax.decoding.sampling import Sampler
 from dynamax.decoding.session import Session
+from dynamax.decoding.verification import verify
 from dynamax.errors import UserError
 from dynamax.heads.bank import ExitBank
 from dynamax.policies.base import TerminationPolicy
@@ -60,63 +60,46 @@ class SelfSpeculative(Decoder):
         """Rounds of drafting and verifying."""
         yield session.prefill()
         while True:
-            yield from self._round(session)
-
-    def _round(self, session: Session) -> list[Step]:
-        """Drafts that stood up to verification, and the step that verified them.
-
-        The verifying step bears the cost of rejected drafts.
-        """
-        most = min(self.draft_limit, session.max_new_tokens - session.steps - 1)
-        session.snapshot()
-        token_B, steps, draft_TBV = session.token_B, [], []
-        while True:
-            arrival = session.run_to_exit(self._policy, token_B, ahead=len(steps))
-            session.cache.group.owe(arrival.depth, arrival.h_BTD)
-            if not arrival.left or len(steps) == most:
-                break
-            logits_BV = arrival.trail[-1].logits
-            draft_TBV.append(self.sampler.distribution(logits_BV))
-            token_B = self.sampler.draw(draft_TBV[-1])
-            steps.append(session.step(arrival, logits_BV, token_B))
-        logits_BTV = self.backbone.unembed(session.settle())
-        draft_BT = torch.stack([step.token_B for step in steps], 1) if steps else token_B.new_zeros(len(token_B), 0)
-        full_BTV = self.sampler.distribution(logits_BTV)
-        kept, token_B = verify(full_BTV, draft_TBV, draft_BT, session.finished_B, self.sampler)
-        if kept < len(steps):
-            session.rollback(kept + 1)
-        last = session.step(arrival._replace(left=False), logits_BTV[:, kept], token_B, top_rows=logits_BTV.shape[1])
-        for rejected in steps[kept:]:
-            last = replace(
-                last,
-                work=last.work + rejected.work,
-                logits_read=last.logits_read + rejected.logits_read,
-                gates_read=last.gates_read + rejected.gates_read,
-            )
-        return [*(replace(step, accepted=True) for step in steps[:kept]), last]
+            yield from exit_round(session, self._policy, self.draft_limit)
 
 
-def verify(
-    p_BTV: Tensor, q_TBV: Sequence[Tensor], draft_BT: Tensor, ended_B: Tensor, sampler: Sampler
-) -> tuple[int, Tensor]:
-    """Speculative sampling's acceptance (arXiv 2211.17192, algorithm 1), rows in lockstep.
+def exit_round(session: Session, policy: TerminationPolicy, draft_limit: int) -> list[Step]:
+    """Draft at the exits for as long as the policy lets rows leave, then verify all drafts in one pass.
+
+    The verifying step bears the cost of rejected drafts.
 
     Args:
-        p_BTV: The full model's distributions, one more than there are drafts.
-        q_TBV: The distributions the drafts were drawn from.
-        draft_BT: Drafted tokens.
-        ended_B: Rows whose text has ended; they accept everything.
-        sampler: Draws and tosses.
+        session: The run; nothing is owed in it.
+        policy: When to leave, and so when to draft.
+        draft_limit: Most drafts.
 
     Returns:
-        How many drafts all rows keep, and the token that follows them in each row.
+        The steps of the drafts that stood up to verification, and of the pass that verified them.
     """
-    drafts = draft_BT.shape[1]
-    for index in range(drafts):
-        p_BV, q_BV, draft_B1 = p_BTV[:, index], q_TBV[index], draft_BT[:, index, None]
-        p_B, q_B = p_BV.gather(1, draft_B1)[:, 0], q_BV.gather(1, draft_B1)[:, 0]
-        accepted_B = (sampler.uniform(p_B) * q_B < p_B) | ended_B
-        if not bool(accepted_B.all()):
-            rest_BV = (p_BV - q_BV).clamp_min(0)
-            return index, torch.where(accepted_B, draft_B1[:, 0], sampler.draw(rest_BV))
-    return drafts, sampler.draw(p_BTV[:, drafts])
+    most = min(draft_limit, session.max_new_tokens - session.steps - 1)
+    sampler = session.sampler
+    session.snapshot()
+    token_B, steps, draft_TBV = session.token_B, [], []
+    while True:
+        arrival = session.run_to_exit(policy, token_B, ahead=len(steps))
+        session.cache.group.owe(arrival.depth, arrival.h_BTD)
+        if not arrival.left or len(steps) == most:
+            break
+        logits_BV = arrival.trail[-1].logits
+        draft_TBV.append(sampler.distribution(logits_BV))
+        token_B = sampler.draw(draft_TBV[-1])
+        steps.append(session.step(arrival, logits_BV, token_B))
+    logits_BTV = session.backbone.unembed(session.settle())
+    draft_BT = torch.stack([step.token_B for step in steps], 1) if steps else token_B.new_zeros(len(token_B), 0)
+    kept, token_B = verify(sampler.distribution(logits_BTV), draft_TBV, draft_BT, session.finished_B, sampler)
+    if kept < len(steps):
+        session.rollback(kept + 1)
+    last = session.step(arrival._replace(left=False), logits_BTV[:, kept], token_B, top_rows=logits_BTV.shape[1])
+    for rejected in steps[kept:]:
+        last = replace(
+            last,
+            work=last.work + rejected.work,
+            logits_read=last.logits_read + rejected.logits_read,
+            gates_read=last.gates_read + rejected.gates_read,
+        )
+    return [*(replace(step, accepted=True) for step in steps[:kept]), last]

@@ -14,7 +14,7 @@ from jsonschema import validate
 
 import dynamax
 from dynamax import Exit, Folder
-from dynamax.bench.contenders import CONTENDERS
+from dynamax.bench.contenders import CONTENDERS, ON_REQUEST
 from dynamax.bench.prompts import DEFAULT
 from dynamax.bench.results import MEANING
 from dynamax.cli import main
@@ -93,7 +93,7 @@ def test_table_report_and_picture(model: str, bench: Bench, capsys: pytest.Captu
     assert len(report["options"]["prompts"]) == DEFAULT
     found = {each["name"]: each for each in report["contenders"]}
     absent = {each["name"]: each["reason"] for each in report["absent"]}
-    assert set(found) | set(absent) == set(CONTENDERS) - {"transformers-static"}
+    assert set(found) | set(absent) == set(CONTENDERS) - set(ON_REQUEST)
     assert {"dynamax-full", "dynamax-early-exit", "dynamax-lossless", "transformers"} <= set(found)
     for name in ("dynamax-full", "dynamax-lossless", "transformers"):
         assert (found[name]["equal_share"], found[name]["identical"]) == (1.0, DEFAULT)
@@ -162,7 +162,7 @@ def test_where_memory_is_short_the_report_says_so(
         (["no/such/model"], ["no/such/model is no folder of heads"]),
         (["LLAMA", "--contenders", "llamacpp"], ["no contender 'llamacpp'", "Did you mean llamacpp-f"]),
         (["LLAMA", "--contenders", "ctranslate2-int8"], ["ctranslate2-int8 was asked for", "pip install ctranslate2"]),
-        (["LLAMA", "--contenders", "dynamax-lossless"], ["dynamax-lossless was asked for", "--exits"]),
+        (["LLAMA", "--contenders", "dynamax-early-exit"], ["dynamax-early-exit was asked for", "--exits"]),
         (["LLAMA", "--prompts", "absent.txt"], ["absent.txt cannot be read", "a prompt on each line"]),
         (["LLAMA", "--prompts", "empty.txt"], ["empty.txt has no prompts"]),
         (["LLAMA", "--prompts", "latin.txt"], ["not UTF-8"]),

@@ -69,6 +69,36 @@ def test_lossless_says_what_the_model_says(run: Run, tiny_folder: Path, capsys: 
     assert shown == spoken(tiny_folder)[: len(shown)]
 
 
+@pytest.mark.parametrize(
+    "sources", ["[PromptLookup]", "[{class_path: TokenTable, init_args: {longest: 2}}, PromptLookup]"]
+)
+@pytest.mark.parametrize("policy", [["--policy", "MaxProb", "--threshold", "0.02"], ["--policy=null"]])
+def test_drafts_of_sources(
+    policy: list[str], sources: str, run: Run, tiny_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With drafts from the exits as well, and without."""
+    assert run(*ASK, LIMIT, *policy, "--decoder", "Speculative", f"--decoder.sources={sources}") == 0
+    shown = answer(capsys.readouterr().out)
+    assert shown == spoken(tiny_folder)[: len(shown)]
+
+
+def test_a_source_that_is_none_is_refused(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(*ASK, LIMIT, "--policy=null", "--decoder", "Speculative", "--decoder.sources=[PromptLokup]") == 2
+    assert "Did you mean PromptLookup?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("precision", ["float32", "null", "auto"])
+def test_precision(precision: str, run: Run, tiny_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(*ASK, LIMIT, "--policy=null", "--decoder", "Full", f"--precision={precision}") == 0
+    shown = answer(capsys.readouterr().out)
+    assert shown == spoken(tiny_folder)[: len(shown)]
+
+
+def test_a_precision_that_is_none_is_refused(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(*ASK, LIMIT, "--policy=null", "--precision", "fp16") == 2
+    assert "one of auto, float32, float16, bfloat16, int8, int4 is wanted" in capsys.readouterr().err
+
+
 def test_sampling_depends_on_its_seed_alone(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     said = []
     for seed in ("1", "1", "2"):

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing
+from collections.abc import Sequence
 from multiprocessing.connection import Connection
 
 import pytest
 import torch
 from torch import Tensor
 
+from dynamax.backbones.hf import HFBackbone
 from dynamax.backbones.skipped_state import CopyLayer, CopyToken, Propagate, Skip, SkippedState
 from dynamax.decoding.base import Decoder
+from dynamax.decoding.drafting import Speculative
+from dynamax.decoding.drafts import DraftSource, Suggestion
 from dynamax.decoding.early_exit import EarlyExit
 from dynamax.decoding.full import Full
 from dynamax.decoding.sampling import Greedy, Sampled
-from dynamax.decoding.speculative import SelfSpeculative, verify
+from dynamax.decoding.speculative import SelfSpeculative
+from dynamax.decoding.verification import verify
 from dynamax.policies.schedule import AtDepth, Never
 from dynamax.types import Span
 from tests.float64 import upcast64
@@ -68,6 +74,80 @@ def test_lossless_padded_rows_are_generate(family: str) -> None:
         rows, pad_B = padded()
         decoder = SelfSpeculative(backbone, exits(backbone), Dice(0.7), draft_limit=3)
         assert tokens(decoder, rows, pad_B=pad_B).equal(generate(model, rows, LIMIT, pad_B))
+
+
+class Foreknown(DraftSource):
+    """Knows how the texts go on, and says something else a third of the time."""
+
+    def __init__(self, texts_BT: Tensor) -> None:
+        self.texts, self.dice = texts_BT.tolist(), torch.Generator().manual_seed(5)
+        self.length = 0
+
+    def begin(self, prompts: Sequence[Sequence[int]]) -> None:
+        self.starts = [len(prompt) for prompt in prompts]
+
+    def add(self, row: int, text: Sequence[int]) -> None:
+        known = self.texts[row][: len(text) - self.starts[row]]
+        assert list(text[self.starts[row] :]) == known, "a source is told the text as it is"
+
+    def suggest(self, row: int, text: Sequence[int]) -> Suggestion | None:
+        place = len(text) - self.starts[row]
+        if place >= len(self.texts[row]):
+            return None
+        lie = bool(torch.rand((), generator=self.dice) < 0.35)
+        return Suggestion((self.texts[row][place] + lie) % 61, 2)
+
+
+def drafting(backbone: HFBackbone, source: DraftSource, *, with_exits: bool, limit: int = 4) -> Speculative:
+    """A decoder that takes every draft on offer, and uses both ways in turn."""
+    options = (exits(backbone), Dice(0.7)) if with_exits else (None, None)
+    decoder = Speculative(backbone, *options, sources=[source], draft_limit=limit)
+    turn = itertools.cycle(["sources", "sources", "exits"])
+    decoder.pace.length = len  # type: ignore[method-assign,assignment]
+    decoder.pace.way = lambda ways: next(turn)  # type: ignore[method-assign]
+    return decoder
+
+
+@pytest.mark.parametrize("with_exits", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_drafts_of_sources_change_no_token(family: str, with_exits: bool) -> None:
+    with upcast64():
+        model, backbone = pair(family)
+        for limit in (1, 4):
+            wanted = generate(model, prompt(9), LIMIT)
+            decoder = drafting(backbone, Foreknown(wanted), with_exits=with_exits, limit=limit)
+            steps = list(decoder.decode(prompt(9), max_new_tokens=LIMIT))
+            assert torch.stack([step.token_B for step in steps], 1).equal(wanted)
+            assert any(step.accepted for step in steps)
+            passes = sum(step.work.calls[-1] for step in steps)
+            assert passes + sum(step.accepted for step in steps) >= LIMIT
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", *RECURRENT])
+def test_drafts_of_sources_in_a_batch(family: str) -> None:
+    """Padded rows, in step."""
+    with upcast64():
+        model, backbone = pair(family)
+        rows, pad_B = padded()
+        wanted = generate(model, rows, LIMIT, pad_B)
+        decoder = drafting(backbone, Foreknown(wanted), with_exits=True)
+        assert tokens(decoder, rows, pad_B=pad_B).equal(wanted)
+
+
+def test_rows_that_have_ended_hold_no_draft_back() -> None:
+    with upcast64():
+        model, backbone = pair("llama")
+        rows = prompt(6, batch=3)
+        wanted = generate(model, rows, LIMIT)
+        end = int(wanted[0, 2])
+        full = list(Full(backbone).decode(rows, max_new_tokens=LIMIT, eos_token_id=[end]))
+        source = Foreknown(wanted)
+        source.add = lambda row, text: None  # type: ignore[method-assign]
+        steps = list(
+            drafting(backbone, source, with_exits=False).decode(rows, max_new_tokens=LIMIT, eos_token_id=[end])
+        )
+        assert [step.token_B.tolist() for step in steps] == [step.token_B.tolist() for step in full]
+        assert any(step.accepted for step in steps[4:])
 
 
 def test_drafts_are_both_kept_and_rejected() -> None:

@@ -1,0 +1,109 @@
+"""Draft sources, alone: what they remember, suggest and refuse; and sampled decoding with their drafts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+
+from dynamax.decoding.drafting import Speculative
+from dynamax.decoding.drafts import DraftSource, NGrams, PromptLookup, Suggestion, TokenTable
+from dynamax.decoding.sampling import Sampled
+from dynamax.errors import UserError
+from dynamax.policies.schedule import Never
+from tests.float64 import upcast64
+from tests.laws.house import exits, pair, prompt
+
+
+def longest_match(text: Sequence[int], shortest: int, longest: int) -> Suggestion | None:
+    """By search: the newest earlier place where as many last tokens as possible stand."""
+    for count in range(min(longest, len(text)), shortest - 1, -1):
+        for place in range(len(text) - count - 1, -1, -1):
+            if list(text[place : place + count]) == list(text[-count:]):
+                return Suggestion(text[place + count], count)
+    return None
+
+
+@pytest.mark.parametrize(("shortest", "longest"), [(1, 1), (1, 3), (2, 4)])
+def test_lookup_finds_what_a_search_finds(shortest: int, longest: int) -> None:
+    tokens = torch.randint(0, 5, (120,), generator=torch.Generator().manual_seed(0)).tolist()
+    source = PromptLookup(shortest, longest)
+    source.begin([tokens[:9], tokens[:20]])
+    for end in range(9, 120):
+        assert source.suggest(0, tokens[:end]) == longest_match(tokens[:end], shortest, longest)
+        source.add(0, tokens[: end + 1])
+    assert source.suggest(1, tokens[:20]) == longest_match(tokens[:20], shortest, longest)  # rows are apart
+
+
+def test_a_new_text_forgets_the_old_one_in_lookup_and_not_in_the_table() -> None:
+    text = [1, 2, 3, 4]
+    for source, found in ((PromptLookup(), None), (TokenTable(), Suggestion(4, 3))):
+        source.begin([[]])
+        for end in range(1, 5):
+            source.add(0, text[:end])
+        source.begin([[9, 9]])
+        assert source.suggest(0, [9, 9, 1, 2, 3]) == found
+
+
+def test_the_newest_successor_counts_and_the_oldest_go() -> None:
+    grams = NGrams(1, 1, entries=2)
+    for text in ([1, 5], [1, 6], [2, 7]):
+        grams.put(text)
+    assert grams.get([1]) == Suggestion(6, 1)
+    grams.put([3, 8])
+    assert grams.get([1]) is None
+    assert [grams.get([token]) for token in (2, 3)] == [Suggestion(7, 1), Suggestion(8, 1)]
+
+
+@pytest.mark.parametrize("options", [{"shortest": 0}, {"shortest": 3, "longest": 2}, {"longest": 0}, {"entries": 0}])
+def test_what_makes_no_sense_is_refused(options: dict[str, int]) -> None:
+    with pytest.raises(UserError, match="must be at least 1|at most longest"):
+        TokenTable(**options)
+    if "entries" not in options:
+        with pytest.raises(UserError, match="at most longest"):
+            PromptLookup(**options)
+
+
+def test_a_decoder_with_nothing_to_draft_from_is_refused() -> None:
+    _, backbone = pair("llama")
+    with pytest.raises(UserError, match="no draft sources and no policy"):
+        Speculative(backbone, sources=[])
+    with pytest.raises(UserError, match="draft_limit is 0"):
+        Speculative(backbone, draft_limit=0)
+    with pytest.raises(UserError, match="given no exits"):
+        Speculative(backbone, None, Never())
+    assert Speculative(backbone, exits(backbone), Never(), sources=[]).options()["sources"] == []
+
+
+class Repeats(DraftSource):
+    """Suggests the last token again."""
+
+    def begin(self, prompts: Sequence[Sequence[int]]) -> None:
+        pass
+
+    def add(self, row: int, text: Sequence[int]) -> None:
+        pass
+
+    def suggest(self, row: int, text: Sequence[int]) -> Suggestion | None:
+        return Suggestion(text[-1], 1)
+
+
+def test_sampled_drafts_have_full_decodings_distribution() -> None:
+    """Two tokens after one prompt, 400 runs: shares of each against the full model's exact ones."""
+    _, backbone = pair("llama")
+    start, runs = prompt(6), 400
+    with upcast64(), torch.inference_mode():
+        sampler = Sampled(0.5, seed=11)
+        decoder = Speculative(backbone, sampler=sampler, sources=[Repeats()], draft_limit=2)
+        decoder.pace.length = len  # type: ignore[method-assign,assignment]
+        first_V = sampler.distribution(backbone.model(start).logits[:, -1])[0]
+        drawn = torch.tensor([[int(s.token_B) for s in decoder.decode(start, max_new_tokens=3)] for _ in range(runs)])
+        second_V = torch.zeros_like(first_V)
+        for token in first_V.nonzero().flatten():
+            longer = torch.cat([start, token.view(1, 1)], 1)
+            second_V += first_V[token] * sampler.distribution(backbone.model(longer).logits[:, -1])[0]
+    for place, wanted_V in enumerate((first_V, second_V)):
+        share_V = torch.bincount(drawn[:, place], minlength=len(wanted_V)) / runs
+        spread_V = (wanted_V * (1 - wanted_V) / runs).sqrt()
+        assert (share_V - wanted_V).abs().le(4.5 * spread_V + 2 / runs).all()
