@@ -1,9 +1,10 @@
 """What a chunk of a few positions costs, which is what paying debts takes, beside transformers' own, interleaved.
 
     python -m benchmarks.chunks [--model mamba2-130m] [--rounds 20] [--device cpu] [--dtype float32]
-                                [--threads N] [--out FILE]
+                                [--precision float16] [--threads N] [--out FILE]
 
-Each contender takes the same rows through all blocks behind a prompt of 16, on a cache that is put back in between.
+Each contender takes the same rows through all blocks behind a prompt of 16, on a cache that is put back in between, and
+gives the logits of all of them, as a verification needs.
 The last column is our convolution beside PyTorch's grouped one, over as many positions.
 """
 
@@ -23,6 +24,7 @@ from transformers import DynamicCache
 from benchmarks.decode import seconds
 from benchmarks.models import CONTESTANTS, load
 from dynamax.backbones.hf import HFBackbone
+from dynamax.backbones.precision import set_precision
 from dynamax.kernels.convolution import convolve
 from dynamax.metrics.environment import environment
 from dynamax.types import Span
@@ -33,25 +35,25 @@ Row = dict[str, float]
 
 
 def contenders(
-    backbone: HFBackbone, prompt_1T: torch.Tensor, size: int
+    backbone: HFBackbone, plain: HFBackbone, prompt_1T: torch.Tensor, size: int
 ) -> dict[str, Callable[[], Callable[[], object]]]:
     """Name to a function that gets ready, untimed, and answers with what is timed."""
     rows_1T = prompt_1T[:, :size]
     keyword, whole = backbone.row.cache_argument, Span(0, backbone.spec.depth)
     keyword = "past_key_values" if keyword == "layer_past" else keyword
-    theirs = DynamicCache(config=backbone.model.config)
-    backbone.model(prompt_1T, use_cache=True, **{keyword: theirs})
+    theirs = DynamicCache(config=plain.model.config)
+    plain.model(prompt_1T, use_cache=True, **{keyword: theirs})
     ours = backbone.new_cache()
     backbone.run(backbone.embed(prompt_1T, ours), whole, ours)
     before = ours.snapshot()
 
     def transformers() -> Callable[[], object]:
         cache = copy.deepcopy(theirs)
-        return lambda: backbone.model(rows_1T, use_cache=True, logits_to_keep=1, **{keyword: cache})
+        return lambda: plain.model(rows_1T, use_cache=True, **{keyword: cache})
 
     def dynamax() -> Callable[[], object]:
         ours.rollback(before)
-        return lambda: backbone.unembed(backbone.run(backbone.embed(rows_1T, ours), whole, ours)[:, -1:])
+        return lambda: backbone.unembed(backbone.run(backbone.embed(rows_1T, ours), whole, ours))
 
     return {"transformers": transformers, "dynamax": dynamax}
 
@@ -69,11 +71,13 @@ def convolutions(size: int, device: str) -> dict[str, Callable[[], object]]:
 
 
 @torch.inference_mode()
-def measure(backbone: HFBackbone, prompt_1T: torch.Tensor, *, rounds: int, device: str) -> dict[str, Row]:
+def measure(
+    backbone: HFBackbone, prompt_1T: torch.Tensor, *, rounds: int, device: str, plain: HFBackbone | None = None
+) -> dict[str, Row]:
     """Median milliseconds of each contender, by positions in the chunk."""
     found = {}
     for size in SIZES:
-        models, convs = contenders(backbone, prompt_1T, size), convolutions(size, device)
+        models, convs = contenders(backbone, plain or backbone, prompt_1T, size), convolutions(size, device)
         times: dict[str, list[float]] = {name: [] for name in (*models, *convs)}
         for _ in range(rounds + 2):
             for name, ready in models.items():
@@ -106,15 +110,18 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--precision", default=None, help="of our weights, such as float16; as loaded if left out")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--out", type=Path, default=None)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     backbone, (prompt_1T,) = load(args.model, dtype=args.dtype, device=args.device, prompts=1)
-    found = measure(backbone, prompt_1T[:, :16], rounds=args.rounds, device=args.device)
+    plain = copy.deepcopy(backbone)
+    precision = None if args.precision is None else set_precision(backbone, args.precision)
+    found = measure(backbone, prompt_1T[:, :16], rounds=args.rounds, device=args.device, plain=plain)
     print(table(found))
     if args.out is not None:
-        known = environment(args.device, dtype=args.dtype, batch=1)
+        known = environment(args.device, dtype=args.dtype, batch=1, precision=precision)
         report = {"environment": known, "options": {"model": args.model, "rounds": args.rounds}, "ms": found}
         args.out.write_text(json.dumps(report, indent=1) + "\n")
 

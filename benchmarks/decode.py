@@ -1,7 +1,7 @@
 """Decode speed at forced depths beside transformers' generate, interleaved in one process.
 
     python -m benchmarks.decode [--model smollm2] [--prompts 6] [--tokens 32] [--rounds 3] [--device cpu]
-                                [--dtype float32] [--threads N] [--out FILE]
+                                [--dtype float32] [--precision float16] [--threads N] [--out FILE]
 
 Greedy, batch 1. Each contender decodes each prompt in turn, round after round. The floor of a depth
 is the matrix products of its blocks and of the output matrix, nothing else. Below it lies the time in which memory
@@ -11,6 +11,7 @@ can be read once over those weights, at the rate at which it copies (``bandwidth
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import statistics
 import time
@@ -24,21 +25,26 @@ from torch.nn import functional as F
 
 from benchmarks.models import CONTESTANTS, load
 from dynamax.backbones.hf import HFBackbone
+from dynamax.backbones.precision import set_precision
 from dynamax.decoding.early_exit import EarlyExit
 from dynamax.decoding.full import Full
 from dynamax.heads.bank import Exit, ExitBank
+from dynamax.kernels.products import Product
 from dynamax.metrics.environment import environment
 from dynamax.policies.schedule import AtDepth
 
 Depths = tuple[int, ...]
 
 
-def contenders(backbone: HFBackbone, depths: Depths, tokens: int) -> dict[str, Callable[[Tensor], object]]:
-    """Name to a function that decodes ``tokens`` tokens after a prompt."""
+def contenders(
+    backbone: HFBackbone, depths: Depths, tokens: int, plain: HFBackbone | None = None
+) -> dict[str, Callable[[Tensor], object]]:
+    """Name to a function that decodes ``tokens`` tokens after a prompt; ``plain`` is what transformers runs."""
+    theirs: Any = (plain or backbone).model
     bank = ExitBank({depth: Exit(lens=None, gates=[]) for depth in depths}, backbone.site)
 
     def generate(prompt_1T: Tensor) -> Tensor:
-        return backbone.model.generate(  # pyright: ignore[reportCallIssue]
+        return theirs.generate(
             prompt_1T,
             attention_mask=torch.ones_like(prompt_1T),
             max_new_tokens=tokens,
@@ -56,19 +62,44 @@ def contenders(backbone: HFBackbone, depths: Depths, tokens: int) -> dict[str, C
 def matrices(backbone: HFBackbone, depth: int) -> list[Tensor]:
     """The matrices of ``depth`` blocks, and the output matrix."""
     blocks = [
-        module for block in backbone._blocks[:depth] for module in block.modules() if isinstance(module, nn.Linear)
+        module
+        for block in backbone._blocks[:depth]
+        for module in block.modules()
+        if isinstance(module, nn.Linear | Product)
     ]
-    return [module.weight for module in blocks] + [backbone.output_matrix]
+    return [module.dense() if isinstance(module, Product) else module.weight for module in blocks] + [
+        backbone.output_matrix
+    ]
+
+
+def products(backbone: HFBackbone, depth: int) -> list[Product]:
+    """The packed products of ``depth`` blocks, and the output matrix's."""
+    modules = [module for block in backbone._blocks[:depth] for module in block.modules()]
+    return [module for module in (*modules, backbone.model.get_output_embeddings()) if isinstance(module, Product)]
 
 
 def floor(backbone: HFBackbone, depth: int, batch: int = 1) -> Callable[[], None]:
     """The bare matrix products of ``depth`` blocks and the output matrix, for one position of every row."""
+    packed = products(backbone, depth)
+    if packed:
+        return bare(packed, batch)
     weights = matrices(backbone, depth)
     rows = [torch.randn(batch, weight.shape[1], dtype=weight.dtype, device=weight.device) for weight in weights]
 
     def run() -> None:
         for weight, row in zip(weights, rows, strict=True):
             F.linear(row, weight)
+
+    return run
+
+
+def bare(packed: list[Product], batch: int) -> Callable[[], None]:
+    """Packed products, one after the other."""
+    rows = [torch.ones(batch, product.in_features, dtype=product.dtype) for product in packed]
+
+    def run() -> None:
+        for product, row in zip(packed, rows, strict=True):
+            product(row)
 
     return run
 
@@ -82,7 +113,7 @@ def bandwidth(device: torch.device, *, size: int = 2**29, rounds: int = 10) -> f
 
 def memory_ms(backbone: HFBackbone, depths: Depths, rate: float) -> dict[str, float]:
     """Milliseconds in which the weights of each depth can be read once."""
-    held = {depth: sum(w.numel() * w.element_size() for w in matrices(backbone, depth)) for depth in depths}
+    held = {depth: sum(w.numel() for w in matrices(backbone, depth)) * backbone.weight_bytes for depth in depths}
     return {str(depth): 1000 * size / rate for depth, size in held.items()}
 
 
@@ -103,13 +134,21 @@ def _wait() -> None:
 
 @torch.inference_mode()
 def measure(
-    backbone: HFBackbone, prompts: list[Tensor], depths: Depths, *, tokens: int, rounds: int, leave_out: str = ""
+    backbone: HFBackbone,
+    prompts: list[Tensor],
+    depths: Depths,
+    *,
+    tokens: int,
+    rounds: int,
+    leave_out: str = "",
+    plain: HFBackbone | None = None,
 ) -> dict[str, dict[str, float]]:
     """Milliseconds a token: decode alone, the prefill's time taken off by a one-token run of the same prompt."""
-    longer, shorter = contenders(backbone, depths, tokens), contenders(backbone, depths, 1)
+    longer, shorter = contenders(backbone, depths, tokens, plain), contenders(backbone, depths, 1, plain)
     longer.pop(leave_out, None)
     times: dict[str, list[float]] = {name: [] for name in longer}
     floors: dict[int, list[float]] = {depth: [] for depth in (*depths, backbone.spec.depth)}
+    floors_of = {depth: floor(backbone, depth, len(prompts[0])) for depth in floors}
     for number in range(rounds + 1):
         for prompt_1T in prompts if number else prompts[:1]:
             for name in longer:
@@ -117,7 +156,7 @@ def measure(
                 if number:
                     times[name].append(1000 * spent / (tokens - 1))
             for depth, known in floors.items():
-                run = floor(backbone, depth, len(prompts[0]))
+                run = floors_of[depth]
                 run()
                 spent = seconds(lambda: [run() for _ in range(5)]) / 5  # noqa: B023
                 if number:
@@ -162,6 +201,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--precision", default=None, help="of our weights, such as float16; as loaded if left out")
     parser.add_argument("--out", type=Path, default=None)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -176,14 +216,16 @@ def measured(args: argparse.Namespace) -> dict[str, Any]:
     """Load the model and measure; the report with all that the figures must come with."""
     backbone, prompts = load(args.model, dtype=args.dtype, device=args.device, prompts=args.prompts)
     depths = CONTESTANTS[args.model].depths
-    rate = bandwidth(backbone.output_matrix.device)
+    plain = copy.deepcopy(backbone)
+    precision = None if args.precision is None else set_precision(backbone, args.precision)
+    rate = bandwidth(torch.device(args.device))
     return {
-        "environment": environment(args.device, dtype=args.dtype, batch=1),
+        "environment": environment(args.device, dtype=args.dtype, batch=1, precision=precision),
         "options": {"model": args.model, "prompts": args.prompts, "tokens": args.tokens, "rounds": args.rounds},
         "depth": backbone.spec.depth,
         "bandwidth_gb_s": rate / 1e9,
         "memory_ms": memory_ms(backbone, (*depths, backbone.spec.depth), rate),
-        "ms": measure(backbone, prompts, depths, tokens=args.tokens, rounds=args.rounds),
+        "ms": measure(backbone, prompts, depths, tokens=args.tokens, rounds=args.rounds, plain=plain),
     }
 
 

@@ -8,8 +8,8 @@ from dynamax.bench.results import Row
 
 HEADS = (
     ("", "contender"),
-    ("ms a token", "p10"),
-    ("", "p50"),
+    ("ms a", "p10"),
+    ("token", "p50"),
     ("", "p95"),
     ("tokens", "a s"),
     ("first", "ms"),

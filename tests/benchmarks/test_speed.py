@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 
 from benchmarks import chunks, decode, models
 from benchmarks.models import Contestant, load
+from dynamax.backbones.precision import set_precision
 
 TINY = {
     "model_type": "mamba2",
@@ -60,9 +62,14 @@ def test_chunks_has_every_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
 
 
 @torch.inference_mode()
-def test_the_contenders_of_a_chunk_say_the_same() -> None:
-    backbone, (prompt_1T,) = load("tiny", dtype="float32", device="cpu", prompts=1)
-    said = {name: ready()() for name, ready in chunks.contenders(backbone, prompt_1T, 4).items()}
+@pytest.mark.parametrize("precision", [None, "float32"])
+def test_the_contenders_of_a_chunk_say_the_same(precision: str | None) -> None:
+    plain, (prompt_1T,) = load("tiny", dtype="float32", device="cpu", prompts=1)
+    backbone = copy.deepcopy(plain)
+    if precision is not None:
+        set_precision(backbone, precision)
+    said = {name: ready()() for name, ready in chunks.contenders(backbone, plain, prompt_1T, 4).items()}
+    assert said["dynamax"].shape[1] == 4
     assert torch.allclose(said["transformers"].logits, said["dynamax"], atol=1e-4)
     pair = chunks.convolutions(4, "cpu")
     assert torch.allclose(pair["convolve"]()[0], pair["grouped"](), atol=1e-4)
