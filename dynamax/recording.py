@@ -26,7 +26,7 @@ MOST_POSITIONS = 16
 """Longer chunks are run as they are: there the operations take the time."""
 
 FOLDED = 1 << 16
-"""What is made of frozen weights alone is kept if it is a view or has at most so many values."""
+"""What is made of weights alone is kept if it is a view or has at most so many values, else made at every step."""
 
 FACTS = {
     "shape",
@@ -89,14 +89,11 @@ class Recorder(TorchFunctionMode):
     Args:
         inputs: Tensors that differ from step to step, by the names they have in the program.
         weights: Identities of the tensors that stay.
-        folded: Most values of what is made of weights alone and kept; else it is made at every step. Views are
-            kept in any case: a weight that is changed in place is changed in them.
     """
 
-    def __init__(self, inputs: dict[str, Tensor], weights: Iterable[int], *, folded: int = FOLDED) -> None:
+    def __init__(self, inputs: dict[str, Tensor], weights: Iterable[int]) -> None:
         super().__init__()
         self.program = Program()
-        self._folded = folded
         self._weights = frozenset(weights)
         self._names = {id(tensor): name for name, tensor in inputs.items()}
         self._held: list[object] = list(inputs.values())  # an identity is unique only as long as its object lives
@@ -119,7 +116,7 @@ class Recorder(TorchFunctionMode):
             raise NotRecordableError(f"{name} looks at the values of a tensor")
         elif isinstance(out, Tensor) and any(out is tensor for tensor in tensors):
             return out  # nothing was done, such as a change to the dtype that it has
-        elif tensors and all(self._constant(tensor) for tensor in tensors) and self._keep(out, tensors):
+        elif (tensors or name == "full") and all(map(self._constant, tensors)) and self._keep(out, tensors):
             return out
         self._write(func, args, kwargs, None if out is None or (changes and out is args[0]) else out)
         return out
@@ -193,7 +190,7 @@ class Recorder(TorchFunctionMode):
         """Keep what is made of weights alone, if it takes little memory."""
         made = list(tensors_in(out))
         storages = {tensor.untyped_storage().data_ptr() for tensor in tensors}
-        if any(t.numel() > self._folded and t.untyped_storage().data_ptr() not in storages for t in made):
+        if any(t.numel() > FOLDED and t.untyped_storage().data_ptr() not in storages for t in made):
             return False
         self._constants |= {id(tensor) for tensor in made}
         self._held += made
@@ -246,6 +243,13 @@ class Programs:
                 self.ready[kind] = program.compiled(self._arguments)
             else:
                 self.given_up[kind[0]] = "what it does differs from step to step"
+
+    def forget(self, part: Hashable) -> None:
+        """Forget all programs of a part."""
+        self.given_up.pop(part, None)
+        for kinds in (self._seen, self.ready):
+            for kind in [kind for kind in kinds if kind[0] == part]:
+                del kinds[kind]
 
 
 def held_by(model: nn.Module) -> Iterable[int]:

@@ -140,6 +140,7 @@ class Evidence:
         self._logits = logits
         self._gates = gates or {}
         self._scores: dict[str, Tensor] = {}
+        self._derived: dict[tuple[object, ...], Tensor] = {}
 
     @cached_property
     def logits(self) -> Tensor:
@@ -156,6 +157,13 @@ class Evidence:
     def token(self) -> Tensor:
         """The lens' most likely token, ``[...]``."""
         return self.logits.argmax(-1)
+
+    def derive(self, function: Callable[..., Tensor], *options: object) -> Tensor:
+        """``function(hidden, *options)``, computed once, whichever gates of the exit ask for it."""
+        known = self._derived.get((function, *options))
+        if known is None:
+            known = self._derived[function, *options] = function(self.hidden, *options)
+        return known
 
     @property
     def logits_read(self) -> bool:

@@ -86,6 +86,7 @@ class Session:
         self._exits = exits
         self._depths = () if exits is None else exits.depths
         self._recurrent = () if exits is None else exits.recurrent_depths
+        self._gates = None if exits is None else exits.recordings()
         self._sites = {depth: backbone.site(depth, self.cache) for depth in self._depths}
         self._counted = self.cache.work()
         self._reads: tuple[tuple[int, int], ...] = ()
@@ -128,10 +129,12 @@ class Session:
         for depth, h_BTD in self.backbone.walk(arrival.h_BTD, self._depths, self.cache):
             site = self._sites[depth]
             self._note(depth, h_BTD)
-            scores, reads = self._exits.catch_up(site, h_BTD, self.cache, step=step)
+            given = {"step": step, "recordings": self._gates}
+            scores, reads = self._exits.catch_up(site, h_BTD, self.cache, **given)
             self._reads += reads
-            trail.append(self._exits.evidence(site, h_BTD, pick=newest, step=step, trail=trail, recurrent=scores))
-            left = bool((policy(trail[-1]) | self.finished_B).all())
+            trail.append(self._exits.evidence(site, h_BTD, pick=newest, trail=trail, recurrent=scores, **given))
+            leave_B = policy(trail[-1])
+            left = bool(leave_B) if len(leave_B) == 1 else bool((leave_B | self.finished_B).all())
             self.probe.mark(depth)
             arrival = Arrival(h_BTD, depth, trail, left)
             if left:
@@ -238,7 +241,8 @@ class Session:
         """Positions go by an exit that nobody asks: its recurrent gates read them all the same."""
         if self._exits is not None and depth in self._recurrent:
             self._note(depth, h_BTD)
-            self._reads += self._exits.catch_up(self._sites[depth], h_BTD, self.cache, step=self.steps)[1]
+            given = {"step": self.steps, "recordings": self._gates}
+            self._reads += self._exits.catch_up(self._sites[depth], h_BTD, self.cache, **given)[1]
 
     def _note(self, depth: int, h_BTD: Tensor) -> None:
         """Keep what recurrent gates read since the snapshot: after a rollback they read a part of it again."""
@@ -257,4 +261,4 @@ class Session:
 
 def newest(x_BT: Tensor) -> Tensor:
     """The newest position of each row."""
-    return x_BT[:, -1]
+    return x_BT.select(1, -1)
