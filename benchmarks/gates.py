@@ -30,7 +30,7 @@ from dynamax.decoding.full import Full
 from dynamax.heads import AttentionGate, FFNGate, LinearGate, LowRankLens, MambaGate, MLPGate
 from dynamax.heads.bank import Exit, ExitBank
 from dynamax.metrics.environment import environment
-from dynamax.policies import AnyOf, GateConfidence, MaxProb, Never, TerminationPolicy
+from dynamax.policies import AnyOf, CandidateProb, GateConfidence, MaxProb, Never, TerminationPolicy
 from dynamax.testing import stir
 
 GATES = {gate.__name__: gate for gate in (LinearGate, MLPGate, FFNGate, MambaGate, AttentionGate)}
@@ -51,6 +51,7 @@ def contenders(backbone: HFBackbone) -> dict[str, Decoder]:
     policies |= {name: GateConfidence(1.0, gate=name) for name in GATES}
     policies["MambaGate, LinearGate"] = AnyOf([policies["MambaGate"], policies["LinearGate"]])
     policies["MaxProb"] = MaxProb(1.0)
+    policies["CandidateProb"] = CandidateProb(1.0)
     return {name: EarlyExit(backbone, bank, policy) for name, policy in policies.items()}
 
 

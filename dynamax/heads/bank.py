@@ -20,7 +20,7 @@ from dynamax.heads import saved
 from dynamax.heads.base import ExitHead, Gate, Lens
 from dynamax.heads.exits import Exit, build_exit, check_depths
 from dynamax.heads.recorded import GateRecordings
-from dynamax.types import Evidence, Memory, Site, Spec
+from dynamax.types import Evidence, Memory, Past, Site, Spec
 
 
 def same_head(head: ExitHead, site: Site) -> Any:  # noqa: ANN401 - a lens or a gate, as it was given
@@ -133,6 +133,7 @@ class ExitBank(nn.Module):
         trail: Sequence[Evidence] = (),
         recurrent: Mapping[str, Tensor] | None = None,
         recordings: GateRecordings | None = None,
+        past: Past | None = None,
     ) -> Evidence:
         """The evidence of one exit. Nothing is computed before it is asked for.
 
@@ -145,6 +146,7 @@ class ExitBank(nn.Module):
             recurrent: Scores ``s_BT`` of recurrent gates that have read these positions already; the others read
                 ``h_BTD`` as a whole sequence.
             recordings: Run the other gates; None runs them as they are.
+            past: What was read and said before the step.
         """
         depth, known = site.depth, recurrent or {}
         lens, gates = self._exit(depth)
@@ -154,9 +156,7 @@ class ExitBank(nn.Module):
                 return lambda _: pick(known[name])
             if gate.recurrent:
                 return lambda _: pick(gate.score(self.sequence(site, h_BTD, step)))
-            if recordings is not None:
-                return lambda evidence: recordings.score((depth, name), gate, evidence, None)
-            return gate.score
+            return gate.score if recordings is None else partial(recordings.score, (depth, name), gate)
 
         return Evidence(
             depth,
@@ -166,6 +166,9 @@ class ExitBank(nn.Module):
             logits=lambda: site.project(pick(lens.translate(h_BTD, site))),
             gates={name: scorer(name, gate) for name, gate in gates.items()},
             trail=trail,
+            past=past,
+            candidates=lambda tokens_C: site.project(pick(lens.translate(h_BTD, site)), tokens_C),
+            vocab=site.spec.vocab,
         )
 
     def _residual(self, h_BTD: Tensor) -> Tensor:

@@ -89,7 +89,7 @@ class GateRecordings(Programs):
                 self._places[part] = places
                 self._held[part] = [each.detach() for each in tensors]  # so that no other tensor takes their places
 
-    def score(self, part: tuple[int, str], gate: Gate, evidence: Evidence, memory: Memory | None) -> Tensor:
+    def score(self, part: tuple[int, str], gate: Gate, evidence: Evidence, memory: Memory | None = None) -> Tensor:
         """A gate's score: by its program if there is one, else by the gate itself.
 
         Args:
