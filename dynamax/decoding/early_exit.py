@@ -43,7 +43,7 @@ class EarlyExit(Decoder):
 
     @property
     def teacher_forced(self) -> bool:
-        """Whether leaving early changes nothing for later positions: state is exact, and the policy looks at no step."""
+        """Whether leaving early changes nothing later: the state is exact, and the policy looks at no earlier step."""
         exact = self.skipped_state.exact and not self._policy.recent
         return exact and not any(self._bank.lens(d).runs_last_block for d in self._bank.depths)
 

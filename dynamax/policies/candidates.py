@@ -41,10 +41,10 @@ class _Candidates(ScorePolicy):
         likely: int = 16,
     ) -> None:
         super().__init__(threshold)
-        if limit < 2 or recent < 0 or likely < 1:
+        if limit < 2 or recent < 1 or likely < 1:
             raise UserError(
                 f"{type(self).__name__} was given limit {limit}, recent {recent} and likely {likely}; wanted: at least "
-                f"2 candidates, 0 steps and 1 token of each. Raise them, or leave them out."
+                f"2 candidates, 1 step and 1 token of each. Raise them, or leave them out."
             )
         self.limit = limit
         self.recent = recent
@@ -108,8 +108,7 @@ class CandidateMargin(_Candidates):
 
 def suggested(past: Past, limit: int, recent: int, likely: int) -> list[list[int]]:
     """For each row, at most ``limit`` tokens: those that followed its newest before, likely ones, those of its text."""
-    said = past.likely(recent, likely) if recent else [[] for _ in past.texts]
-    rows = zip(past.texts, said, strict=True)
+    rows = zip(past.texts, past.likely(recent, likely), strict=True)
     return [unique((followers(text), guessed, reversed(text)), limit) for text, guessed in rows]
 
 

@@ -43,7 +43,7 @@ POLICIES = [
     (AnyOf([AtDepth(6), MaxProb(0.8)], swept=1), None),
     (AllOf([GateConfidence(0.4), MaxProb(0.5)], swept=1), None),
     (CandidateProb(0.6, likely=4), None),
-    (CandidateMargin(0.4, limit=3, recent=0), None),
+    (CandidateMargin(0.4, limit=3, recent=1), None),
     (Cascade([GateConfidence(0.4), CandidateProb(0.5), MaxProb(0.4)]), None),
     (Cascade([GateConfidence(0.4), MaxProb(0.5)], swept=0), None),
     (Decaying(MaxProb(0.6), temperature=2.0, horizon=8), None),

@@ -42,7 +42,7 @@ def test_order_of_candidates():
     assert followers([1, 2, 1, 3, 1]) == [3, 2]
     assert suggested(past(likely=([0, 2], [5])), 9, 2, 2) == [[2, 0, 1, 3], [4, 5, 0]]
     assert suggested(past(likely=([0, 2], [5])), 2, 2, 2) == [[2, 0], [4, 5]]
-    assert suggested(past(likely=([0, 2], [5])), 9, 0, 2) == [[2, 1, 3], [4, 0]]
+    assert suggested(past(), 9, 1, 2) == [[2, 1, 3], [4, 0]]
     tokens_C, own_BC = together([[2, 1, 3], [4, 1]], torch.device("cpu"))
     assert tokens_C.tolist() == [2, 1, 3, 4]
     assert own_BC is not None
@@ -99,7 +99,7 @@ def test_one_candidate_is_certain():
     assert CandidateMargin(0.5).score(seen).tolist() == [1.0]
 
 
-@pytest.mark.parametrize("options", [{"limit": 1}, {"recent": -1}, {"likely": 0}])
+@pytest.mark.parametrize("options", [{"limit": 1}, {"recent": 0}, {"likely": 0}])
 def test_options_out_of_range_are_refused(options):
     with pytest.raises(UserError, match="CandidateProb was given limit"):
         CandidateProb(0.5, **options)
