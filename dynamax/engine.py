@@ -249,7 +249,7 @@ class Engine:
         """
         if policy is not None and self.exits is not None and not self.decoder(policy).teacher_forced:
             raise UserError(
-                "A likelihood is read off one pass, but decoding would read otherwise: a lens here runs the last block, "
+                "A likelihood is read off one pass, and decoding would read otherwise: a lens runs the last block, "
                 "or the policy goes by what earlier steps said. Use exits with other lenses, another policy, or none."
             )
         whole_1T, start = self.encode_pair(context, continuation)
