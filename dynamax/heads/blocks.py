@@ -187,5 +187,5 @@ class MambaBlock(nn.Module):
         y_BTHP, state_BHPN = scan(x_BTHP, dt_BTH, -self.A_log.exp(), b.unsqueeze(2), c.unsqueeze(2), state_BHPN)
         if memory is not None:
             memory.values = {"window": window_BWC, "state": state_BHPN}
-        y = torch.addcmul(y_BTHP, self.D.unsqueeze(-1), x_BTHP).reshape(z.shape) * F.silu(z)
+        y = torch.addcmul(y_BTHP, self.D.unsqueeze(-1), x_BTHP).reshape(*z.shape) * F.silu(z)
         return rms_normalize(y, y.dtype)
