@@ -27,7 +27,7 @@ from dynamax.backbones.precision import set_precision
 from dynamax.decoding.base import Decoder
 from dynamax.decoding.early_exit import EarlyExit
 from dynamax.decoding.full import Full
-from dynamax.heads import AttentionGate, FFNGate, LinearGate, LowRankLens, MambaGate, MLPGate
+from dynamax.heads import AttentionGate, FFNGate, LinearGate, MambaGate, MLPGate, TunedLens
 from dynamax.heads.bank import Exit, ExitBank
 from dynamax.metrics.environment import environment
 from dynamax.policies import AnyOf, CandidateProb, GateConfidence, MaxProb, Never, TerminationPolicy
@@ -44,7 +44,7 @@ def depths_of(backbone: HFBackbone) -> list[int]:
 
 def contenders(backbone: HFBackbone) -> dict[str, Decoder]:
     """Decoders by name."""
-    exits = {depth: Exit(LowRankLens, list(GATES.values())) for depth in depths_of(backbone)}
+    exits = {depth: Exit(TunedLens, list(GATES.values())) for depth in depths_of(backbone)}
     bank = ExitBank(exits, backbone.site)
     stir(bank)
     policies: dict[str, TerminationPolicy] = {"nothing": Never()}
@@ -60,7 +60,7 @@ class Stopwatch:
 
     def __init__(self, backbone: HFBackbone) -> None:
         self.times: list[float] = []
-        self._walk = backbone.walk
+        self._walk, self._top = backbone.walk, backbone.spec.depth
         backbone.walk = self.walk  # pyright: ignore[reportAttributeAccessIssue]
 
     def walk(self, *values: Any, **options: Any) -> Iterator[tuple[int, Tensor]]:  # noqa: ANN401 - as the backbone's
@@ -68,7 +68,7 @@ class Stopwatch:
         for depth, h_BTD in self._walk(*values, **options):
             before = time.perf_counter()
             yield depth, h_BTD
-            if h_BTD.shape[1] == 1:
+            if h_BTD.shape[1] == 1 and depth < self._top:
                 self.times.append(time.perf_counter() - before)
 
 
