@@ -44,6 +44,8 @@ bench: $(READY)
 	$(PY) -m benchmarks.decode --model mamba2-130m --prompts 4 --tokens 24 --out benchmarks/results/decode-mamba2.json
 	$(PY) -m benchmarks.decode --model mamba-130m --prompts 4 --tokens 24 --out benchmarks/results/decode-mamba.json
 	$(PY) -m benchmarks.chunks --out benchmarks/results/chunks.json
+	$(PY) -m benchmarks.gates --out benchmarks/results/gates.json
+	$(PY) -m benchmarks.candidates --out benchmarks/results/candidates.json
 	$(PY) -m benchmarks.store --rounds 5 --out benchmarks/results/store.json
 
 # Every gate on every backbone; the siblings lie in assets/. What is measured already is kept.

@@ -134,11 +134,8 @@ def main() -> None:
         options = {"model": args.model, "context": args.context}
         args.out.write_text(json.dumps({"environment": known, "options": options, "ms": found}, indent=1) + "\n")
     if args.plot is not None:
-        plot(
-            found,
-            f"Where a token's time goes: {args.model}, {known['device']}, {args.threads} thread{'s' * (args.threads > 1)}",
-            args.plot,
-        )
+        where = f"{known['device']}, {args.threads} thread{'s' * (args.threads > 1)}"
+        plot(found, f"Where a token's time goes: {args.model}, {where}", args.plot)
 
 
 if __name__ == "__main__":

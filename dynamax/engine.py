@@ -245,12 +245,12 @@ class Engine:
 
         Raises:
             UserError: If the tokens of both together do not begin with those of the context; if a lens runs the last
-                block, so that one pass does not tell what decoding would do.
+                block, or the policy goes by earlier steps, so that one pass does not tell what decoding would do.
         """
         if policy is not None and self.exits is not None and not self.decoder(policy).teacher_forced:
             raise UserError(
-                "A likelihood is read off one pass, but a lens here runs the last block, and would read otherwise in "
-                "decoding. Use exits with other lenses, or leave the policy out."
+                "A likelihood is read off one pass, and decoding would read otherwise: a lens runs the last block, "
+                "or the policy goes by what earlier steps said. Use exits with other lenses, another policy, or none."
             )
         whole_1T, start = self.encode_pair(context, continuation)
         path = self.read(whole_1T[:, :-1], start=start - 1).apply_policy(policy)

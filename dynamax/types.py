@@ -13,12 +13,14 @@ import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from dynamax.errors import UserError
+
+T = TypeVar("T")
 
 
 class Span(NamedTuple):
@@ -105,6 +107,32 @@ class Memory:
         return positions_T >= self.pad_B[:, None]
 
 
+class Past:
+    """What was read and said before one step, for policies that guess from it. Worked out when asked for.
+
+    Args:
+        texts: The tokens that each row has read, prompt included and padding left out, newest last.
+        likely: For each row, the most likely tokens of steps before: given how many steps and how many tokens of each,
+            the newest step's first and the most likely first.
+    """
+
+    def __init__(self, texts: Callable[[], list[list[int]]], likely: Callable[[int, int], list[list[int]]]) -> None:
+        self._texts = texts
+        self.likely = likely
+        self._derived: dict[tuple[object, ...], Any] = {}
+
+    @cached_property
+    def texts(self) -> list[list[int]]:
+        """The tokens that each row has read."""
+        return self._texts()
+
+    def derive(self, function: Callable[..., T], *options: object) -> T:
+        """``function(past, *options)``, computed once for all exits of the step."""
+        if (function, *options) not in self._derived:
+            self._derived[function, *options] = function(self, *options)
+        return self._derived[function, *options]
+
+
 class Evidence:
     """What a policy or a gate may look at when it decides about leaving at one exit.
 
@@ -119,6 +147,8 @@ class Evidence:
         step: Tokens generated before this one; one number a row where rows are positions of a known text.
         hidden: Residual stream after ``depth`` blocks, ``[..., D]``.
         trail: Evidence of the earlier exits of the same step, shallowest first; empty for a recurrent gate.
+        past: What was read and said before; None where nobody knows, as in training.
+        rows_read: Rows of the output matrix that were read for some tokens alone.
     """
 
     def __init__(
@@ -131,15 +161,24 @@ class Evidence:
         logits: Callable[[], Tensor],
         gates: Mapping[str, Callable[[Evidence], Tensor]] | None = None,
         trail: Sequence[Evidence] = (),
+        past: Past | None = None,
+        candidates: Callable[[Tensor], Tensor] | None = None,
+        vocab: int = 0,
     ) -> None:
         self.depth = depth
         self.total = total
         self.step = step
         self.hidden = hidden
         self.trail = tuple(trail)
+        self.past = past
+        self.rows_read = 0
         self._logits = logits
+        self._candidates = candidates
+        self._vocab = vocab
+        self._few: tuple[Tensor, Tensor] | None = None
         self._gates = gates or {}
         self._scores: dict[str, Tensor] = {}
+        self._derived: dict[tuple[object, ...], Tensor] = {}
 
     @cached_property
     def logits(self) -> Tensor:
@@ -156,6 +195,43 @@ class Evidence:
     def token(self) -> Tensor:
         """The lens' most likely token, ``[...]``."""
         return self.logits.argmax(-1)
+
+    def over(self, tokens_C: Tensor, own: Tensor | None = None) -> Tensor:
+        """Logits of some tokens alone, ``[..., C]``, in float32 at least: a small part of the output matrix is read.
+
+        If the exit's token is asked for afterwards, and the logits of all were never read, it is one of these.
+
+        Args:
+            tokens_C: Token ids, each once.
+            own: Which of them count for each row, ``[..., C]``; the others get minus infinity. None for all.
+        """
+        if self.logits_read or self._candidates is None:
+            few = self.logits[..., tokens_C]
+        else:
+            few = self._candidates(tokens_C)
+            self.rows_read += len(tokens_C)
+        few = few.to(torch.promote_types(few.dtype, torch.float32))
+        self._few = tokens_C, few if own is None else few.masked_fill(~own, -torch.inf)
+        return self._few[1]
+
+    @property
+    def answer(self) -> Tensor:
+        """The logits that this exit's token is drawn from if it leaves here, ``[..., V]``.
+
+        Those of all tokens; but if some tokens alone were read (``over``), theirs, and minus infinity for the others.
+        """
+        if self.logits_read or self._few is None:
+            return self.logits
+        tokens_C, few = self._few
+        nowhere = few.new_full((*few.shape[:-1], self._vocab), -torch.inf)
+        return nowhere.index_copy(-1, tokens_C, few)
+
+    def derive(self, function: Callable[..., Tensor], *options: object) -> Tensor:
+        """``function(hidden, *options)``, computed once, whichever gates of the exit ask for it."""
+        known = self._derived.get((function, *options))
+        if known is None:
+            known = self._derived[function, *options] = function(self.hidden, *options)
+        return known
 
     @property
     def logits_read(self) -> bool:
@@ -256,6 +332,7 @@ class Step:
         work: What the blocks did for this step; debts paid on the way included.
         prefill: True for the token that the prompt's own pass gives.
         accepted: Lossless decoding: True if the token was drafted at an exit and then verified.
+        rows_read: (depth, rows of the output matrix) of each exit that was read for some tokens alone.
     """
 
     token_B: Tensor
@@ -266,6 +343,7 @@ class Step:
     work: Work = NO_WORK
     prefill: bool = False
     accepted: bool = False
+    rows_read: tuple[tuple[int, int], ...] = ()
 
     @property
     def depth(self) -> int:

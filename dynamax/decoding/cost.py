@@ -88,6 +88,9 @@ class CostModel:
             cost += self._weights(self.spec.vocab * self.spec.width, rows)
             if depth < self.spec.depth and self.bank is not None:
                 cost += self._head(self.bank.lens(depth), rows)
+        for depth, tokens in step.rows_read:
+            assert self.bank is not None
+            cost += self._weights(tokens * self.spec.width, 1) + self._head(self.bank.lens(depth), 1)
         for depth, name in step.gates_read:
             assert self.bank is not None
             gate = self.bank.gates(depth)[name]

@@ -43,8 +43,9 @@ class EarlyExit(Decoder):
 
     @property
     def teacher_forced(self) -> bool:
-        """Whether the state is exact: then leaving early changes nothing for later positions."""
-        return self.skipped_state.exact and not any(self._bank.lens(d).runs_last_block for d in self._bank.depths)
+        """Whether leaving early changes nothing later: the state is exact, and the policy looks at no earlier step."""
+        exact = self.skipped_state.exact and not self._policy.recent
+        return exact and not any(self._bank.lens(d).runs_last_block for d in self._bank.depths)
 
     def options(self) -> dict[str, object]:
         """What becomes of skipped state."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, final
+from typing import Any, NamedTuple, final
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from torch import Tensor
 from dynamax.backbones.base import Backbone
 from dynamax.backbones.cache import CacheSnapshot
 from dynamax.backbones.skipped_state import SkippedState
+from dynamax.decoding.history import History
 from dynamax.decoding.probe import Probe
 from dynamax.decoding.sampling import Sampler
 from dynamax.heads.bank import ExitBank
@@ -52,6 +53,7 @@ class Session:
 
     Attributes:
         cache: State of all blocks.
+        history: What was read and said.
         token_B: The token that each row goes on with.
         finished_B: Rows that have met an end token.
         steps: Steps told so far.
@@ -79,6 +81,7 @@ class Session:
         self.max_new_tokens = max_new_tokens
         self.total = backbone.spec.depth
         self.cache = backbone.new_cache(capacity, pad_B)
+        self.history = History(prompt_BT, pad_B)
         self.steps = 0
         self.token_B = prompt_BT[:, -1]
         self.finished_B = torch.zeros(len(prompt_BT), dtype=torch.bool, device=prompt_BT.device)
@@ -86,6 +89,7 @@ class Session:
         self._exits = exits
         self._depths = () if exits is None else exits.depths
         self._recurrent = () if exits is None else exits.recurrent_depths
+        self._gates = None if exits is None else exits.recordings()
         self._sites = {depth: backbone.site(depth, self.cache) for depth in self._depths}
         self._counted = self.cache.work()
         self._reads: tuple[tuple[int, int], ...] = ()
@@ -108,8 +112,9 @@ class Session:
             token_B: What the step reads; the run's own ``token_B`` if left out.
         """
         self.probe.begin(prefill=False)
-        tokens_B1 = (self.token_B if token_B is None else token_B)[:, None]
-        return Arrival(self.backbone.embed(tokens_B1, self.cache), 0)
+        token_B = self.token_B if token_B is None else token_B
+        self.history.read(token_B)
+        return Arrival(self.backbone.embed(token_B[:, None], self.cache), 0)
 
     def run_to_exit(self, policy: TerminationPolicy, token_B: Tensor | None = None, *, ahead: int = 0) -> Arrival:
         """Run up to the first exit where the policy lets every unfinished row leave, or to the last exit.
@@ -123,15 +128,21 @@ class Session:
         """
         assert self._exits is not None, "a decoder without exits runs to the top"
         arrival = self.embed(token_B)
+        self.history.keep = max(1, policy.recent)
         trail: list[Evidence] = []
+        past = self.history.past()
         step = self.steps + ahead
         for depth, h_BTD in self.backbone.walk(arrival.h_BTD, self._depths, self.cache):
             site = self._sites[depth]
             self._note(depth, h_BTD)
-            scores, reads = self._exits.catch_up(site, h_BTD, self.cache, step=step)
+            given = {"step": step, "recordings": self._gates}
+            scores, reads = self._exits.catch_up(site, h_BTD, self.cache, **given)
             self._reads += reads
-            trail.append(self._exits.evidence(site, h_BTD, pick=newest, step=step, trail=trail, recurrent=scores))
-            left = bool((policy(trail[-1]) | self.finished_B).all())
+            trail.append(
+                self._exits.evidence(site, h_BTD, pick=newest, trail=trail, recurrent=scores, past=past, **given)
+            )
+            leave_B = policy(trail[-1])
+            left = bool(leave_B) if len(leave_B) == 1 else bool((leave_B | self.finished_B).all())
             self.probe.mark(depth)
             arrival = Arrival(h_BTD, depth, trail, left)
             if left:
@@ -146,7 +157,7 @@ class Session:
             skipped_state: Sees to the blocks above.
         """
         assert self._exits is not None
-        logits_BV = arrival.trail[-1].logits
+        logits_BV = arrival.trail[-1].answer
         ran = self._exits.lens(arrival.depth).runs_last_block
         skipped_state.leave(self.backbone, self.cache, arrival.depth, arrival.h_BTD, last_block_ran=ran)
         if skipped_state.gates_read_exit:
@@ -175,6 +186,8 @@ class Session:
         Recurrent gates on the way read them.
         """
         self.probe.begin(prefill=False)
+        for token_B in tokens_BT.unbind(1):
+            self.history.read(token_B)
         start = Arrival(self.backbone.embed(tokens_BT, self.cache), 0)
         h_BTD = self._walk_to_top(start)
         return start._replace(h_BTD=h_BTD), self.backbone.unembed(h_BTD)
@@ -209,11 +222,14 @@ class Session:
         reads += self._reads + (() if arrival.left else ((self.total, top_rows),))
         gates = tuple((evidence.depth, gate) for evidence in arrival.trail for gate in evidence.gates_read)
         before, self._counted, self._reads = self._counted, self.cache.work(), ()
+        rows = tuple((evidence.depth, evidence.rows_read) for evidence in arrival.trail if evidence.rows_read)
         depth_B = torch.full((len(token_B),), depth)
-        return Step(token_B, depth_B, logits_BV, reads, gates, self._counted - before, prefill)
+        self.history.say(logits_BV)
+        return Step(token_B, depth_B, logits_BV, reads, gates, self._counted - before, prefill, rows_read=rows)
 
     def verified(self, token_B: Tensor, logits_BV: Tensor) -> Step:
         """A step whose token was drafted without a block, and verified by a chunk whose step bears the cost."""
+        self.history.say(logits_BV)
         nothing = self._counted - self._counted
         return Step(token_B, torch.full((len(token_B),), self.total), logits_BV, work=nothing, accepted=True)
 
@@ -246,6 +262,7 @@ class Session:
         """Keep the first ``keep`` positions since the snapshot; recurrent gates read those again."""
         assert self._snapshot is not None
         self.cache.rollback(self._snapshot, keep)
+        self.history.crop(self.cache.length)
         for depth, passed_BTD in self._passed.items():
             assert self._exits is not None
             self._exits.advance(self._sites[depth], passed_BTD[:, :keep], self.cache)
@@ -256,7 +273,8 @@ class Session:
         """Positions go by an exit that nobody asks: its recurrent gates read them all the same."""
         if self._exits is not None and depth in self._recurrent:
             self._note(depth, h_BTD)
-            self._reads += self._exits.catch_up(self._sites[depth], h_BTD, self.cache, step=self.steps)[1]
+            given: Any = {"step": self.steps, "recordings": self._gates}
+            self._reads += self._exits.catch_up(self._sites[depth], h_BTD, self.cache, **given)[1]
 
     def _note(self, depth: int, h_BTD: Tensor) -> None:
         """Keep what recurrent gates read since the snapshot: after a rollback they read a part of it again."""
@@ -275,4 +293,4 @@ class Session:
 
 def newest(x_BT: Tensor) -> Tensor:
     """The newest position of each row."""
-    return x_BT[:, -1]
+    return x_BT.select(1, -1)

@@ -85,7 +85,7 @@ def exit_round(session: Session, policy: TerminationPolicy, draft_limit: int) ->
         session.cache.group.owe(arrival.depth, arrival.h_BTD)
         if not arrival.left or len(steps) == most:
             break
-        logits_BV = arrival.trail[-1].logits
+        logits_BV = arrival.trail[-1].answer
         draft_TBV.append(sampler.distribution(logits_BV))
         token_B = sampler.draw(draft_TBV[-1])
         steps.append(session.step(arrival, logits_BV, token_B))

@@ -7,6 +7,8 @@ last block is the exception: here it sees the exit's states of earlier positions
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple, final
 
 import torch
@@ -14,10 +16,11 @@ from torch import Tensor
 
 from dynamax.backbones.base import Backbone
 from dynamax.decoding.base import check_tokens
+from dynamax.decoding.history import most_likely
 from dynamax.errors import UserError
 from dynamax.heads.bank import ExitBank
 from dynamax.policies.base import TerminationPolicy
-from dynamax.types import Evidence
+from dynamax.types import Evidence, Past
 
 
 class PolicyPath(NamedTuple):
@@ -61,15 +64,22 @@ class TeacherForcedPass:
             )
         self.total = backbone.spec.depth
         self.exits: list[Evidence] = []
+        past = Past(partial(prefixes, tokens_1T, start), self._likely)
         step_T = torch.arange(length - start, device=tokens_1T.device)
         depths = () if exits is None else exits.depths
         h_1TD = embedded_1TD = backbone.embed(tokens_1T)
         for depth, h_1TD in backbone.walk(embedded_1TD, [*depths, self.total]):
             if exits is not None and depth < self.total:
                 site = backbone.site(depth)
-                evidence = exits.evidence(site, h_1TD, pick=lambda x_1T: x_1T[0, start:], step=step_T, trail=self.exits)
+                pick: Callable[[Tensor], Tensor] = lambda x_1T: x_1T[0, start:]  # noqa: E731
+                evidence = exits.evidence(site, h_1TD, pick=pick, step=step_T, trail=self.exits, past=past)
                 self.exits.append(evidence)
         self.logits_TV = backbone.unembed(h_1TD[:, start:])[0]
+
+    def _likely(self, steps: int, count: int) -> list[list[int]]:
+        """Of each position, what the top said at the positions before it."""
+        said = most_likely(self.logits_TV, count)
+        return [[token for row in reversed(said[max(0, t - steps) : t]) for token in row] for t in range(len(said))]
 
     @torch.inference_mode()
     def apply_policy(self, policy: TerminationPolicy | None) -> PolicyPath:
@@ -92,7 +102,13 @@ class TeacherForcedPass:
             assert policy is not None
             leaves_T = policy(evidence) & stays_T
             if leaves_T.any():
-                logits_TV[leaves_T] = evidence.logits[leaves_T]
+                logits_TV[leaves_T] = evidence.answer[leaves_T]
                 depth_T[leaves_T] = evidence.depth
                 stays_T &= ~leaves_T
         return PolicyPath(depth_T, logits_TV)
+
+
+def prefixes(tokens_1T: Tensor, start: int) -> list[list[int]]:
+    """What each position from ``start`` on has read, its own token included."""
+    tokens = tokens_1T[0].tolist()
+    return [tokens[: stop + 1] for stop in range(start, len(tokens))]

@@ -19,12 +19,19 @@ from dynamax.errors import UserError
 from dynamax.heads import saved
 from dynamax.heads.base import ExitHead, Gate, Lens
 from dynamax.heads.exits import Exit, build_exit, check_depths
-from dynamax.types import Evidence, Memory, Site, Spec
+from dynamax.heads.recorded import GateRecordings
+from dynamax.types import Evidence, Memory, Past, Site, Spec
 
 
 def same_head(head: ExitHead, site: Site) -> Any:  # noqa: ANN401 - a lens or a gate, as it was given
     """A head that is built already, where a factory of heads is wanted."""
     return head
+
+
+def found_in(heads: nn.Module) -> tuple[Lens, dict[str, Gate]]:
+    """Lens and gates of one exit; to look them up in modules takes as long as a small product."""
+    lens, gates = cast(nn.ModuleDict, heads).values()
+    return cast(Lens, lens), cast(dict[str, Gate], dict(cast(nn.ModuleDict, gates).items()))
 
 
 class Debts(Protocol):
@@ -71,6 +78,8 @@ class ExitBank(nn.Module):
         self._sites, self._width = sites, spec.width
         self.depths = tuple(sorted(exits))
         self.exits = nn.ModuleDict({str(depth): build_exit(exits[depth], sites(depth)) for depth in self.depths})
+        self._found = {depth: found_in(self.exits[str(depth)]) for depth in self.depths}
+        self._recordings = GateRecordings()
         self.recurrent_depths = tuple(d for d in self.depths if any(gate.recurrent for gate in self.gates(d).values()))
 
     def select_gates(self, names: Collection[str] | None) -> ExitBank:
@@ -92,23 +101,25 @@ class ExitBank(nn.Module):
         for depth in self.depths:
             kept = [gate for name, gate in self.gates(depth).items() if name in names]
             exits[depth] = Exit(partial(same_head, self.lens(depth)), [partial(same_head, gate) for gate in kept])
-        return ExitBank(exits, self._sites)
+        bank = ExitBank(exits, self._sites)
+        bank._recordings = self._recordings
+        return bank
 
     def lens(self, depth: int) -> Lens:
         """The lens of the exit at ``depth``."""
-        return cast(Lens, self._exit(depth)["lens"])
+        return self._exit(depth)[0]
 
-    def gates(self, depth: int) -> dict[str, Gate]:
+    def gates(self, depth: int) -> Mapping[str, Gate]:
         """The gates of the exit at ``depth``, by class name, in the order they were given."""
-        return cast(dict[str, Gate], dict(cast(nn.ModuleDict, self._exit(depth)["gates"]).items()))
+        return self._exit(depth)[1]
 
-    def _exit(self, depth: int) -> nn.ModuleDict:
-        if str(depth) not in self.exits:
+    def _exit(self, depth: int) -> tuple[Lens, dict[str, Gate]]:
+        if depth not in self._found:
             raise UserError(
                 f"There is no exit at depth {depth}; there are exits at {', '.join(map(str, self.depths))}. "
                 f"Ask for one of these, or add the exit and train it."
             )
-        return cast(nn.ModuleDict, self.exits[str(depth)])
+        return self._found[depth]
 
     # -- reading ------------------------------------------------------------------------------------
 
@@ -121,6 +132,8 @@ class ExitBank(nn.Module):
         step: int | Tensor = 0,
         trail: Sequence[Evidence] = (),
         recurrent: Mapping[str, Tensor] | None = None,
+        recordings: GateRecordings | None = None,
+        past: Past | None = None,
     ) -> Evidence:
         """The evidence of one exit. Nothing is computed before it is asked for.
 
@@ -132,25 +145,35 @@ class ExitBank(nn.Module):
             trail: Evidence of the step's earlier exits.
             recurrent: Scores ``s_BT`` of recurrent gates that have read these positions already; the others read
                 ``h_BTD`` as a whole sequence.
+            recordings: Run the other gates; None runs them as they are.
+            past: What was read and said before the step.
         """
-        lens, known = self.lens(site.depth), recurrent or {}
+        depth, known = site.depth, recurrent or {}
+        lens, gates = self._exit(depth)
 
         def scorer(name: str, gate: Gate) -> Callable[[Evidence], Tensor]:
             if name in known:
                 return lambda _: pick(known[name])
             if gate.recurrent:
                 return lambda _: pick(gate.score(self.sequence(site, h_BTD, step)))
-            return gate.score
+            return gate.score if recordings is None else partial(recordings.score, (depth, name), gate)
 
         return Evidence(
-            site.depth,
+            depth,
             site.spec.depth,
             step,
-            pick(h_BTD[..., : self._width]),  # gates read the residual stream; some backbones keep more behind it
+            pick(self._residual(h_BTD)),
             logits=lambda: site.project(pick(lens.translate(h_BTD, site))),
-            gates={name: scorer(name, gate) for name, gate in self.gates(site.depth).items()},
+            gates={name: scorer(name, gate) for name, gate in gates.items()},
             trail=trail,
+            past=past,
+            candidates=lambda tokens_C: site.project(pick(lens.translate(h_BTD, site)), tokens_C),
+            vocab=site.spec.vocab,
         )
+
+    def _residual(self, h_BTD: Tensor) -> Tensor:
+        """What gates read: the residual stream; some backbones keep more behind it."""
+        return h_BTD if h_BTD.shape[-1] == self._width else h_BTD[..., : self._width]
 
     def sequence(self, site: Site, h_BTD: Tensor, step: int | Tensor) -> Evidence:
         """Evidence for a recurrent gate: all positions of ``h_BTD``, without a trail."""
@@ -164,7 +187,7 @@ class ExitBank(nn.Module):
                 )
             return site.project(lens.translate(h_BTD, site))
 
-        return Evidence(site.depth, site.spec.depth, step, h_BTD[..., : self._width], logits=logits)
+        return Evidence(site.depth, site.spec.depth, step, self._residual(h_BTD), logits=logits)
 
     def known_texts(
         self, hidden: Mapping[int, Tensor], sites: Mapping[int, Site], counted_BT: Tensor
@@ -183,8 +206,19 @@ class ExitBank(nn.Module):
 
     # -- while decoding ---------------------------------------------------------------------------
 
+    def recordings(self) -> GateRecordings:
+        """What runs the gates in a decoding run that begins now: without Python, once they are recorded."""
+        self._recordings.begin({(d, name): gate for d in self.depths for name, gate in self.gates(d).items()})
+        return self._recordings
+
     def catch_up(
-        self, site: Site, h_BTD: Tensor, cache: RunState, *, step: int = 0
+        self,
+        site: Site,
+        h_BTD: Tensor,
+        cache: RunState,
+        *,
+        step: int = 0,
+        recordings: GateRecordings | None = None,
     ) -> tuple[dict[str, Tensor], tuple[tuple[int, int], ...]]:
         """Let the recurrent gates of one exit read on, up to and including the caller's rows.
 
@@ -196,12 +230,15 @@ class ExitBank(nn.Module):
             h_BTD: The newest positions that the block below has completed.
             cache: The fill levels, debts and memories of this decoding run.
             step: Tokens generated before.
+            recordings: Run the gates; None runs them as they are.
 
         Returns:
             Scores ``s_BT`` of the caller's rows, for each recurrent gate; and (depth, positions) of each reading of
             logits that a gate asked for.
         """
         depth, rows = site.depth, h_BTD.shape[1]
+        if depth not in self.recurrent_depths:
+            return {}, ()
         passed = cache.group.filled[depth - 1]
         scores: dict[str, Tensor] = {}
         reads: list[tuple[int, int]] = []
@@ -212,7 +249,11 @@ class ExitBank(nn.Module):
             whole_BTD = h_BTD if owed_BTD is None else torch.cat([owed_BTD[:, -unread:], h_BTD], 1)
             memory.read = passed - whole_BTD.shape[1]
             evidence = self.sequence(site, whole_BTD, step)
-            scores[name] = gate.score(evidence, memory)[:, -rows:]
+            if recordings is None:
+                score_BT = gate.score(evidence, memory)
+            else:
+                score_BT = recordings.score((depth, name), gate, evidence, memory)
+            scores[name] = score_BT if rows == score_BT.shape[1] else score_BT[:, -rows:]
             memory.read = passed
             if evidence.logits_read:
                 reads.append((depth, whole_BTD.shape[1]))

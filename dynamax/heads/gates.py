@@ -40,7 +40,7 @@ class LinearGate(Gate):
 
     def score(self, evidence: Evidence, memory: Memory | None = None) -> Tensor:
         """A weighted sum of the normed state."""
-        return self.out(rms_normalize(evidence.hidden, self.out.weight.dtype))[..., 0]
+        return self.out(evidence.derive(rms_normalize, self.out.weight.dtype)).squeeze(-1)
 
 
 class MLPGate(Gate):
@@ -59,7 +59,7 @@ class MLPGate(Gate):
 
     def score(self, evidence: Evidence, memory: Memory | None = None) -> Tensor:
         """Norm, hidden layer, last layer."""
-        return self.out(F.silu(self.enter(rms_normalize(evidence.hidden, self.out.weight.dtype))))[..., 0]
+        return self.out(F.silu(self.enter(evidence.derive(rms_normalize, self.out.weight.dtype)))).squeeze(-1)
 
 
 class FFNGate(Gate):
@@ -81,7 +81,7 @@ class FFNGate(Gate):
 
     def score(self, evidence: Evidence, memory: Memory | None = None) -> Tensor:
         """Norm, gate and up projections, last projection."""
-        return self.out(self.inner(rms_normalize(evidence.hidden, self.out.weight.dtype)))[..., 0]
+        return self.out(self.inner(evidence.derive(rms_normalize, self.out.weight.dtype))).squeeze(-1)
 
 
 class MambaGate(Gate):
@@ -123,8 +123,8 @@ class MambaGate(Gate):
 
     def score(self, evidence: Evidence, memory: Memory | None = None) -> Tensor:
         """Norm, input projection, block, last projection."""
-        x_BTD = self.enter(rms_normalize(evidence.hidden, self.out.weight.dtype))
-        return self.out(self.block(x_BTD, memory))[..., 0]
+        x_BTD = self.enter(evidence.derive(rms_normalize, self.out.weight.dtype))
+        return self.out(self.block(x_BTD, memory)).squeeze(-1)
 
     def flops(self) -> int:
         """The formula of the class: products with weights, and writing and reading the state."""
@@ -158,10 +158,10 @@ class AttentionGate(Gate):
     def score(self, evidence: Evidence, memory: Memory | None = None) -> Tensor:
         """Norm, input projection, attention and feed-forward with their residuals, norm, last projection."""
         dtype = self.out.weight.dtype
-        x_BTD = self.enter(rms_normalize(evidence.hidden, dtype))
+        x_BTD = self.enter(evidence.derive(rms_normalize, dtype))
         x_BTD = x_BTD + self.attention(rms_normalize(x_BTD, dtype), memory)
         x_BTD = x_BTD + self.down(self.inner(rms_normalize(x_BTD, dtype)))
-        return self.out(rms_normalize(x_BTD, dtype))[..., 0]
+        return self.out(rms_normalize(x_BTD, dtype)).squeeze(-1)
 
     def flops(self) -> int:
         """The formula of the class: products with weights, and attending to one key."""

@@ -36,7 +36,9 @@ def convolve(
         x_BCT, window_BCW = x_BTC.contiguous().transpose(1, 2), window_BWC.contiguous().transpose(1, 2)
         return causal_conv1d_fn(x_BCT, weight_CK, bias_C, initial_states=window_BCW).transpose(1, 2), window
     whole_BTC, weight_CK = at_least_float32(whole_BTC), at_least_float32(weight_CK)
-    if length <= FEW:  # on a CPU a grouped convolution costs more (benchmarks.chunks)
+    if length == 1:
+        y_BTC = (whole_BTC * weight_CK.t()).sum(1, keepdim=True)
+    elif length <= FEW:  # on a CPU a grouped convolution costs more (benchmarks.chunks)
         y_BTC = (whole_BTC.unfold(1, taps, 1) * weight_CK).sum(-1)
     else:  # a tap at a time needs a quarter of the room
         y_BTC = whole_BTC[:, :length] * weight_CK[:, 0]

@@ -48,13 +48,14 @@ def step(
     x_B1HP: Tensor, dt_B1H: Tensor, a_H: Tensor, b_B1GN: Tensor, c_B1GN: Tensor, state_BHPN: Tensor
 ) -> tuple[Tensor, Tensor]:
     """``scan`` for one position."""
-    groups = b_B1GN.shape[2]
-    dt_BH1 = dt_B1H.transpose(1, 2)
-    kept_BHPN = state_BHPN * (dt_BH1 * a_H[:, None]).exp()[..., None]
-    x_BGS1 = (x_B1HP[:, 0] * dt_BH1).reshape(len(dt_BH1), groups, -1, 1)  # S: heads and channels of a group
-    state_BGSN = torch.addcmul(kept_BHPN.reshape(*x_BGS1.shape[:3], -1), x_BGS1, b_B1GN.transpose(1, 2))
-    y_BGS1 = state_BGSN @ c_B1GN[:, 0, ..., None]
-    return y_BGS1.reshape(x_B1HP.shape), state_BGSN.reshape(state_BHPN.shape)
+    rows, _, heads, channels = x_B1HP.shape
+    groups, size = b_B1GN.shape[2:]
+    decay_BH11 = (dt_B1H * a_H).exp().reshape(rows, heads, 1, 1)
+    x_BGS1 = (x_B1HP * dt_B1H.unsqueeze(-1)).reshape(rows, groups, -1, 1)  # S: heads and channels of a group
+    kept_BGSN = (state_BHPN * decay_BH11).reshape(rows, groups, -1, size)
+    state_BGSN = torch.addcmul(kept_BGSN, x_BGS1, b_B1GN.reshape(rows, groups, 1, size))
+    y_GS1 = torch.bmm(state_BGSN.reshape(rows * groups, -1, size), c_B1GN.reshape(rows * groups, size, 1))
+    return y_GS1.reshape(rows, 1, heads, channels), state_BGSN.reshape(rows, heads, channels, size)
 
 
 def decays(total_T: Tensor) -> Tensor:

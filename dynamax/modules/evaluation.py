@@ -196,7 +196,7 @@ class Likelihood(Evaluation):
                 raise UserError(
                     f"{type(self.task).__name__} scores likelihoods, which are read off one exact pass, but "
                     f"{type(point.decoder).__name__} with {point.decoder.options()} would do otherwise. Use EarlyExit "
-                    f"with Exact state and without lenses that run the last block, or a task that generates."
+                    f"with Exact state, without lenses that run the last block or candidates, or a task that generates."
                 )
 
     def add(self, example: ChoiceExample | TextExample) -> None:

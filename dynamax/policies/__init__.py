@@ -1,7 +1,8 @@
 """Termination policies: evidence of one exit in, a decision to leave for each row out."""
 
 from dynamax.policies.base import CountPolicy, ScorePolicy, TerminationPolicy
-from dynamax.policies.combine import AllOf, AnyOf
+from dynamax.policies.candidates import CandidateMargin, CandidateProb
+from dynamax.policies.combine import AllOf, AnyOf, Cascade
 from dynamax.policies.confidence import Entropy, GateConfidence, Margin, MaxProb, Patience, Saturation
 from dynamax.policies.schedule import AtDepth, Decaying, Never
 
@@ -9,6 +10,9 @@ __all__ = [
     "AllOf",
     "AnyOf",
     "AtDepth",
+    "CandidateMargin",
+    "CandidateProb",
+    "Cascade",
     "CountPolicy",
     "Decaying",
     "Entropy",

@@ -21,11 +21,13 @@ class TerminationPolicy(ABC):
         threshold: The number that a sweep changes; None for a policy that has none. A mapping gives each exit depth
             its own.
         gates: Names of the gates it may ask; None means any. Recurrent gates that it never asks are not run.
+        recent: Earlier steps whose logits it looks at. What it decides then depends on where those steps left.
         made_of: What its label names in brackets: a gate, or the policies it is made of.
     """
 
     threshold: float | Mapping[int, float] | None = None
     gates: Collection[str] | None = None
+    recent: int = 0
     made_of: Sequence[str] = ()
 
     @property

@@ -26,6 +26,7 @@ class _Combined(TerminationPolicy):
         self.threshold = policies[swept].threshold
         asked = [policy.gates for policy in policies]
         self.gates = None if None in asked else {name for names in asked for name in names or ()}
+        self.recent = max(policy.recent for policy in policies)
         self.made_of = [policy.label for policy in policies]
 
     @final
@@ -76,3 +77,23 @@ class AllOf(_Combined):
                 break
             leave_B = leave_B & policy(evidence)
         return leave_B
+
+
+class Cascade(AllOf):
+    """Two or more policies in order of cost: each is asked only where those before it would leave.
+
+    A cheap gate that says no spares the reading of the output matrix; where it says yes, the next one decides. In a
+    batch a policy is asked about all rows as long as those before it let one of them through.
+
+    Args:
+        policies: At least two, the cheapest first, such as a gate, ``CandidateProb`` and ``MaxProb``.
+        swept: Position, from 0, of the policy whose threshold a sweep changes; the last if left out.
+    """
+
+    def __init__(self, policies: list[TerminationPolicy], *, swept: int | None = None) -> None:
+        if len(policies) < 2:
+            raise UserError(
+                f"Cascade was given {len(policies)} policies; wanted: at least two, the cheapest first. Add one, or "
+                f"use the policy alone."
+            )
+        super().__init__(policies, swept=len(policies) - 1 if swept is None else swept)

@@ -20,7 +20,7 @@ class Never(TerminationPolicy):
 
     def __call__(self, evidence: Evidence) -> Tensor:
         """No row leaves."""
-        return torch.zeros_like(evidence.hidden[:, 0], dtype=torch.bool)
+        return evidence.hidden.new_zeros(len(evidence.hidden), dtype=torch.bool)
 
 
 class AtDepth(CountPolicy):
@@ -38,7 +38,8 @@ class AtDepth(CountPolicy):
 
     def __call__(self, evidence: Evidence) -> Tensor:
         """All rows leave from the depth on."""
-        return torch.full_like(evidence.hidden[:, 0], evidence.depth >= self.count, dtype=torch.bool)
+        leaves = evidence.depth >= self.count
+        return evidence.hidden.new_full((len(evidence.hidden),), leaves, dtype=torch.bool)
 
     def validate(self, depths: Sequence[int]) -> None:
         """Refuse a depth at which there is no exit."""
@@ -74,6 +75,7 @@ class Decaying(TerminationPolicy):
         self.horizon = horizon
         self.threshold = policy.threshold
         self.gates = policy.gates
+        self.recent = policy.recent
         self.made_of = (policy.label,)
 
     def __call__(self, evidence: Evidence) -> Tensor:

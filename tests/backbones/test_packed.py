@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from dynamax.backbones.hf import HFBackbone
 from dynamax.backbones.packed import RMSNorm, norm_of, pack
-from dynamax.backbones.recorded import MOST_POSITIONS
 from dynamax.kernels.products import Columns, Float16, Product, Rows
+from dynamax.recording import MOST_POSITIONS
 from dynamax.testing import check_backbone
 from dynamax.types import Span
 from tests.float64 import upcast64

@@ -11,6 +11,9 @@ from dynamax.policies import (
     AllOf,
     AnyOf,
     AtDepth,
+    CandidateMargin,
+    CandidateProb,
+    Cascade,
     Decaying,
     Entropy,
     GateConfidence,
@@ -39,6 +42,10 @@ POLICIES = [
     (AnyOf([GateConfidence(0.9), MaxProb(0.8)]), None),
     (AnyOf([AtDepth(6), MaxProb(0.8)], swept=1), None),
     (AllOf([GateConfidence(0.4), MaxProb(0.5)], swept=1), None),
+    (CandidateProb(0.6, likely=4), None),
+    (CandidateMargin(0.4, limit=3, recent=1), None),
+    (Cascade([GateConfidence(0.4), CandidateProb(0.5), MaxProb(0.4)]), None),
+    (Cascade([GateConfidence(0.4), MaxProb(0.5)], swept=0), None),
     (Decaying(MaxProb(0.6), temperature=2.0, horizon=8), None),
     (Decaying(Saturation(0.7), temperature=0.0, horizon=1), None),
 ]
@@ -127,6 +134,20 @@ def test_a_bad_policy_is_told_what_is_wrong(policy, message):
         ({"class_path": "MaxProb", "init_args": {"threshold": 1}}, MaxProb, 1.0),
         ({"class_path": "MaxProb", "init_args": {"threshold": {"15": 0.9, "19": 0.8}}}, MaxProb, {15: 0.9, 19: 0.8}),
         ({"class_path": "GateConfidence", "init_args": {"threshold": 0.5, "gate": "MambaGate"}}, GateConfidence, 0.5),
+        ({"class_path": "CandidateProb", "init_args": {"threshold": 0.5, "limit": 64}}, CandidateProb, 0.5),
+        (
+            {
+                "class_path": "Cascade",
+                "init_args": {
+                    "policies": [
+                        {"class_path": "GateConfidence", "init_args": {"threshold": 0.5, "gate": "LinearGate"}},
+                        {"class_path": "CandidateMargin", "init_args": {"threshold": 0.7}},
+                    ]
+                },
+            },
+            Cascade,
+            0.7,
+        ),
         ({"class_path": "Patience", "init_args": {"patience": 3}}, Patience, 3),
         (
             {

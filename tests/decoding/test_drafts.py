@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import pytest
@@ -11,7 +12,9 @@ from dynamax.decoding.drafting import Speculative
 from dynamax.decoding.drafts import DraftSource, NGrams, PromptLookup, Suggestion, TokenTable
 from dynamax.decoding.sampling import Sampled
 from dynamax.errors import UserError
+from dynamax.policies.base import TerminationPolicy
 from dynamax.policies.schedule import Never
+from dynamax.types import Evidence
 from tests.float64 import upcast64
 from tests.laws.house import exits, pair, prompt
 
@@ -107,3 +110,32 @@ def test_sampled_drafts_have_full_decodings_distribution() -> None:
         share_V = torch.bincount(drawn[:, place], minlength=len(wanted_V)) / runs
         spread_V = (wanted_V * (1 - wanted_V) / runs).sqrt()
         assert (share_V - wanted_V).abs().le(4.5 * spread_V + 2 / runs).all()
+
+
+class Remembers(TerminationPolicy):
+    """Never leaves, and keeps what it is told of the text."""
+
+    recent = 1
+
+    def __init__(self) -> None:
+        self.texts: list[list[int]] = []
+
+    def __call__(self, evidence: Evidence) -> torch.Tensor:
+        assert evidence.past is not None
+        self.texts.append(evidence.past.texts[0])
+        return torch.zeros(1, dtype=torch.bool)
+
+
+def test_policies_are_told_the_text_behind_rejected_drafts() -> None:
+    """Rounds of both kinds in turn: what a policy is told is the text so far, with no rejected token in it."""
+    _, backbone = pair("llama")
+    policy = Remembers()
+    decoder = Speculative(backbone, exits(backbone), policy, sources=[Repeats()], draft_limit=2)
+    decoder.pace.length = len  # type: ignore[method-assign,assignment]
+    turn = itertools.cycle(["sources", "exits"])
+    decoder.pace.way = lambda ways: next(turn)  # type: ignore[method-assign]
+    with upcast64():
+        told = [int(step.token_B) for step in decoder.decode(prompt(6), max_new_tokens=12)]
+    whole = prompt(6)[0].tolist() + told
+    assert policy.texts
+    assert all(text == whole[: len(text)] for text in policy.texts)

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import dynamax
 from dynamax import AtDepth, EarlyExit, Engine, Full, Greedy, MaxProb, Never, SelfSpeculative, UserError
 from dynamax.heads import LastBlockLens
+from dynamax.policies.candidates import CandidateProb
 from dynamax.stream import TextStream
 from dynamax.types import Step, Work
 from tests.folders import byte_tokenizer
@@ -423,8 +424,14 @@ def test_a_text_that_begins_with_the_start_token_gets_no_second(tiny: Engine) ->
 def test_a_lens_that_runs_the_last_block_has_no_likelihood_in_one_pass(tiny_folder: Path) -> None:
     engine = dynamax.load(tiny_folder, exits={2: dynamax.Exit(LastBlockLens)}, device="cpu")
     assert engine.loglikelihood("a", "b").tokens == 1
-    with pytest.raises(UserError, match="a lens here runs the last block"):
+    with pytest.raises(UserError, match="a lens runs the last block"):
         engine.loglikelihood("a", "b", MaxProb(0.5))
+
+
+def test_candidates_have_no_likelihood(tiny_folder: Path) -> None:
+    engine = dynamax.load(tiny_folder, exits=[2], device="cpu")
+    with pytest.raises(UserError, match="what earlier steps said"):
+        engine.loglikelihood("a", "b", CandidateProb(0.5))
 
 
 def test_options_draw_as_the_decoder_does_or_are_refused(tiny: Engine) -> None:

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dynamax.policies import AllOf, AnyOf, AtDepth, GateConfidence, MaxProb, Never, Patience
+from dynamax.policies import AllOf, AnyOf, AtDepth, Cascade, GateConfidence, MaxProb, Never, Patience
 from tests.policies.evidence import evidence
 
 LOGITS_BV = torch.tensor([[0.6, 0.4], [0.9, 0.1], [0.9, 0.1]]).log()
@@ -53,3 +53,14 @@ def test_nested_policies_are_validated():
 def test_an_empty_list_or_a_wrong_position_is_refused(policies, swept):
     with pytest.raises(ValueError, match="at least one policy"):
         AnyOf(policies, swept=swept)
+
+
+def test_a_cascade_asks_in_turn_and_sweeps_the_last():
+    policy = Cascade([GateConfidence(0.5), MaxProb(0.8)])
+    assert policy(evidence(LOGITS_BV, gates=GATES)).tolist() == [False, True, False]
+    assert policy.at(0.5)(evidence(LOGITS_BV, gates=GATES)).tolist() == [True, True, False]
+    seen = evidence(LOGITS_BV, gates=GATES)
+    Cascade([GateConfidence(0.95), Never(), MaxProb(0.0)])(seen)
+    assert not seen.logits_read
+    with pytest.raises(ValueError, match="at least two"):
+        Cascade([MaxProb(0.5)])

@@ -1,0 +1,87 @@
+"""What one decoding run has read and said, for policies that guess the next token from it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import final
+
+import torch
+from torch import Tensor
+
+from dynamax.types import Past
+
+
+@final
+class History:
+    """Tokens and logits of one decoding run. Nothing is looked at, or copied to the host, before a policy asks.
+
+    Args:
+        prompt_BT: The prompt.
+        pad_B: Padding positions at the left of each row, or None.
+
+    Attributes:
+        keep: Steps whose logits are kept.
+    """
+
+    def __init__(self, prompt_BT: Tensor, pad_B: Tensor | None) -> None:
+        self.keep = 1
+        self._prompt_BT, self._pad_B = prompt_BT, pad_B
+        self._read: list[Tensor] = []
+        self._said: list[Said] = []
+
+    def read(self, token_B: Tensor) -> None:
+        """A step reads these tokens."""
+        self._read.append(token_B)
+
+    def say(self, logits_BV: Tensor) -> None:
+        """A step has drawn its tokens from these logits."""
+        self._said.append(Said(logits_BV))
+        del self._said[: -self.keep]
+
+    def crop(self, length: int) -> None:
+        """Forget the tokens from position ``length`` on, padding counted. What was said stays: a guess may be wrong."""
+        del self._read[length - self._prompt_BT.shape[1] :]
+
+    def past(self) -> Past:
+        """All of it, as a policy sees it."""
+        return Past(self._texts, self._likely)
+
+    def _texts(self) -> list[list[int]]:
+        rows = torch.cat([self._prompt_BT, *(token_B[:, None] for token_B in self._read)], 1).tolist()
+        pads = [0] * len(rows) if self._pad_B is None else self._pad_B.tolist()
+        return [row[pad:] for row, pad in zip(rows, pads, strict=True)]
+
+    def _likely(self, steps: int, count: int) -> list[list[int]]:
+        newest_first = [said.likely(count) for said in reversed(self._said[-steps:])]
+        return joined(newest_first, len(self._prompt_BT))
+
+
+@final
+class Said:
+    """What one step said.
+
+    Args:
+        logits_BV: The logits its tokens were drawn from; dropped once its likely tokens are known.
+    """
+
+    def __init__(self, logits_BV: Tensor) -> None:
+        self._logits: Tensor | None = logits_BV
+        self._likely: list[list[int]] = []
+
+    def likely(self, count: int) -> list[list[int]]:
+        """For each row, the ``count`` most likely tokens, or as many as the first call asked for."""
+        if self._logits is not None:
+            self._likely, self._logits = most_likely(self._logits, count), None
+        return [row[:count] for row in self._likely]
+
+
+def most_likely(logits_BV: Tensor, count: int) -> list[list[int]]:
+    """For each row, its most likely tokens; those at minus infinity are left out."""
+    best = logits_BV.topk(min(count, logits_BV.shape[-1]), -1)
+    pairs = zip(best.values.tolist(), best.indices.tolist(), strict=True)
+    return [[token for value, token in zip(*row, strict=True) if value > -torch.inf] for row in pairs]
+
+
+def joined(steps: Sequence[list[list[int]]], rows: int) -> list[list[int]]:
+    """Tokens of several steps, row by row."""
+    return [[token for step in steps for token in step[row]] for row in range(rows)]

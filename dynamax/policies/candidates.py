@@ -1,0 +1,140 @@
+"""Policies that read the lens over a few hundred candidate tokens: a small part of the output matrix.
+
+Candidates are what the text suggests: the tokens that followed the newest one before, the likely tokens of the steps
+before, and the tokens of the text. Where there are none, the whole matrix is read.
+
+Source: SpecEE (Xu et al. 2025, arXiv 2504.08850), whose candidates are those of a drafting model.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterable
+from itertools import chain
+
+import torch
+from torch import Tensor
+
+from dynamax.errors import UserError
+from dynamax.policies.base import ScorePolicy
+from dynamax.types import Evidence, Past
+
+Candidates = tuple[Tensor, Tensor | None]
+"""Tokens ``tokens_C``, each once, and which of them count for which row, ``own_BC``; None where all count for all."""
+
+
+class _Candidates(ScorePolicy):
+    """Scores the logits of candidate tokens.
+
+    Where it lets a row leave, the token is the best candidate; the most likely token of all may be none of them
+    (``benchmarks.candidates`` counts how often).
+    """
+
+    gates = ()
+
+    def __init__(
+        self,
+        threshold: float | dict[int, float],
+        *,
+        limit: int = 256,
+        recent: int = 16,
+        likely: int = 16,
+    ) -> None:
+        super().__init__(threshold)
+        if limit < 2 or recent < 1 or likely < 1:
+            raise UserError(
+                f"{type(self).__name__} was given limit {limit}, recent {recent} and likely {likely}; wanted: at least "
+                f"2 candidates, 1 step and 1 token of each. Raise them, or leave them out."
+            )
+        self.limit = limit
+        self.recent = recent
+        self.likely = likely
+
+    @abstractmethod
+    def score_few(self, probs: Tensor) -> Tensor:
+        """The score, from probabilities of candidates or of all tokens, ``[..., C]``."""
+
+    def score(self, evidence: Evidence) -> Tensor:
+        """How sure the exit is among the candidates, ``score_B``."""
+        found = self._found(evidence)
+        return self.score_few(evidence.probs if found is None else evidence.over(*found).softmax(-1))
+
+    def _found(self, evidence: Evidence) -> Candidates | None:
+        """Candidates of all rows; None if nothing is known."""
+        past, device = evidence.past, evidence.hidden.device
+        options = self.limit, self.recent, self.likely
+        read = next((before for before in reversed(evidence.trail) if before.logits_read), None)
+        if read is None:
+            return None if past is None else past.derive(gathered, *options, device)
+        likely = read.logits.topk(min(self.likely, read.logits.shape[-1]), -1).indices.tolist()
+        rows = [()] * len(likely) if past is None else past.derive(suggested, *options)
+        return together([unique(pair, self.limit) for pair in zip(likely, rows, strict=True)], device)
+
+
+class CandidateProb(_Candidates):
+    """Probability of the most likely candidate, among the candidates: ``MaxProb`` without the output matrix.
+
+    The row leaves with its best candidate. The token that the whole matrix would give may not be among them.
+
+    Args:
+        threshold: In [0, 1]; one number for all exits, or a mapping from each exit's depth to its own.
+        limit: Most candidates of a row.
+        recent: Steps before whose likely tokens are candidates.
+        likely: Likely tokens of each such step, and of an earlier exit that was read in full.
+    """
+
+    def score_few(self, probs: Tensor) -> Tensor:
+        """The greatest probability."""
+        return probs.amax(-1)
+
+
+class CandidateMargin(_Candidates):
+    """Probability of the most likely candidate less that of the second, among the candidates.
+
+    The row leaves with its best candidate. The token that the whole matrix would give may not be among them.
+
+    Args:
+        threshold: In [0, 1]; one number for all exits, or a mapping from each exit's depth to its own.
+        limit: Most candidates of a row.
+        recent: Steps before whose likely tokens are candidates.
+        likely: Likely tokens of each such step, and of an earlier exit that was read in full.
+    """
+
+    def score_few(self, probs: Tensor) -> Tensor:
+        """The two greatest probabilities' difference."""
+        best = probs.topk(min(2, probs.shape[-1]), -1).values
+        return best[..., 0] - (best[..., 1] if best.shape[-1] > 1 else 0)
+
+
+def suggested(past: Past, limit: int, recent: int, likely: int) -> list[list[int]]:
+    """For each row, at most ``limit`` tokens: those that followed its newest before, likely ones, those of its text."""
+    rows = zip(past.texts, past.likely(recent, likely), strict=True)
+    return [unique((followers(text), guessed, reversed(text)), limit) for text, guessed in rows]
+
+
+def gathered(past: Past, limit: int, recent: int, likely: int, device: torch.device) -> Candidates:
+    """``suggested``, for all rows together."""
+    return together(suggested(past, limit, recent, likely), device)
+
+
+def followers(text: list[int]) -> list[int]:
+    """The tokens that stood behind earlier occurrences of the newest one, newest first."""
+    return [text[place + 1] for place in range(len(text) - 2, -1, -1) if text[place] == text[-1]]
+
+
+def unique(parts: Iterable[Iterable[int]], limit: int) -> list[int]:
+    """The first ``limit`` different tokens."""
+    return list(dict.fromkeys(chain.from_iterable(parts)))[:limit]
+
+
+def together(rows: list[list[int]], device: torch.device) -> Candidates:
+    """All rows' tokens ``tokens_C``, and which are whose, ``own_BC``; None where one row has them all."""
+    tokens = list(dict.fromkeys(chain(*rows)))
+    tokens_C = torch.tensor(tokens, device=device)
+    if all(len(row) == len(tokens) for row in rows):
+        return tokens_C, None
+    places = {token: place for place, token in enumerate(tokens)}
+    own_BC = torch.zeros(len(rows), len(tokens), dtype=torch.bool)
+    for own_C, row in zip(own_BC, rows, strict=True):
+        own_C[[places[token] for token in row]] = True
+    return tokens_C, own_BC.to(device)

@@ -1,0 +1,119 @@
+"""Candidates while decoding: what is read, what it costs, what is said, alone and in a batch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from dynamax.backbones.hf import HFBackbone
+from dynamax.decoding.cost import CostModel
+from dynamax.decoding.early_exit import EarlyExit
+from dynamax.decoding.full import Full
+from dynamax.decoding.history import History
+from dynamax.decoding.speculative import SelfSpeculative
+from dynamax.decoding.teacher_forced import TeacherForcedPass
+from dynamax.heads.bank import Exit, ExitBank
+from dynamax.heads.gates import LinearGate
+from dynamax.heads.lenses import TunedLens
+from dynamax.policies import AtDepth, CandidateProb, Cascade, GateConfidence, MaxProb, TerminationPolicy
+from dynamax.testing import stir
+from dynamax.types import Step
+from tests.tiny import tiny
+
+PROMPT_1T = torch.tensor([[5, 9, 5, 2, 40, 9]])
+
+
+def model(gates: list | None = None) -> tuple[HFBackbone, ExitBank]:
+    backbone = HFBackbone(tiny("llama", dtype=torch.float64))
+    bank = ExitBank({2: Exit(TunedLens, gates or []), 4: Exit(TunedLens, gates or [])}, backbone.site).double()
+    stir(bank)
+    return backbone, bank
+
+
+def steps_of(policy: TerminationPolicy, prompt_BT: torch.Tensor = PROMPT_1T, **options: object) -> list[Step]:
+    decoder = EarlyExit(*model([LinearGate]), policy)
+    return list(decoder.decode(prompt_BT, max_new_tokens=8, **options))  # type: ignore[arg-type]
+
+
+def test_each_step_says_a_token_that_was_read_or_said_before() -> None:
+    first, *steps = steps_of(CandidateProb(0.0, recent=1, likely=1))
+    known = {*PROMPT_1T[0].tolist(), int(first.token_B)}
+    for step in steps:
+        assert step.logits_read == ()
+        assert step.depth == 2
+        assert set(step.logits_BV.isfinite()[0].nonzero()[:, 0].tolist()) == known
+        assert int(step.token_B) in known
+
+
+def test_rows_are_counted_and_charged() -> None:
+    backbone, bank = model()
+    step = list(EarlyExit(backbone, bank, CandidateProb(0.0, limit=5)).decode(PROMPT_1T, max_new_tokens=3))[1]
+    costs, block = CostModel(backbone, bank), CostModel(backbone, bank).blocks[0]
+    assert step.rows_read == ((2, 5),)
+    width = backbone.spec.width
+    assert costs.step(step, 9).flops == 2 * (
+        2 * (block.active + block.scores * 10) + 5 * width + bank.lens(2).flops() / 2
+    )
+
+
+def test_no_logits_are_read_where_the_cheap_gate_says_no() -> None:
+    for step in steps_of(Cascade([GateConfidence(1.0, gate="LinearGate"), CandidateProb(0.0), MaxProb(0.0)]))[1:]:
+        assert step.gates_read == ((2, "LinearGate"), (4, "LinearGate"))
+        assert step.logits_read == ((6, 1),)
+        assert step.rows_read == ()
+    for step in steps_of(Cascade([GateConfidence(0.0, gate="LinearGate"), CandidateProb(1.0), MaxProb(0.0)]))[1:]:
+        assert [depth for depth, _ in step.rows_read] == [2, 4]
+        assert step.logits_read == ((6, 1),)
+    for step in steps_of(Cascade([GateConfidence(0.0, gate="LinearGate"), CandidateProb(0.0), MaxProb(0.0)]))[1:]:
+        assert step.logits_read == ((2, 1),)
+
+
+def test_rows_of_a_batch_are_the_rows_alone() -> None:
+    rows = torch.randint(3, 60, (3, 7), generator=torch.Generator().manual_seed(1))
+    pad_B = torch.tensor([0, 2, 4])
+    policy = CandidateProb(0.0, limit=9)
+    whole = torch.stack([step.token_B for step in steps_of(policy, rows, pad_B=pad_B)], 1)
+    for row, pad in enumerate(pad_B.tolist()):
+        alone = torch.stack([step.token_B for step in steps_of(policy, rows[row : row + 1, pad:])], 1)
+        assert torch.equal(alone[0], whole[row])
+
+
+def test_lossless_decoding_stays_lossless() -> None:
+    backbone, bank = model()
+    full = [int(step.token_B) for step in Full(backbone).decode(PROMPT_1T, max_new_tokens=16)]
+    drafted = SelfSpeculative(backbone, bank, CandidateProb(0.2)).decode(PROMPT_1T, max_new_tokens=16)
+    assert [int(step.token_B) for step in drafted] == full
+
+
+@pytest.mark.parametrize("recent", [1, 4])
+def test_a_known_text_is_read_as_decoding_along_it_reads(recent: int) -> None:
+    """Never leaving: then every step before has said what the top says."""
+    backbone, bank = model()
+    policy = CandidateProb(1.0, recent=recent, limit=20)
+    seen: list[torch.Tensor] = []
+
+    class Watched(CandidateProb):
+        def score(self, evidence):
+            seen.append(super().score(evidence))
+            return seen[-1]
+
+    decoder = EarlyExit(backbone, bank, Watched(1.0, recent=recent, limit=20))
+    tokens = [step.token_B for step in decoder.decode(PROMPT_1T, max_new_tokens=7)]
+    text_1T = torch.cat([PROMPT_1T, torch.stack(tokens, 1)[:, :-1]], 1)
+    known = TeacherForcedPass(backbone, bank, text_1T, start=PROMPT_1T.shape[1] - 1)
+    scores_ET = torch.stack([policy.score(evidence) for evidence in known.exits])
+    torch.testing.assert_close(torch.cat(seen).view(-1, 2).T, scores_ET[:, 1:], rtol=1e-9, atol=1e-9)
+    assert not decoder.teacher_forced
+    assert EarlyExit(backbone, bank, AtDepth(2)).teacher_forced
+
+
+def test_history() -> None:
+    history = History(torch.tensor([[0, 7, 8], [4, 5, 6]]), torch.tensor([1, 0]))
+    history.keep = 2
+    for token in (1, 2, 3):
+        history.read(torch.tensor([token, token]))
+        history.say(torch.eye(9)[[token, token + 1]])
+    assert history.past().texts == [[7, 8, 1, 2, 3], [4, 5, 6, 1, 2, 3]]
+    assert history.past().likely(5, 1) == [[3, 2], [4, 3]]
+    history.crop(4)
+    assert history.past().texts == [[7, 8, 1], [4, 5, 6, 1]]
