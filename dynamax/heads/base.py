@@ -72,6 +72,10 @@ class Gate(ExitHead):
     def score(self, evidence: Evidence, memory: Memory | None = None) -> Tensor:
         """Log-odds that leaving is right, in the leading dimensions of ``evidence.hidden``.
 
+        While decoding, the operations of a step are recorded and repeated without the gate's own Python
+        (``dynamax.heads.recorded``); so it keeps nothing but its memory. ``evidence.derive`` shares what several
+        gates of an exit compute alike.
+
         A gate that is not recurrent judges each position alone. It may read all of the evidence, such as
         ``evidence.probs`` or ``evidence.trail``; what it reads is computed then, and charged.
 
