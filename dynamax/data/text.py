@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -21,11 +21,13 @@ class Document:
         tokens: Token ids, at least one.
         prompt: How many tokens at the start were given and not generated; 0 for plain text.
         origin: Text that it goes back to, such as its question; documents of one origin are on one side of every split.
+        hidden: Residual stream ``h_TD`` by depth, where the model has run over the document already; else None.
     """
 
     tokens: list[int]
     prompt: int = 0
     origin: str = ""
+    hidden: Mapping[int, Tensor] | None = field(default=None, compare=False, repr=False)
 
 
 class Text(NamedTuple):
@@ -70,6 +72,18 @@ class TextSource(ABC):
             engine: The model the text is for, with its tokenizer; it may write the text.
             skip: Groups to leave out.
         """
+
+    def groups_with_states(self, engine: Engine, depths: Sequence[int], *, skip: int = 0) -> Iterator[list[Document]]:
+        """The groups, with the states of those documents that the model has run over anyway, as when it wrote them.
+
+        Here no document has states.
+
+        Args:
+            engine: As for ``groups``.
+            depths: Depths whose states are wanted, ascending; the last one is the model's own.
+            skip: Groups to leave out.
+        """
+        return self.groups(engine, skip=skip)
 
 
 def windows(text: str, engine: Engine, *, length: int) -> list[Document]:

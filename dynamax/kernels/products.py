@@ -9,15 +9,26 @@ from __future__ import annotations
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from typing import Any, ClassVar, final
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from dynamax.errors import UserError
 
 FLOAT16_MAX = 65504.0
+ROWS_A_THREAD = 16
+"""FBGEMM multiplies on one thread; fewer rows are not worth a second one."""
+WORK_A_THREAD = 1 << 24
+"""Products of two numbers, the same."""
+PRODUCT: Any = getattr(torch, "fbgemm_linear_fp16_weight_fp32_activation", None)
+"""FBGEMM's product; None where torch has it no longer."""
+PRODUCT_INTO: Any = getattr(getattr(torch.ops.aten, "fbgemm_linear_fp16_weight_fp32_activation", None), "out", None)
+"""The same into a tensor that is given."""
 
 
 class Product(nn.Module, ABC):
@@ -149,15 +160,14 @@ class Float16(Product):
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "fbgemm", UserWarning)  # deprecated: hence ``refusal``
             self._packed = torch.fbgemm_pack_gemm_matrix_fp16(weight_OI.detach().contiguous())
-            self._product: Any = torch.fbgemm_linear_fp16_weight_fp32_activation
-            self._product(weight_OI.new_zeros(1, self.in_features), self._packed, None)  # it warns once
+            PRODUCT(weight_OI.new_zeros(1, self.in_features), self._packed, None)  # it warns once
 
     @classmethod
     def refusal(cls, weight_OI: Tensor) -> str | None:
         """Needs FBGEMM, a CPU, float32 weights that float16 has room for."""
         if weight_OI.device.type != "cpu" or "fbgemm" not in torch.backends.quantized.supported_engines:
             return "FBGEMM, which multiplies with float16 weights, runs on x86 processors alone"
-        if not hasattr(torch, "fbgemm_linear_fp16_weight_fp32_activation"):
+        if PRODUCT is None:
             return f"torch {torch.__version__} no longer has fbgemm_linear_fp16_weight_fp32_activation"
         if weight_OI.dtype != torch.float32:
             return f"the model runs in {str(weight_OI.dtype).removeprefix('torch.')}, and float32 is wanted"
@@ -167,7 +177,37 @@ class Float16(Product):
 
     def multiply(self, x: Tensor, bias_O: Tensor | None) -> Tensor:
         """The product."""
-        return self._product(x, self._packed, bias_O)
+        return float16_product(x, self._packed, bias_O, self.out_features)
+
+
+def float16_product(x: Tensor, packed: Tensor, bias_O: Tensor | None, out_features: int) -> Tensor:
+    """FBGEMM's product, which runs on one thread; where there are many rows, each thread takes a part of them.
+
+    Args:
+        x: Rows ``[..., I]``.
+        packed: The weights, as FBGEMM packs them.
+        bias_O: Added to the product; None for none.
+        out_features: O.
+    """
+    if has_torch_function_unary(x):  # whoever records operations writes this down as one: threads have no recorder
+        return handle_torch_function(float16_product, (x,), x, packed, bias_O, out_features)
+    rows = x.numel() // x.shape[-1]
+    parts = min(torch.get_num_threads(), rows // ROWS_A_THREAD, x.numel() * out_features // WORK_A_THREAD)
+    if parts < 2 or PRODUCT_INTO is None:
+        return PRODUCT(x, packed, bias_O)
+    y_NO = x.new_empty(rows, out_features)
+    first, *others = zip(x.reshape(rows, -1).tensor_split(parts), y_NO.tensor_split(parts), strict=True)
+    waiting = [pool().submit(PRODUCT_INTO, part_NI, packed, bias_O, part_NO) for part_NI, part_NO in others]
+    PRODUCT_INTO(first[0], packed, bias_O, first[1])
+    for each in waiting:
+        each.result()
+    return y_NO.view(*x.shape[:-1], out_features)
+
+
+@cache
+def pool() -> ThreadPoolExecutor:
+    """Threads beside the caller's own."""
+    return ThreadPoolExecutor(max(1, torch.get_num_threads() - 1), thread_name_prefix="dynamax-product")
 
 
 @final

@@ -11,6 +11,7 @@ from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import SingleDeviceStrategy
 
 from dynamax.backbones.hf import UNBOUNDED
+from dynamax.backbones.precision import check_precision
 from dynamax.backbones.sources import Source
 from dynamax.data.tasks import TaskData
 from dynamax.decoding.base import DecoderFactory
@@ -88,6 +89,7 @@ class DecodingModule(LightningModule):
     ) -> None:
         super().__init__()
         at_least(self, 0, timed=timed)
+        check_precision(precision)
         if (heads is None) == (exits is None):
             raise UserError(
                 f"DecodingModule was given heads: {heads} and exits: {exits}; it wants exactly one of the two. "

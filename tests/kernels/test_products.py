@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from dynamax.errors import UserError
+from dynamax.kernels import products
 from dynamax.kernels.products import FLOAT16_MAX, BFloat16, Columns, Float16, Int4, Int8, Product, Rows
 
 ERRORS = {Rows: 1e-6, Columns: 1e-6, Float16: 5e-4, BFloat16: 1e-2, Int8: 2e-2, Int4: 0.2}
@@ -35,6 +37,37 @@ def test_the_product(kind: type[Product], bias: bool, shape: tuple[int, ...]) ->
     assert got.dtype == torch.float32
     assert got.shape == exact.shape
     assert (got - exact).norm() <= ERRORS[kind] * exact.norm()
+
+
+@X86
+@pytest.mark.parametrize("threads", [2, 3])
+@pytest.mark.parametrize("into", [True, False])
+def test_many_rows_are_shared_among_threads(monkeypatch, threads: int, into: bool) -> None:
+    """Each row's product is the same; a recorder sees one operation."""
+    monkeypatch.setattr("torch.get_num_threads", lambda: threads)
+    monkeypatch.setattr(products, "WORK_A_THREAD", 1)
+    if not into:
+        monkeypatch.setattr(products, "PRODUCT_INTO", None)
+    linear, x = layer(), torch.randn(5, 20, 64, generator=torch.Generator().manual_seed(1))
+    product = Float16(linear.weight, linear.bias)
+    alone = torch.cat([product(row[None]) for row in x.flatten(0, 1)]).view(5, 20, 48)
+    with torch.inference_mode():
+        torch.testing.assert_close(product(x), alone)
+    with Seen() as seen:
+        product(x)
+    assert seen.names == ["float16_product"]
+
+
+class Seen(TorchFunctionMode):
+    """Notes the names of operations."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.__name__)
+        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("kind", KINDS)
