@@ -24,7 +24,6 @@ from typing import Any, final
 import torch
 import transformers
 from safetensors.torch import save
-from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 import dynamax
@@ -36,6 +35,7 @@ from dynamax.engine import Engine
 from dynamax.errors import UserError
 from dynamax.files import write_atomically
 from dynamax.generation import generation_options
+from dynamax.progress import Bar
 from dynamax.types import Site, Spec
 
 SHARD_BYTES = 32 << 20
@@ -104,10 +104,11 @@ def fill_store(
     path, groups = store_folder(folder, inputs), source.count()
     layout = "{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
     layout = layout if groups else None
-    with locked(path), tqdm(desc="store", total=groups, disable=not progress, bar_format=layout) as bar:
+    with locked(path), Bar(desc="store", total=groups, disable=not progress, bar_format=layout) as bar:
         writer = StoreWriter(path, Manifest(inputs, versions))
         check_weights(path, writer.manifest, versions.get("weights"))
         filler = Filler(reader, engine, source, writer, bar)
+        source.tell = filler.tell
         try:
             filler.repair()
             if not writer.manifest.whole:
@@ -193,9 +194,16 @@ def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
 class Filler:
     """Brings documents from source to shards, with a progress bar over the source's groups."""
 
-    def __init__(self, reader: StateReader, engine: Engine, source: TextSource, writer: StoreWriter, bar: tqdm) -> None:
+    def __init__(self, reader: StateReader, engine: Engine, source: TextSource, writer: StoreWriter, bar: Bar) -> None:
         self.reader, self.engine, self.source, self.writer, self.bar = reader, engine, source, writer, bar
         self.tokens, self.begun = 0, perf_counter()
+
+    def tell(self, text: str) -> None:
+        """Show behind the bar what is being done."""
+        self.bar.say(", ".join(filter(None, [self._rate(), text])))
+
+    def _rate(self) -> str:
+        return f"{self.tokens / (perf_counter() - self.begun):,.0f} tokens/s" if self.tokens else ""
 
     def repair(self) -> None:
         """Make damaged shards again, from the groups they held."""
@@ -235,9 +243,10 @@ class Filler:
     def _groups(self, first: int) -> Iterator[list[StoredDocument]]:
         depths = [*self.reader.exits, self.engine.backbone.spec.depth]
         for group in self.source.groups_with_states(self.engine, depths, skip=first):
+            self.tell("making labels" if group and group[0].hidden else "reading documents")
             yield self.reader.read(group)
             self.tokens += sum(len(document.tokens) for document in group)
-            self.bar.set_postfix_str(f"{self.tokens / (perf_counter() - self.begun):,.0f} tokens/s", refresh=False)
+            self.bar.set_postfix_str(self._rate(), refresh=False)
             self.bar.update()
 
 

@@ -249,6 +249,7 @@ class SelfGenerated(TextSource):
         sampler = Sampled(self.temperature, top_k=self.top_k, top_p=self.top_p, seed=derived_seed(self.seed, index))
         options = engine.options(sampler=sampler, max_new_tokens=self.max_new_tokens)
         keeping = KeepStates(engine.backbone, depths, sampler) if depths else None
+        self.tell(f"reading {len(batch)} prompts")
         steps = (keeping or engine.decoder(sampler=sampler)).decode(
             torch.tensor(rows, device=engine.device),
             max_new_tokens=self.max_new_tokens,
@@ -256,7 +257,11 @@ class SelfGenerated(TextSource):
             pad_B=torch.tensor(pads, device=engine.device) if any(pads) else None,
         )
         ends = options.eos_token_id
-        answers = [until(tokens, ends) for tokens in torch.stack([step.token_B for step in steps], 1).tolist()]
+        columns = []
+        for number, step in enumerate(steps, 1):
+            columns.append(step.token_B)
+            self.tell(f"writing, token {number} of {self.max_new_tokens}")
+        answers = [until(tokens, ends) for tokens in torch.stack(columns, 1).tolist()]
         states = {} if keeping is None else keeping.states()
         return [
             Answered(

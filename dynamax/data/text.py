@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -49,12 +49,21 @@ class Corpus(ABC):
         """All texts."""
 
 
+def silent(text: str) -> None:
+    """Tell nobody."""
+
+
 class TextSource(ABC):
     """Where documents come from: the same ones each time, and from any point on.
 
     Documents come in *groups*. Group ``i`` depends only on the constructor's arguments, the model, its tokenizer
     and ``i``. So filling a store can go on at any group, and a damaged part can be made again.
+
+    Attributes:
+        tell: Called with what is being done, a few words, where a group takes long.
     """
+
+    tell: Callable[[str], object] = staticmethod(silent)
 
     @abstractmethod
     def identity(self) -> dict[str, Any]:

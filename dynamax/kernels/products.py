@@ -197,8 +197,9 @@ def float16_product(x: Tensor, packed: Tensor, bias_O: Tensor | None, out_featur
         return PRODUCT(x, packed, bias_O)
     y_NO = x.new_empty(rows, out_features)
     first, *others = zip(x.reshape(rows, -1).tensor_split(parts), y_NO.tensor_split(parts), strict=True)
-    waiting = [pool().submit(PRODUCT_INTO, part_NI, packed, bias_O, part_NO) for part_NI, part_NO in others]
-    PRODUCT_INTO(first[0], packed, bias_O, first[1])
+    into = torch.inference_mode(torch.is_inference_mode_enabled())(PRODUCT_INTO)  # a thread has a mode of its own
+    waiting = [pool().submit(into, part_NI, packed, bias_O, part_NO) for part_NI, part_NO in others]
+    into(first[0], packed, bias_O, first[1])
     for each in waiting:
         each.result()
     return y_NO.view(*x.shape[:-1], out_features)

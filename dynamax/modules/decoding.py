@@ -9,6 +9,7 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import SingleDeviceStrategy
+from lightning.pytorch.utilities import rank_zero_info
 
 from dynamax.backbones.hf import UNBOUNDED
 from dynamax.backbones.precision import check_precision
@@ -22,6 +23,7 @@ from dynamax.engine import Engine, load
 from dynamax.errors import UserError, at_least
 from dynamax.heads.bank import Exit
 from dynamax.metrics.environment import environment
+from dynamax.modules.bars import RunBars
 from dynamax.modules.checks import one_device
 from dynamax.modules.evaluation import TIMED, Evaluation, Generation, Likelihood, OperatingPoint, check_options
 from dynamax.modules.results import DecodingFacts, DecodingResults, PolicyStats, TaskFacts, point_name
@@ -135,6 +137,7 @@ class DecodingModule(LightningModule):
     def configure_model(self) -> None:
         """Load backbone and heads, once; a policy that does not fit them is refused now."""
         if "engine" not in vars(self):
+            rank_zero_info(f"Loading {type(self.source).__name__}, and its exits")
             engine = load(
                 self.source,
                 heads=self.heads,
@@ -171,6 +174,9 @@ class DecodingModule(LightningModule):
         else:
             assert isinstance(task, ChoiceTask | TextTask), "setup has refused other tasks"
             self._evaluation = Likelihood(task=task, engine=engine, full=full, points=points)
+        bars = self.trainer.progress_bar_callback
+        if isinstance(bars, RunBars):
+            self._evaluation.tell = bars.say
 
     def test_step(self, example: Any, index: int) -> None:  # noqa: ANN401 - each task has its own class of example
         """Run one example through the full model and every policy."""
