@@ -30,9 +30,7 @@ def test_a_log_gets_a_line_now_and_then(clock: list[float], capsys: pytest.Captu
     assert "token 24" in shown.err
 
 
-def test_a_bar_that_is_not_to_stay_leaves_no_last_line(
-    clock: list[float], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_bar_that_is_not_to_stay_leaves_no_last_line(clock: list[float], capsys: pytest.CaptureFixture[str]) -> None:
     Bar(desc="validation", total=3, leave=False).close()
     Bar(desc="nothing", total=3, disable=True).close()
     assert len(capsys.readouterr().err.splitlines()) == 1
