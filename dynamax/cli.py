@@ -20,13 +20,18 @@ from dynamax.registry import near
 
 
 class Command(NamedTuple):
-    """Where a command lives and what it does; its module has ``main(arguments)``."""
+    """Where a command lives, what it does, and what it says while its module is imported, which takes seconds.
+
+    The module has ``main(arguments)``.
+    """
 
     module: str
     purpose: str
+    begins: str = "starting"
 
 
 RUNS = "dynamax.commands.runs"
+BENCH = "starting; a line below shows what is being done"
 COMMANDS = {
     "fit": Command(RUNS, "fill the hidden-state store if need be, then train exit heads on it"),
     "validate": Command(RUNS, "score trained heads on the store's held-out documents"),
@@ -36,8 +41,8 @@ COMMANDS = {
     "train": Command(RUNS, "train a small language model from the start, with exits built in"),
     "distill": Command(RUNS, "train a Mamba-2 student of a Transformer, or a hybrid"),
     "generate": Command("dynamax.commands.generate", "answer a prompt, each token coloured by the depth it left at"),
-    "bench": Command("dynamax.commands.bench", "measure how fast a model decodes here, beside other packages"),
-    "list": Command("dynamax.commands.list", "names that a configuration can use, such as exit heads and policies"),
+    "bench": Command("dynamax.commands.bench", "measure how fast a model decodes here, beside other packages", BENCH),
+    "list": Command("dynamax.commands.list", "names that a configuration can use, such as exit heads and policies", ""),
     "info": Command("dynamax.commands.info", "versions, device, kernels"),
 }
 TERMINATED = 128 + signal.SIGTERM
@@ -102,6 +107,8 @@ def _dispatch(options: list[str], texts: list[str]) -> None:
     elif first in COMMANDS:
         asked = next((place for place, option in enumerate(options) if option in ("-h", "--help")), None)
         if asked is None:
+            if COMMANDS[first].begins:
+                print(f"dynamax {first}: {COMMANDS[first].begins}", file=sys.stderr, flush=True)
             import_module(COMMANDS[first].module).main([*options, *texts])
         elif options[asked + 1 :] == ["all"] and first not in ("list", "info"):
             import_module(COMMANDS[first].module).main([first, "--help"])

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -82,6 +83,24 @@ def test_sigterm_is_143_and_is_handled_as_before_afterwards(
     monkeypatch.setattr("dynamax.commands.info.main", lambda _: None)
     assert code("info") == 0
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_says_at_once_that_it_begins(
+    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On stderr, and before anything heavy is imported."""
+    told: list[str] = []
+
+    def imported(name: str) -> SimpleNamespace:
+        told.append(capsys.readouterr().err)
+        return SimpleNamespace(main=lambda _: None)
+
+    monkeypatch.setattr("dynamax.cli.import_module", imported)
+    assert code(command) == 0
+    (said,) = told
+    assert said == "" if command == "list" else said.startswith(f"dynamax {command}: starting")
+    assert capsys.readouterr() == ("", "")
 
 
 def test_what_stands_behind_two_dashes_is_no_option(monkeypatch: pytest.MonkeyPatch) -> None:

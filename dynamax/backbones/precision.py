@@ -56,6 +56,12 @@ class Choice:
     milliseconds: dict[str, float]
 
 
+def check_precision(precision: str | None) -> None:
+    """Refuse (UserError) what is no name of a precision; None stands for weights as they were loaded."""
+    if precision not in (None, AUTO, *PRECISIONS):
+        raise UserError(f"The precision {precision!r} was given; one of {', '.join([AUTO, *PRECISIONS])} is wanted.")
+
+
 def set_precision(backbone: Backbone, precision: str) -> Choice | None:
     """Hold a backbone's weights in a precision, in place, and run its small steps recorded.
 
@@ -69,8 +75,7 @@ def set_precision(backbone: Backbone, precision: str) -> Choice | None:
     Raises:
         UserError: If there is no such precision, or this model or this machine cannot have it.
     """
-    if precision != AUTO and precision not in PRECISIONS:
-        raise UserError(f"The precision {precision!r} was given; one of {', '.join([AUTO, *PRECISIONS])} is wanted.")
+    check_precision(precision)
     like = next(backbone.parameters())
     if not isinstance(backbone, HFBackbone) or like.device.type != "cpu":
         if precision == AUTO:

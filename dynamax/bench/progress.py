@@ -7,7 +7,7 @@ import time
 from types import TracebackType
 from typing import Self
 
-from tqdm import tqdm
+from dynamax.progress import Bar
 
 PAUSE = 2.0
 """Seconds between two states of the bar where nobody watches a terminal, such as in a log."""
@@ -23,7 +23,7 @@ class Progress:
     def __init__(self, total: int) -> None:
         self._live = sys.stderr.isatty()
         pause = 0.1 if self._live else PAUSE
-        self._bar = tqdm(total=total, unit="answer", file=sys.stderr, dynamic_ncols=True, mininterval=pause)
+        self._bar = Bar(total=total, unit="answer", mininterval=pause, pause=0.0)
         self._shown = 0.0
 
     def say(self, text: str, *, long: bool = False) -> None:

@@ -93,6 +93,7 @@ def generate(
             first two here, null runs transformers' modules as they are, and so does a dtype other than float32.
         device: Where to run; auto takes a GPU where there is one.
     """
+    print("dynamax generate: loading the model", file=sys.stderr, flush=True)
     numbers: dict[str, Any] = {"dtype": dtype, "precision": precision, "device": device}
     options = {
         "max_new_tokens": max_new_tokens,

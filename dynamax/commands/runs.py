@@ -15,6 +15,7 @@ from typing import Any, ClassVar, TextIO, cast
 
 from jsonargparse import Namespace
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer, callbacks
+from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
 from dynamax.commands.parsing import Rules, prepare
@@ -23,6 +24,7 @@ from dynamax.data.language import LanguageData
 from dynamax.data.tasks import TaskData
 from dynamax.errors import UserError
 from dynamax.heads.saved import RECORD
+from dynamax.modules.bars import RunBars
 from dynamax.modules.checks import one_device
 from dynamax.modules.decoding import DecodingModule
 from dynamax.modules.distilling import DistillationModule
@@ -200,6 +202,15 @@ class DynamaxCLI(LightningCLI):
             meant = next((name for name, kind in MEANT.items() if isinstance(self.model, kind)), "fit")
             name = type(self.model).__name__
             raise UserError(f"{command} {does}, but the model is {name}. Use: dynamax {meant} ...")
+
+    def instantiate_trainer(self, **options: Any) -> Trainer:  # noqa: ANN401 - those of Trainer
+        """With our progress bars, unless others are given or none are wanted."""
+        asked = self.config_init[str(self.subcommand)].trainer
+        given = asked.callbacks or []
+        given = list(given) if isinstance(given, list) else [given]
+        if asked.enable_progress_bar is not False and not any(isinstance(each, ProgressBar) for each in given):
+            options["callbacks"] = [*given, RunBars()]
+        return super().instantiate_trainer(**options)
 
     def before_cache(self) -> None:
         """Build the heads before the store is filled: a mistake in them is found now, not minutes later."""

@@ -7,8 +7,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, final
 
-from tqdm import tqdm
-
 from dynamax.backbones.sources import Source
 from dynamax.data.fill import locked, tokenizer_hash
 from dynamax.data.generated import Answered, Prompt, SelfGenerated
@@ -17,6 +15,7 @@ from dynamax.data.text import Corpus, Text
 from dynamax.device import chosen
 from dynamax.engine import Engine, load
 from dynamax.files import write_atomically
+from dynamax.progress import Bar
 
 ENDS = ".!?"
 
@@ -72,7 +71,7 @@ class Answers(Corpus):
                 engine = load(self.writer, dtype=self.dtype, device=self.device)
                 batches = self.text.answers(engine, skip=done)
                 missing = zip(files[done:], batches, strict=True)
-                for file, batch in tqdm(missing, desc="answers", total=total, initial=done):
+                for file, batch in Bar(iterable=missing, desc="answers", total=total, initial=done):
                     texts = [_text(engine, answered) for answered in batch]
                     write_atomically(file, json.dumps(texts).encode())
         for file in files:

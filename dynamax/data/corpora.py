@@ -16,6 +16,7 @@ from dynamax.data.text import Corpus, Document, Text, TextSource, windows
 from dynamax.engine import Engine
 from dynamax.errors import UserError, at_least
 from dynamax.paths import InputPath
+from dynamax.progress import on_terminal
 
 GROUP = 64
 SampleBy = Literal["line", "paragraph", "document"]
@@ -62,6 +63,8 @@ def read_file(path: str, *, sample_by: SampleBy = "line") -> datasets.Dataset:
     file = checked_file(path)
     options = {"sample_by": sample_by} if file.suffix == ".txt" else {}
     try:
+        if not on_terminal():
+            datasets.disable_progress_bars()  # a log would be filled with carriage returns
         return cast(datasets.Dataset, READERS[file.suffix](str(file), **options))
     except (DatasetGenerationError, ValueError, StopIteration) as error:
         raise UserError(

@@ -24,7 +24,6 @@ from typing import Any, final
 import torch
 import transformers
 from safetensors.torch import save
-from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 import dynamax
@@ -36,6 +35,7 @@ from dynamax.engine import Engine
 from dynamax.errors import UserError
 from dynamax.files import write_atomically
 from dynamax.generation import generation_options
+from dynamax.progress import Bar
 from dynamax.types import Site, Spec
 
 SHARD_BYTES = 32 << 20
@@ -51,6 +51,7 @@ def fill_store(
     *,
     k: int = 16,
     dtype: StoreDtype = "float16",
+    precision: str | None = None,
     readout: Site | None = None,
     shard_bytes: int = SHARD_BYTES,
     progress: bool = True,
@@ -67,27 +68,47 @@ def fill_store(
         exits: Depths to keep states at.
         k: Labels a position: the full model's most likely tokens.
         dtype: What states are kept in.
-        readout: The final norm and output matrix in float32, for a backbone in half precision.
+        precision: How the engine was asked to hold its weights; None for as they were loaded.
+        readout: The final norm and output matrix in float32, for a backbone in half precision or with packed weights.
         shard_bytes: Size from which a shard is closed; a kill loses at most one shard's work.
         progress: Show a bar with tokens a second and time left.
 
     Raises:
-        UserError: For bad options, a source without documents, or a folder another process is writing.
+        UserError: For bad options, a source without documents, a folder another process is writing, or a store that
+            was begun where ``auto`` held weights otherwise.
         OSError: If the disk is full; what was written stays usable.
     """
     assert engine.tokenizer is not None, "text is read through a tokenizer"
+    held = None if engine.precision is None else engine.precision.precision
+    if readout is None and held not in (None, "float32"):
+        raise UserError(
+            f"The engine holds its weights in {held}, and labels are made in float32. Give a readout in float32 "
+            f"(Source.output_stage().site(depth)), or load the engine without a precision."
+        )
     reader = StateReader(engine.backbone, exits, k=k, dtype=dtype, readout=readout)
     spec, compute = engine.backbone.spec, str(engine.dtype).removeprefix("torch.")
     inputs = store_inputs(
-        spec, engine.tokenizer, engine.generation_config, source, exits, k=k, dtype=dtype, compute=compute
+        spec,
+        engine.tokenizer,
+        engine.generation_config,
+        source,
+        exits,
+        k=k,
+        dtype=dtype,
+        compute=compute,
+        precision=precision,
     )
     versions = {"dynamax": dynamax.__version__, "torch": torch.__version__, "transformers": transformers.__version__}
+    if precision is not None:
+        versions["weights"] = held or compute
     path, groups = store_folder(folder, inputs), source.count()
     layout = "{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
     layout = layout if groups else None
-    with locked(path), tqdm(desc="store", total=groups, disable=not progress, bar_format=layout) as bar:
+    with locked(path), Bar(desc="store", total=groups, disable=not progress, bar_format=layout) as bar:
         writer = StoreWriter(path, Manifest(inputs, versions))
+        check_weights(path, writer.manifest, versions.get("weights"))
         filler = Filler(reader, engine, source, writer, bar)
+        source.tell = filler.tell
         try:
             filler.repair()
             if not writer.manifest.whole:
@@ -97,6 +118,16 @@ def fill_store(
             logger.warning("Stopped. %s groups of documents are kept; run the same command to go on.", kept)
             raise
     return Store(path)
+
+
+def check_weights(path: Path, manifest: Manifest, weights: str | None) -> None:
+    """Refuse (UserError) to go on with a store that was begun with other weights: ``auto`` may take others here."""
+    begun = manifest.versions.get("weights")
+    if begun != weights:
+        raise UserError(
+            f"The store {path} was begun with weights in {begun}, and here precision={manifest.inputs['precision']} "
+            f"holds them in {weights}. Go on where it was begun; or remove the folder, and the next run fills it anew."
+        )
 
 
 def find_store(folder: str | Path, inputs: dict[str, Any]) -> Store | None:
@@ -123,6 +154,7 @@ def store_inputs(
     k: int,
     dtype: StoreDtype,
     compute: str,
+    precision: str | None = None,
 ) -> dict[str, Any]:
     """Everything a store's contents depend on, as JSON values.
 
@@ -135,6 +167,7 @@ def store_inputs(
         k: Labels a position.
         dtype: What states are kept in.
         compute: What the backbone computes in, such as ``bfloat16``.
+        precision: How its weights were asked to be held; None, which is not entered, for as they were loaded.
     """
     return {
         "backbone": spec.fingerprint,
@@ -147,6 +180,7 @@ def store_inputs(
         "exits": list(check_exits(exits, depth=spec.depth)),
         "k": k,
         "dtype": dtype,
+        **({} if precision is None else {"precision": precision}),
     }
 
 
@@ -160,9 +194,16 @@ def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
 class Filler:
     """Brings documents from source to shards, with a progress bar over the source's groups."""
 
-    def __init__(self, reader: StateReader, engine: Engine, source: TextSource, writer: StoreWriter, bar: tqdm) -> None:
+    def __init__(self, reader: StateReader, engine: Engine, source: TextSource, writer: StoreWriter, bar: Bar) -> None:
         self.reader, self.engine, self.source, self.writer, self.bar = reader, engine, source, writer, bar
         self.tokens, self.begun = 0, perf_counter()
+
+    def tell(self, text: str) -> None:
+        """Show behind the bar what is being done."""
+        self.bar.say(", ".join(filter(None, [self._rate(), text])))
+
+    def _rate(self) -> str:
+        return f"{self.tokens / (perf_counter() - self.begun):,.0f} tokens/s" if self.tokens else ""
 
     def repair(self) -> None:
         """Make damaged shards again, from the groups they held."""
@@ -200,10 +241,12 @@ class Filler:
         self.writer.finish()
 
     def _groups(self, first: int) -> Iterator[list[StoredDocument]]:
-        for group in self.source.groups(self.engine, skip=first):
+        depths = [*self.reader.exits, self.engine.backbone.spec.depth]
+        for group in self.source.groups_with_states(self.engine, depths, skip=first):
+            self.tell("making labels" if group and group[0].hidden else "reading documents")
             yield self.reader.read(group)
             self.tokens += sum(len(document.tokens) for document in group)
-            self.bar.set_postfix_str(f"{self.tokens / (perf_counter() - self.begun):,.0f} tokens/s", refresh=False)
+            self.bar.set_postfix_str(self._rate(), refresh=False)
             self.bar.update()
 
 

@@ -16,7 +16,9 @@ from importlib.resources import files
 from typing import Any, NamedTuple, final
 
 import torch
+from torch import Tensor
 
+from dynamax.data.along import KeepStates
 from dynamax.data.corpora import read_file, text_of
 from dynamax.data.text import Document, TextSource, derived_seed
 from dynamax.decoding.sampling import Sampled
@@ -116,12 +118,16 @@ def _rows(name: str) -> list[dict]:
 
 
 class Answered(NamedTuple):
-    """A prompt, its tokens, the tokens of its answer, and whether an end token, the last of them, ended it."""
+    """A prompt, its tokens, the tokens of its answer, and whether an end token, the last of them, ended it.
+
+    ``hidden`` has the states ``h_TD`` of prompt and answer, at the depths that were asked for.
+    """
 
     prompt: Prompt
     asked: list[int]
     answer: list[int]
     ended: bool
+    hidden: dict[int, Tensor]
 
 
 @final
@@ -191,8 +197,15 @@ class SelfGenerated(TextSource):
         for group in self.answers(engine, skip=skip):
             yield [Document(each.asked + each.answer, len(each.asked), each.prompt.origin) for each in group]
 
-    def answers(self, engine: Engine, *, skip: int = 0) -> Iterator[list[Answered]]:
-        """The groups again, with each document's prompt; see ``TextSource.groups``."""
+    def groups_with_states(self, engine: Engine, depths: Sequence[int], *, skip: int = 0) -> Iterator[list[Document]]:
+        """See ``TextSource``: the states are those of the pass that wrote the answers."""
+        for group in self.answers(engine, skip=skip, depths=depths):
+            yield [
+                Document(each.asked + each.answer, len(each.asked), each.prompt.origin, each.hidden) for each in group
+            ]
+
+    def answers(self, engine: Engine, *, skip: int = 0, depths: Sequence[int] = ()) -> Iterator[list[Answered]]:
+        """The groups again, with each document's prompt; see ``TextSource.groups_with_states``."""
         context = engine.backbone.spec.context
         encoded: list[tuple[Prompt, list[int]]] = []
         for prompt in self._prompts:
@@ -210,7 +223,7 @@ class SelfGenerated(TextSource):
         batches = [ordered[start : start + self.batch] for start in range(0, len(ordered), self.batch)]
         random.Random(self.seed).shuffle(batches)
         for index, batch in enumerate(batches[skip:], skip):
-            yield self._answer(batch, engine, index)
+            yield self._answer(batch, engine, index, depths)
 
     @cached_property
     def _prompts(self) -> list[Prompt]:
@@ -227,21 +240,39 @@ class SelfGenerated(TextSource):
             raise UserError(f"{self.prompts} holds blank prompts alone. Give at least one row of text.")
         return [Prompt((text,), text, text) for text in texts if text.strip()]
 
-    def _answer(self, batch: Sequence[tuple[Prompt, list[int]]], engine: Engine, index: int) -> list[Answered]:
+    def _answer(
+        self, batch: Sequence[tuple[Prompt, list[int]]], engine: Engine, index: int, depths: Sequence[int]
+    ) -> list[Answered]:
         longest = max(len(tokens) for _, tokens in batch)
         pads = [longest - len(tokens) for _, tokens in batch]
         rows = [[0] * pad + tokens for pad, (_, tokens) in zip(pads, batch, strict=True)]
         sampler = Sampled(self.temperature, top_k=self.top_k, top_p=self.top_p, seed=derived_seed(self.seed, index))
         options = engine.options(sampler=sampler, max_new_tokens=self.max_new_tokens)
-        steps = engine.decoder(sampler=sampler).decode(
+        keeping = KeepStates(engine.backbone, depths, sampler) if depths else None
+        self.tell(f"reading {len(batch)} prompts")
+        steps = (keeping or engine.decoder(sampler=sampler)).decode(
             torch.tensor(rows, device=engine.device),
             max_new_tokens=self.max_new_tokens,
             eos_token_id=options.eos_token_id,
             pad_B=torch.tensor(pads, device=engine.device) if any(pads) else None,
         )
         ends = options.eos_token_id
-        answers = [until(tokens, ends) for tokens in torch.stack([step.token_B for step in steps], 1).tolist()]
-        return [Answered(*asked, answer, answer[-1] in ends) for asked, answer in zip(batch, answers, strict=True)]
+        columns = []
+        for number, step in enumerate(steps, 1):
+            columns.append(step.token_B)
+            self.tell(f"writing, token {number} of {self.max_new_tokens}")
+        answers = [until(tokens, ends) for tokens in torch.stack(columns, 1).tolist()]
+        states = {} if keeping is None else keeping.states()
+        return [
+            Answered(
+                prompt,
+                asked,
+                answer,
+                answer[-1] in ends,
+                {depth: h_BTD[row, pads[row] : longest + len(answer)] for depth, h_BTD in states.items()},
+            )
+            for row, ((prompt, asked), answer) in enumerate(zip(batch, answers, strict=True))
+        ]
 
 
 def until(tokens: list[int], stop: Sequence[int]) -> list[int]:

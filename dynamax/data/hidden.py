@@ -8,8 +8,10 @@ from functools import cached_property
 from typing import Any, Literal, final
 
 from lightning.pytorch import LightningDataModule
+from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader, Dataset
 
+from dynamax.backbones.precision import check_precision
 from dynamax.backbones.sources import Source
 from dynamax.data.batch import HiddenBatch, LengthBuckets, collate
 from dynamax.data.fill import fill_store, find_store, store_folder, store_inputs
@@ -86,6 +88,9 @@ class HiddenStates(LightningDataModule):
         k: Labels a position: the full model's most likely tokens.
         dtype: What states are kept in.
         compute: What the backbone computes in while the store is filled; labels are always made in float32.
+        precision: How the backbone's weights are held while the store is filled: float32, float16, bfloat16, int8 or
+            int4; auto takes the faster of the first two here. Left out, transformers' modules run as they are. On a
+            CPU. Another precision fills another store.
         device: Where the backbone runs while the store is filled; ``auto`` takes a GPU if there is one.
         batch_size: Documents a step.
         max_length: Read only so many tokens of each document; all if left out.
@@ -104,6 +109,7 @@ class HiddenStates(LightningDataModule):
         k: int = 16,
         dtype: StoreDtype = "float16",
         compute: Compute = "float32",
+        precision: str | None = None,
         device: str = "auto",
         batch_size: int = 8,
         max_length: int | None = None,
@@ -116,9 +122,10 @@ class HiddenStates(LightningDataModule):
             raise UserError(f"validation={validation} was given; wanted a part of the prompts, between 0 and 1.")
         at_least(self, 1, batch_size=batch_size, max_length=max_length)
         at_least(self, 0, workers=workers)
+        check_precision(precision)
         self.backbone, self.text, self.exits, self.folder = backbone, text, exits, folder
         self.dtype: StoreDtype = dtype
-        self.k, self.compute, self.device = k, compute, device
+        self.k, self.compute, self.precision, self.device = k, compute, precision, device
         self.batch_size, self.max_length, self.validation = batch_size, max_length, validation
         self.workers, self.seed = workers, seed
         self._parts: dict[str, _Documents] = {}
@@ -131,11 +138,13 @@ class HiddenStates(LightningDataModule):
     def fill(self) -> Store:
         """Load the backbone, complete the store, and release the backbone."""
         device, readout = chosen(self.device), None
-        engine = load(self.backbone, dtype=self.compute, device=device)
-        if self.compute != "float32":
+        rank_zero_info(f"Loading {type(self.backbone).__name__} to fill the store in {self.folder}")
+        engine = load(self.backbone, dtype=self.compute, precision=self.precision, device=device)
+        if self.compute != "float32" or engine.precision is not None:
             top = self.backbone.output_stage(dtype="float32", device=device)
             readout = top.site(top.spec.depth)
-        return fill_store(self.folder, engine, self.text, self.exits, k=self.k, dtype=self.dtype, readout=readout)
+        options = {"k": self.k, "dtype": self.dtype, "precision": self.precision, "readout": readout}
+        return fill_store(self.folder, engine, self.text, self.exits, **options)
 
     def setup(self, stage: str) -> None:
         """Open the store and split it.
@@ -186,4 +195,5 @@ class HiddenStates(LightningDataModule):
             k=self.k,
             dtype=self.dtype,
             compute=self.compute,
+            precision=self.precision,
         )

@@ -94,25 +94,14 @@ class StateReader:
     def _read(self, documents: Sequence[Document]) -> Iterator[StoredDocument]:
         lengths = [len(document.tokens) for document in documents]
         rows = [torch.tensor(document.tokens, dtype=torch.int32) for document in documents]
-        tokens_BT = pad_sequence(rows, batch_first=True).long().to(self.device)
-        live_BT = torch.arange(max(lengths), device=self.device) < torch.tensor(lengths, device=self.device)[:, None]
-        h_BTD = embedded_BTD = self.backbone.embed(tokens_BT)
         hidden: dict[int, tuple[Tensor, ...]] = {}
-        for depth, h_BTD in self.backbone.walk(embedded_BTD, [*self.exits, self.backbone.spec.depth]):
+        columns: list[tuple[Tensor, ...]] = []
+        for depth, h_ND in self._states(documents, rows):
             if depth in self.exits:
-                h_ND = h_BTD[live_BT][:, : self.backbone.spec.width]
-                kept_ND = h_ND.to(getattr(torch, self.dtype))
-                if not h_ND.isfinite().all():
-                    raise UserError(
-                        f"The backbone's states after {depth} blocks are not finite. Load it in float32 or bfloat16."
-                    )
-                if not kept_ND.isfinite().all():
-                    raise UserError(
-                        f"A state after {depth} blocks reaches {h_ND.abs().max().item():.3g}, and {self.dtype} ends at "
-                        f"{torch.finfo(kept_ND.dtype).max:.3g}. Keep states in bfloat16 or float32 (option dtype)."
-                    )
-                hidden[depth] = kept_ND.cpu().split(lengths)
-        columns = [column.split(lengths) for column in self._labels(h_BTD[live_BT])]
+                hidden[depth] = self._kept(h_ND, depth).cpu().split(lengths)
+            else:
+                asked = [torch.arange(len(each.tokens)) >= each.prompt - 1 for each in documents]
+                columns = [column.split(lengths) for column in self._labels(h_ND, torch.cat(asked))]
         for index, document in enumerate(documents):
             # A document that names no origin goes by the tokens it was given, or by all if none were.
             origin = document.origin or str(document.tokens[: document.prompt or None])
@@ -124,7 +113,43 @@ class StateReader:
                 *(column[index] for column in columns),
             )
 
-    def _labels(self, h_ND: Tensor) -> Labels:
+    def _states(self, documents: Sequence[Document], rows: Sequence[Tensor]) -> Iterator[tuple[int, Tensor]]:
+        """States of the N positions, document behind document, at each exit and at the top: given, or of a pass."""
+        depths = [*self.exits, self.backbone.spec.depth]
+        given = [document.hidden for document in documents if document.hidden is not None]
+        if len(given) == len(documents):
+            yield from ((depth, torch.cat([hidden[depth] for hidden in given])) for depth in depths)
+            return
+        lengths_B1 = torch.tensor([len(row) for row in rows], device=self.device)[:, None]
+        tokens_BT = pad_sequence(list(rows), batch_first=True).long().to(self.device)
+        live_BT = torch.arange(tokens_BT.shape[1], device=self.device) < lengths_B1
+        for depth, h_BTD in self.backbone.walk(self.backbone.embed(tokens_BT), depths):
+            yield depth, h_BTD[live_BT]
+
+    def _kept(self, h_ND: Tensor, depth: int) -> Tensor:
+        """States in the dtype they are kept in; see ``read`` for what is refused."""
+        h_ND = h_ND[:, : self.backbone.spec.width]
+        kept_ND = h_ND.to(getattr(torch, self.dtype))
+        if not h_ND.isfinite().all():
+            raise UserError(
+                f"The backbone's states after {depth} blocks are not finite. Load it in float32 or bfloat16."
+            )
+        if not kept_ND.isfinite().all():
+            raise UserError(
+                f"A state after {depth} blocks reaches {h_ND.abs().max().item():.3g}, and {self.dtype} ends at "
+                f"{torch.finfo(kept_ND.dtype).max:.3g}. Keep states in bfloat16 or float32 (option dtype)."
+            )
+        return kept_ND
+
+    def _labels(self, h_ND: Tensor, asked_N: Tensor) -> Labels:
+        """Labels of the positions that are asked for; zeros at the others."""
+        found = self._labels_of(h_ND[asked_N.to(h_ND.device)])
+        whole = Labels(*(column.new_zeros(len(asked_N), *column.shape[1:]) for column in found))
+        for column, values in zip(whole, found, strict=True):
+            column[asked_N] = values
+        return whole
+
+    def _labels_of(self, h_ND: Tensor) -> Labels:
         site = self.readout or self.backbone.site(self.backbone.spec.depth)
         parts = []
         for part_ND in h_ND.split(max(1, LOGITS // self.backbone.spec.vocab)):

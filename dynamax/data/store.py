@@ -12,7 +12,8 @@ behind the other, in these tensors (N tokens, D width, K labels)::
     prompts     n     int32     how many tokens of each were given and not generated
     origins     n     int64     hash of what each document goes back to
 
-Entry ``t`` is the state *after* token ``t``: ``top_tokens[t]`` are candidates for token ``t + 1``.
+Entry ``t`` is the state *after* token ``t``: ``top_tokens[t]`` are candidates for token ``t + 1``. Where that token was
+given with the prompt, nobody asks what the model would have said: there the labels are zeros.
 """
 
 from __future__ import annotations
@@ -47,9 +48,9 @@ class StoredDocument:
         prompt: Tokens at the start that were given and not generated.
         origin: Hash of what the document goes back to; splits go by it.
         hidden: Residual stream ``h_TD`` by depth, in the store's dtype.
-        top_tokens_TK: The full model's most likely next tokens, surest first, int32.
-        top_probs_TK: Their probabilities, float32; they sum to less than one.
-        logsumexp_T: Of the full model's logits, float32.
+        top_tokens_TK: The full model's most likely next tokens, surest first, int32; 0 where the next was given.
+        top_probs_TK: Their probabilities, float32; they sum to less than one; 0 where the next token was given.
+        logsumexp_T: Of the full model's logits, float32; 0 where the next token was given.
     """
 
     tokens_T: Tensor

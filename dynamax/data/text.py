@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -21,11 +21,13 @@ class Document:
         tokens: Token ids, at least one.
         prompt: How many tokens at the start were given and not generated; 0 for plain text.
         origin: Text that it goes back to, such as its question; documents of one origin are on one side of every split.
+        hidden: Residual stream ``h_TD`` by depth, where the model has run over the document already; else None.
     """
 
     tokens: list[int]
     prompt: int = 0
     origin: str = ""
+    hidden: Mapping[int, Tensor] | None = field(default=None, compare=False, repr=False)
 
 
 class Text(NamedTuple):
@@ -47,12 +49,21 @@ class Corpus(ABC):
         """All texts."""
 
 
+def silent(text: str) -> None:
+    """Tell nobody."""
+
+
 class TextSource(ABC):
     """Where documents come from: the same ones each time, and from any point on.
 
     Documents come in *groups*. Group ``i`` depends only on the constructor's arguments, the model, its tokenizer
     and ``i``. So filling a store can go on at any group, and a damaged part can be made again.
+
+    Attributes:
+        tell: Called with what is being done, a few words, where a group takes long.
     """
+
+    tell: Callable[[str], object] = staticmethod(silent)
 
     @abstractmethod
     def identity(self) -> dict[str, Any]:
@@ -70,6 +81,18 @@ class TextSource(ABC):
             engine: The model the text is for, with its tokenizer; it may write the text.
             skip: Groups to leave out.
         """
+
+    def groups_with_states(self, engine: Engine, depths: Sequence[int], *, skip: int = 0) -> Iterator[list[Document]]:
+        """The groups, with the states of those documents that the model has run over anyway, as when it wrote them.
+
+        Here no document has states.
+
+        Args:
+            engine: As for ``groups``.
+            depths: Depths whose states are wanted, ascending; the last one is the model's own.
+            skip: Groups to leave out.
+        """
+        return self.groups(engine, skip=skip)
 
 
 def windows(text: str, engine: Engine, *, length: int) -> list[Document]:

@@ -6,6 +6,7 @@ torch that are private or deprecated: ``refusal`` says where they cannot be used
 
 from __future__ import annotations
 
+import sys
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -18,6 +19,14 @@ from torch.nn import functional as F
 from dynamax.errors import UserError
 
 FLOAT16_MAX = 65504.0
+LARGE = 400_000
+"""Weights of a matrix from which on one row is multiplied faster by several threads."""
+FEW_ROWS = 4
+"""Rows up to which a smaller one is not."""
+PRODUCT: Any = getattr(torch, "fbgemm_linear_fp16_weight_fp32_activation", None)
+"""FBGEMM's product on one thread; None where torch has it no longer."""
+SHARED: Any = getattr(getattr(torch.ops.quantized, "linear_dynamic_fp16", None), "default", None)
+"""FBGEMM's product on all threads; None where torch has it no longer."""
 
 
 class Product(nn.Module, ABC):
@@ -139,26 +148,32 @@ class Columns(Product):
 
 @final
 class Float16(Product):
-    """Weights in float16, rows and sums in float32, by FBGEMM, which is a part of torch on x86 processors."""
+    """Weights in float16, rows and sums in float32, by FBGEMM, which is a part of torch on x86 processors.
+
+    torch calls FBGEMM in two ways. One takes 1 microsecond beside the product and runs on one thread; the other shares
+    the product among threads and takes 10. So a small matrix and few rows go the first way, if there are any threads.
+    """
 
     bytes = 2.0
     storage = torch.float16
 
     def __init__(self, weight_OI: Tensor, bias_O: Tensor | None = None) -> None:
         super().__init__(weight_OI, bias_O)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "fbgemm", UserWarning)  # deprecated: hence ``refusal``
-            self._packed = torch.fbgemm_pack_gemm_matrix_fp16(weight_OI.detach().contiguous())
-            self._product: Any = torch.fbgemm_linear_fp16_weight_fp32_activation
-            self._product(weight_OI.new_zeros(1, self.in_features), self._packed, None)  # it warns once
+        weight_OI, threads = weight_OI.detach().contiguous(), torch.get_num_threads() > 1
+        self._few = FEW_ROWS * self.in_features if threads else sys.maxsize
+        self._alone = self._shared = None
+        if not threads or weight_OI.numel() < LARGE:
+            self._alone = pack_alone(weight_OI)
+        if threads:
+            self._shared = torch.ops.quantized.linear_prepack_fp16(weight_OI, None)
 
     @classmethod
     def refusal(cls, weight_OI: Tensor) -> str | None:
         """Needs FBGEMM, a CPU, float32 weights that float16 has room for."""
         if weight_OI.device.type != "cpu" or "fbgemm" not in torch.backends.quantized.supported_engines:
             return "FBGEMM, which multiplies with float16 weights, runs on x86 processors alone"
-        if not hasattr(torch, "fbgemm_linear_fp16_weight_fp32_activation"):
-            return f"torch {torch.__version__} no longer has fbgemm_linear_fp16_weight_fp32_activation"
+        if PRODUCT is None or SHARED is None:
+            return f"torch {torch.__version__} no longer has FBGEMM's products with float16 weights"
         if weight_OI.dtype != torch.float32:
             return f"the model runs in {str(weight_OI.dtype).removeprefix('torch.')}, and float32 is wanted"
         if weight_OI.numel() and not weight_OI.abs().max() <= FLOAT16_MAX:
@@ -167,7 +182,19 @@ class Float16(Product):
 
     def multiply(self, x: Tensor, bias_O: Tensor | None) -> Tensor:
         """The product."""
-        return self._product(x, self._packed, bias_O)
+        if self._alone is not None and x.numel() <= self._few:
+            return PRODUCT(x, self._alone, bias_O)
+        y = SHARED(x, self._shared)
+        return y if bias_O is None else y + bias_O
+
+
+def pack_alone(weight_OI: Tensor) -> Tensor:
+    """Weights as ``PRODUCT`` takes them."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "fbgemm", UserWarning)  # deprecated: hence ``refusal``
+        packed = torch.fbgemm_pack_gemm_matrix_fp16(weight_OI)
+        PRODUCT(weight_OI.new_zeros(1, weight_OI.shape[1]), packed, None)  # it warns once
+    return packed
 
 
 @final

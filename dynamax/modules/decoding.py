@@ -9,8 +9,10 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import SingleDeviceStrategy
+from lightning.pytorch.utilities import rank_zero_info
 
 from dynamax.backbones.hf import UNBOUNDED
+from dynamax.backbones.precision import check_precision
 from dynamax.backbones.sources import Source
 from dynamax.data.tasks import TaskData
 from dynamax.decoding.base import DecoderFactory
@@ -21,6 +23,7 @@ from dynamax.engine import Engine, load
 from dynamax.errors import UserError, at_least
 from dynamax.heads.bank import Exit
 from dynamax.metrics.environment import environment
+from dynamax.modules.bars import RunBars
 from dynamax.modules.checks import one_device
 from dynamax.modules.evaluation import TIMED, Evaluation, Generation, Likelihood, OperatingPoint, check_options
 from dynamax.modules.results import DecodingFacts, DecodingResults, PolicyStats, TaskFacts, point_name
@@ -88,6 +91,7 @@ class DecodingModule(LightningModule):
     ) -> None:
         super().__init__()
         at_least(self, 0, timed=timed)
+        check_precision(precision)
         if (heads is None) == (exits is None):
             raise UserError(
                 f"DecodingModule was given heads: {heads} and exits: {exits}; it wants exactly one of the two. "
@@ -133,6 +137,7 @@ class DecodingModule(LightningModule):
     def configure_model(self) -> None:
         """Load backbone and heads, once; a policy that does not fit them is refused now."""
         if "engine" not in vars(self):
+            rank_zero_info(f"Loading {type(self.source).__name__}, and its exits")
             engine = load(
                 self.source,
                 heads=self.heads,
@@ -169,6 +174,9 @@ class DecodingModule(LightningModule):
         else:
             assert isinstance(task, ChoiceTask | TextTask), "setup has refused other tasks"
             self._evaluation = Likelihood(task=task, engine=engine, full=full, points=points)
+        bars = self.trainer.progress_bar_callback
+        if isinstance(bars, RunBars):
+            self._evaluation.tell = bars.say
 
     def test_step(self, example: Any, index: int) -> None:  # noqa: ANN401 - each task has its own class of example
         """Run one example through the full model and every policy."""

@@ -7,13 +7,14 @@ asked about the same positions; scores are taken from answers of its own.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from dynamax.data.text import silent
 from dynamax.decoding.base import Decoder
 from dynamax.decoding.cost import CostModel
 from dynamax.decoding.early_exit import EarlyExit
@@ -23,7 +24,7 @@ from dynamax.decoding.teacher_forced import TeacherForcedPass
 from dynamax.engine import Engine
 from dynamax.errors import UserError
 from dynamax.heads.bank import ExitBank
-from dynamax.modules.results import ExitStats, PolicyStats
+from dynamax.modules.results import ExitStats, PolicyStats, point_name
 from dynamax.policies.base import TerminationPolicy
 from dynamax.policies.schedule import AtDepth
 from dynamax.stream import Answer
@@ -55,11 +56,13 @@ class Evaluation(ABC):
         bank: The exits' heads.
         exits: What each exit predicted.
         examples: Examples run so far.
+        tell: Called with the name of each policy as its turn comes.
     """
 
     engine: Engine
     full: OperatingPoint
     points: list[OperatingPoint]
+    tell: Callable[[str], object] = silent
     bank: ExitBank = field(init=False)
     exits: dict[int, ExitStats] = field(init=False)
     examples: int = field(default=0, init=False)
@@ -105,6 +108,7 @@ class Generation(Evaluation):
     def add(self, example: Example) -> None:
         """Answer in full, follow every point along that answer, and let it answer on its own."""
         prompt_1T = self.engine.encode(example.prompt, chat=self.chat)
+        self.tell("full model")
         whole = self._answer(self.full, example, prompt_1T)
         target_1T = torch.stack([step.token_B for step in whole.steps], 1)
         top_T = torch.cat([step.logits_BV.argmax(-1) for step in whole.steps])
@@ -113,6 +117,7 @@ class Generation(Evaluation):
         read = self._read(torch.cat([prompt_1T, target_1T[:, :-1]], 1), start, top_T)
         timed = self.examples < self.timed
         for point in self.points:
+            self.tell(point_name(point.stats.policy, point.stats.threshold))
             if timed or not point.decoder.teacher_forced:
                 if timed:
                     self._along(self.full, prompt_1T, target_1T, timed=True)
@@ -124,6 +129,7 @@ class Generation(Evaluation):
                 point.stats.add_path(read.apply_policy(point.policy), top_T)
             self._answer(point, example, prompt_1T, whole)
         for depth, stats in self.exits.items() if timed else ():
+            self.tell(f"time to depth {depth}")
             watch = clock(self.engine.device)
             decoder = EarlyExit(self.engine.backbone, self.bank, AtDepth(depth))
             list(decoder.decode(prompt_1T, max_new_tokens=target_1T.shape[1], forced_BT=target_1T, probe=watch))

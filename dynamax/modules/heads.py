@@ -9,6 +9,7 @@ from typing import Any, Self, cast
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
@@ -103,6 +104,7 @@ class HeadsModule(LightningModule):
         """Load the backbone's top and build the heads, once; see the class for what is refused."""
         if self._top:
             return
+        rank_zero_info(f"Loading the output stage of {type(self.backbone).__name__}")
         top = self.backbone.output_stage().eval().requires_grad_(False)
         bank = ExitBank(self.exits, top.site)
         if self.saved is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import signal
 from collections.abc import Callable
@@ -195,6 +196,39 @@ def test_the_saved_config_is_the_record_of_the_run(run: Run, fitted: Path) -> No
     assert saved["model"]["init_args"]["backbone"]["class_path"].endswith("Folder")
     assert set(saved["model"]["init_args"]["exits"]) == {"2", "4"}
     assert run("fit", "-c", str(record), "--print_config") == 0
+
+
+SHOWN = ["--trainer.enable_progress_bar", "true"]
+
+
+def test_test_tells_examples_done_and_what_runs_on_stderr_without_a_carriage_return(
+    run: Run, fitted: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dynamax.progress.monotonic", itertools.count(step=60).__next__)
+    capsys.readouterr()
+    assert run("test", "-c", "test.yaml", *SHOWN) == 0
+    shown = capsys.readouterr()
+    assert "\r" not in shown.err
+    lines = [line for line in shown.err.splitlines() if line.startswith("Testing")]
+    assert any("1/2" in line and "GateConfidence(MambaGate)@1.0" in line for line in lines), lines
+    assert "2/2" in lines[-1]
+    assert "Testing" not in shown.out
+
+
+def test_fit_tells_few_lines_in_a_log(run: Run, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("fit", "-c", "fit.yaml", *SHOWN) == 0
+    shown = capsys.readouterr()
+    assert "\r" not in shown.out + shown.err
+    assert {line.split()[0] for line in shown.err.splitlines() if "|" in line} == {"store", "Training:", "Epoch"}
+    assert len(shown.err.splitlines()) < 20
+
+
+def test_a_bar_that_is_given_is_the_only_one(run: Run, fitted: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    capsys.readouterr()
+    assert run("test", "-c", "test.yaml", *SHOWN, "--trainer.callbacks", "TQDMProgressBar") == 0
+    shown = capsys.readouterr()
+    assert "Testing" in shown.out
+    assert "Testing" not in shown.err
 
 
 def test_predict_prints_a_line_of_json_for_each_example(

@@ -12,12 +12,17 @@ from pathlib import Path
 from unittest.mock import patch
 
 import pytest
+import torch
 from transformers import GenerationConfig
 
+from dynamax.backbones.precision import Choice
 from dynamax.data import fill as module
 from dynamax.data.fill import fill_store, find_store, locked, store_folder, store_inputs, tokenizer_hash
+from dynamax.data.generated import SelfGenerated
 from dynamax.data.store import Manifest, Store
+from dynamax.data.text import TextSource
 from dynamax.engine import Engine
+from dynamax.errors import UserError
 from tests.data.filling import fill as fill_slowly
 from tests.data.small import TEMPLATE, RandomText, characters, small_backbone
 
@@ -54,6 +59,7 @@ CHANGES = {
     "exits": {"exits": (2, 4)},
     "k": {"k": 5},
     "dtype": {"dtype": "bfloat16"},
+    "precision": {"precision": "float32"},
 }
 
 
@@ -81,6 +87,43 @@ def test_the_manifest_tells_what_went_in(uninterrupted, engine):
     assert (manifest["inputs"]["exits"], manifest["inputs"]["k"], manifest["inputs"]["dtype"]) == ([2, 5], 4, "float16")
     assert manifest["inputs"]["compute"] == "float32"
     assert set(manifest["versions"]) == {"dynamax", "torch", "transformers"}
+
+
+def held_in(precision: str) -> Engine:
+    """The small model as ``auto`` would give it on a machine where this precision is the fastest."""
+    return Engine(small_backbone(), characters(), precision=Choice(precision, "Rows", {}))
+
+
+def test_what_auto_took_is_noted_and_a_store_goes_on_with_nothing_else(tmp_path):
+    readout = small_backbone().site(6)
+    options = {"precision": "auto", "readout": readout}
+    source = RandomText()
+    with patch.object(module.StoreWriter, "finish", side_effect=KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
+        fill(tmp_path, held_in("float16"), source, **options)
+    with pytest.raises(
+        UserError, match=r"begun with weights in float16, and here precision=auto holds them in float32"
+    ):
+        fill(tmp_path, held_in("float32"), source, **options)
+    store = fill(tmp_path, held_in("float16"), source, **options)
+    assert (store.manifest.inputs["precision"], store.manifest.versions["weights"]) == ("auto", "float16")
+
+
+def test_coarser_weights_need_a_readout_in_float32(tmp_path):
+    with pytest.raises(UserError, match=r"holds its weights in int8, and labels are made in float32. Give a readout"):
+        fill(tmp_path, held_in("int8"), precision="int8")
+
+
+def test_answers_bring_their_states_along(tmp_path, engine):
+    """The store of answers that were just written is that of the same answers read anew."""
+    source = SelfGenerated(questions=7, passages=0, documents=20, max_new_tokens=6, batch=8, temperature=3.0)
+    with patch.object(type(engine.backbone), "embed", autospec=True, side_effect=type(engine.backbone).embed) as embed:
+        written = fill(tmp_path / "written", engine, source)
+        alone = embed.call_count
+    with patch.object(SelfGenerated, "groups_with_states", TextSource.groups_with_states):
+        read = fill(tmp_path / "read", engine, source)
+    assert alone == 3 * (1 + 6)  # each batch: its prompts, then token by token, the last one too
+    for found, wanted in zip(written, read, strict=True):
+        torch.testing.assert_close(vars(found), vars(wanted), rtol=2e-3, atol=2e-3)
 
 
 # -- interruptions ------------------------------------------------------------------------------

@@ -9,9 +9,11 @@ from lightning.pytorch import LightningModule, Trainer
 
 from dynamax.backbones.sources import Folder, Source
 from dynamax.data.batch import HiddenBatch, LengthBuckets, collate
-from dynamax.data.fill import fill_store
+from dynamax.data.fill import fill_store, find_store, store_folder
 from dynamax.data.hidden import HiddenStates
+from dynamax.data.store import Manifest
 from dynamax.data.text import TextSource, held_out
+from dynamax.errors import UserError
 from tests.data.small import VOCAB, RandomText
 from tests.tiny import tiny
 
@@ -155,8 +157,27 @@ def test_a_half_precision_backbone_is_read_out_in_float32(data):
     assert torch.equal(batch.tokens_BT, exact.tokens_BT)
     assert not torch.equal(batch.hidden[2], exact.hidden[2])
     torch.testing.assert_close(batch.hidden[2], exact.hidden[2], rtol=0.1, atol=0.2)
-    probs_N = batch.top_probs_BTK[batch.live_BT].flatten()
+    probs_N = batch.top_probs_BTK[batch.answer_BT].flatten()
     assert len(probs_N.unique()) > 0.95 * len(probs_N)  # bfloat16 logits would tie
+
+
+@pytest.mark.skipif("fbgemm" not in torch.backends.quantized.supported_engines, reason="FBGEMM is on x86 alone")
+def test_a_precision_fills_a_store_of_its_own_with_labels_in_float32(data):
+    packed, whole = ready(data(precision="float16", device="cpu")), ready(data(device="cpu"))
+    with pytest.raises(UserError, match=r"computes in bfloat16.*float32"):
+        ready(data(precision="int8", compute="bfloat16", device="cpu"))
+    found, exact = (next(iter(module.val_dataloader())) for module in (packed, whole))
+    assert torch.equal(found.tokens_BT, exact.tokens_BT)
+    assert not torch.equal(found.hidden[2], exact.hidden[2])
+    torch.testing.assert_close(found.hidden[2], exact.hidden[2], rtol=1e-2, atol=2e-2)
+    assert found.top_probs_BTK.dtype == found.hidden[2].dtype == torch.float32
+    folders = {store_folder(module.folder, module._inputs) for module in (packed, whole)}
+    manifests = {Manifest.load(folder).inputs.get("precision"): Manifest.load(folder) for folder in folders}
+    assert set(manifests) == {None, "float16"}
+    assert manifests["float16"].versions["weights"] == "float16"
+    assert "weights" not in manifests[None].versions
+    assert find_store(packed.folder, packed._inputs) is not None
+    assert find_store(packed.folder, data(precision="auto")._inputs) is None
 
 
 def test_max_length_cuts_documents(data):
@@ -185,6 +206,7 @@ def test_an_empty_side_is_refused(data):
         ({"batch_size": 0}, "batch_size=0"),
         ({"max_length": 0}, "max_length=0"),
         ({"workers": -1}, "workers=-1"),
+        ({"precision": "float8"}, "precision 'float8' was given; one of auto, float32, float16, .* is wanted"),
     ],
 )
 def test_bad_options_are_refused_at_once(data, options, message):

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -30,11 +32,34 @@ def test_states_and_labels_are_those_of_transformers_document_by_document(monkey
         assert (stored.prompt, stored.origin) == (document.prompt, origin_hash(document.origin))
         for depth in EXITS:
             torch.testing.assert_close(stored.hidden[depth], seen.hidden_states[depth][0].float())
+        given = max(0, document.prompt - 1)  # the token after each of these was given: nobody asks for labels
+        for labels in (stored.top_tokens_TK, stored.top_probs_TK, stored.logsumexp_T):
+            assert not labels[:given].any()
+        probs_TV, logits_TV = probs_TV[given:], seen.logits[0, given:]
+        stored = dataclasses.replace(
+            stored,
+            top_tokens_TK=stored.top_tokens_TK[given:],
+            top_probs_TK=stored.top_probs_TK[given:],
+            logsumexp_T=stored.logsumexp_T[given:],
+        )
         assert torch.equal(stored.top_tokens_TK[:, 0].long(), probs_TV.argmax(-1))
         wanted_TK = probs_TV.gather(1, stored.top_tokens_TK.long())
         torch.testing.assert_close(stored.top_probs_TK, wanted_TK.float())
         torch.testing.assert_close(wanted_TK, probs_TV.topk(8).values)
-        torch.testing.assert_close(stored.logsumexp_T, seen.logits[0].logsumexp(-1).float())
+        torch.testing.assert_close(stored.logsumexp_T, logits_TV.logsumexp(-1).float())
+
+
+def test_states_that_are_given_are_taken_and_the_model_is_not_run(monkeypatch):
+    backbone = small_backbone()
+    documents = RandomText().documents()[:4]
+    known = []
+    for document in documents:
+        walked = backbone.walk(backbone.embed(torch.tensor([document.tokens])), [*EXITS, 6])
+        known.append(dataclasses.replace(document, hidden={depth: h_1TD[0] for depth, h_1TD in walked}))
+    wanted = reader(backbone).read(documents)
+    monkeypatch.setattr(type(backbone), "embed", None)
+    for found, stored in zip(reader(backbone).read(known), wanted, strict=True):
+        torch.testing.assert_close(vars(found), vars(stored))
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
 
 from dynamax.errors import UserError
+from dynamax.kernels import products
 from dynamax.kernels.products import FLOAT16_MAX, BFloat16, Columns, Float16, Int4, Int8, Product, Rows
 
 ERRORS = {Rows: 1e-6, Columns: 1e-6, Float16: 5e-4, BFloat16: 1e-2, Int8: 2e-2, Int4: 0.2}
@@ -35,6 +38,30 @@ def test_the_product(kind: type[Product], bias: bool, shape: tuple[int, ...]) ->
     assert got.dtype == torch.float32
     assert got.shape == exact.shape
     assert (got - exact).norm() <= ERRORS[kind] * exact.norm()
+
+
+@X86
+@pytest.mark.parametrize(
+    ("threads", "size", "rows", "way"),
+    [(1, 9, 9, "alone"), (2, 9, 9, "shared")] + [(2, 0, 4, "shared"), (2, 9, 4, "alone"), (2, 9, 5, "shared")],
+)
+@torch.no_grad()
+def test_few_rows_and_small_matrices_go_to_one_thread(
+    monkeypatch: pytest.MonkeyPatch, threads: int, size: int, rows: int, way: str
+) -> None:
+    """Counted; and the product is the same."""
+    monkeypatch.setattr("torch.get_num_threads", lambda: threads)
+    monkeypatch.setattr(products, "LARGE", size * 1000)
+    calls = []
+    for name, what in (("PRODUCT", "alone"), ("SHARED", "shared")):
+        function = getattr(products, name)
+        monkeypatch.setattr(products, name, partial(lambda f, w, *a: calls.append(w) or f(*a), function, what))
+    linear, x = layer(), torch.randn(1, rows, 64, generator=torch.Generator().manual_seed(1))
+    product = Float16(linear.weight, linear.bias)
+    calls.clear()
+    exact = wanted(linear, x)
+    assert (product(x) - exact).norm() <= ERRORS[Float16] * exact.norm()
+    assert calls == [way]
 
 
 @pytest.mark.parametrize("kind", KINDS)
