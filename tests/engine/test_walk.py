@@ -76,7 +76,7 @@ BACK = [
     "policies.schedule.AtDepth",
     "decoding.probe.Probe.mark",
     "decoding.session.Session.leave",
-    "decoding.sampling.Sampler",
+    "decoding.sampling.Greedy",
     "decoding.session.Session.step",
     "decoding.session.Session.told",
     "stream.TextStream.add",
