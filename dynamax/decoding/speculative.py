@@ -101,5 +101,6 @@ def exit_round(session: Session, policy: TerminationPolicy, draft_limit: int) ->
             work=last.work + rejected.work,
             logits_read=last.logits_read + rejected.logits_read,
             gates_read=last.gates_read + rejected.gates_read,
+            rows_read=last.rows_read + rejected.rows_read,
         )
     return [*(replace(step, accepted=True) for step in steps[:kept]), last]

@@ -78,11 +78,21 @@ def test_rows_of_a_batch_are_the_rows_alone() -> None:
         assert torch.equal(alone[0], whole[row])
 
 
-def test_lossless_decoding_stays_lossless() -> None:
+def test_lossless_decoding_stays_lossless(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And every row that was read is in the steps, those of rejected drafts too."""
+    counted, project = [], HFBackbone.project
+
+    def counting(self, u_BTD, tokens_C=None):
+        counted.append(0 if tokens_C is None else len(tokens_C))
+        return project(self, u_BTD, tokens_C)
+
+    monkeypatch.setattr(HFBackbone, "project", counting)
     backbone, bank = model()
     full = [int(step.token_B) for step in Full(backbone).decode(PROMPT_1T, max_new_tokens=16)]
-    drafted = SelfSpeculative(backbone, bank, CandidateProb(0.2)).decode(PROMPT_1T, max_new_tokens=16)
+    drafted = list(SelfSpeculative(backbone, bank, CandidateProb(0.2)).decode(PROMPT_1T, max_new_tokens=16))
     assert [int(step.token_B) for step in drafted] == full
+    assert any(step.work.calls and sum(step.work.calls) > backbone.spec.depth for step in drafted)
+    assert sum(rows for step in drafted for _, rows in step.rows_read) == sum(counted) > 0
 
 
 @pytest.mark.parametrize("recent", [1, 4])
