@@ -248,8 +248,6 @@ class Programs:
     def note(self, kind: tuple[Any, ...], place: Hashable, program: Program) -> None:
         """Take note of what was recorded at a place; once it was the same at two, it is in use."""
         seen = self._seen.setdefault(kind, [])
-        if any(place == known for known, _ in seen):
-            return
         seen.append((place, program))
         if len(seen) == STEPS_TO_SEE:
             del self._seen[kind]
@@ -257,6 +255,10 @@ class Programs:
                 self.ready[kind] = program.compiled(self._arguments)
             else:
                 self.given_up[kind[0]] = "what it does differs from step to step"
+
+    def recorded_at(self, kind: tuple[Any, ...], place: Hashable) -> bool:
+        """Whether such a step was recorded at this place already: recording it again would show nothing new."""
+        return any(place == known for known, _ in self._seen.get(kind, ()))
 
     def forget(self, part: Hashable) -> None:
         """Forget all programs of a part."""

@@ -85,7 +85,7 @@ class Recordings(Programs):
         program = self.ready.get(key)
         if program is not None:
             return program(h_BTD, cos, sin, plan.positions_BT, view.mask, view.live_BT, view)
-        if index in self.given_up:
+        if index in self.given_up or self.recorded_at(key, plan.past):
             return block(h_BTD, view)
         given = (h_BTD.clone(), cos, sin, plan.positions_BT, view.mask, view.live_BT)
         names = ("h", "cos", "sin", "positions", "mask", "live")

@@ -6,7 +6,7 @@ memory grows, and gates that ask the evidence for more than the hidden state, ar
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any, final
 
 import torch
@@ -107,9 +107,14 @@ class GateRecordings(Programs):
             return program(evidence, memory)
         if part in self.given_up or gate.keys or hidden.shape[:-1].numel() > MOST_POSITIONS:
             return gate.score(evidence, memory)
-        return self._record(kind, gate, evidence, memory)
+        at = object() if memory is None else memory.read
+        if self.recorded_at(kind, at):
+            return gate.score(evidence, memory)
+        return self._record(kind, at, gate, evidence, memory)
 
-    def _record(self, kind: tuple[Any, ...], gate: Gate, evidence: Evidence, memory: Memory | None) -> Tensor:
+    def _record(
+        self, kind: tuple[Any, ...], at: Hashable, gate: Gate, evidence: Evidence, memory: Memory | None
+    ) -> Tensor:
         past = {} if memory is None else memory.values
         inputs = {"evidence.hidden": evidence.hidden, **{f"past[{name!r}]": tensor for name, tensor in past.items()}}
         recorder = Recorder(inputs, held_by(gate))
@@ -121,7 +126,7 @@ class GateRecordings(Programs):
                 score = gate.score(RecordedEvidence(evidence, recorder, alone=kind[0][0] in self._alone), noted)
             if noted is not None:
                 recorder.assign("memory.values", noted.values)
-            self.note(kind, object() if memory is None else memory.read, recorder.finish(score))
+            self.note(kind, at, recorder.finish(score))
         except NotRecordableError as reason:
             self.given_up[kind[0]] = str(reason)
             return gate.score(evidence, memory)

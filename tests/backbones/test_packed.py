@@ -186,3 +186,23 @@ def test_costs_are_those_of_the_model_and_its_format() -> None:
     assert backbone.weight_bytes == 4.0
     if "fbgemm" in torch.backends.quantized.supported_engines:
         assert packed("llama", Float16, torch.float32)[1].weight_bytes == 2.0
+
+
+def test_a_step_that_comes_back_to_its_place_is_not_recorded_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As after a rollback. It is recorded once there, and in use after another place."""
+    _, backbone = packed("llama", Rows)
+    assert backbone.recordings is not None
+    notes = []
+    note = backbone.recordings.note
+    monkeypatch.setattr(backbone.recordings, "note", lambda *given: notes.append(given[:2]) or note(*given))
+    cache, span, token_11 = backbone.new_cache(), Span(0, 6), torch.tensor([[7]])
+    with torch.no_grad():
+        for _ in range(4):
+            before = cache.snapshot()
+            backbone.run(backbone.embed(token_11, cache), span, cache)
+            cache.rollback(before)
+        assert len(notes) == 6
+        for _ in range(3):
+            backbone.run(backbone.embed(token_11, cache), span, cache)
+    assert len(notes) == 12
+    assert len(backbone.recordings.ready) == 6
