@@ -24,7 +24,7 @@ from dynamax.policies.confidence import GateConfidence
 from dynamax.policies.schedule import AtDepth, Never
 from dynamax.types import Step
 from tests.float64 import upcast64
-from tests.laws.house import DEPTH, VOCAB, Dice, LyingLens, exits, pair, prompt
+from tests.laws.house import DEPTH, VOCAB, Dice, LyingLens, check_first_two_tokens, exits, pair, prompt
 
 
 @pytest.fixture(scope="module")
@@ -135,16 +135,7 @@ def test_sampled_lossless_decoding_has_full_decodings_distribution(house) -> Non
     with upcast64(), torch.inference_mode():
         sampler = Sampled(0.25, seed=11)
         decoder = SelfSpeculative(backbone, bank, Dice(0.9, seed=2), draft_limit=2, sampler=sampler)
-        first_V = sampler.distribution(backbone.model(start).logits[:, -1])[0]
-        drawn = torch.tensor([[int(s.token_B) for s in decoder.decode(start, max_new_tokens=3)] for _ in range(runs)])
-        second_V = torch.zeros_like(first_V)
-        for token in first_V.nonzero().flatten():
-            longer = torch.cat([start, token.view(1, 1)], 1)
-            second_V += first_V[token] * sampler.distribution(backbone.model(longer).logits[:, -1])[0]
-    for place, wanted_V in enumerate((first_V, second_V)):
-        share_V = torch.bincount(drawn[:, place], minlength=len(wanted_V)) / runs
-        spread_V = (wanted_V * (1 - wanted_V) / runs).sqrt()
-        assert (share_V - wanted_V).abs().le(4.5 * spread_V + 2 / runs).all()
+        check_first_two_tokens(decoder, backbone, sampler, start, runs)
 
 
 def test_clocks_time_the_depth_left_at_and_drop_the_warmup(house) -> None:  # noqa: ANN001

@@ -16,7 +16,7 @@ from dynamax.policies.base import TerminationPolicy
 from dynamax.policies.schedule import Never
 from dynamax.types import Evidence
 from tests.float64 import upcast64
-from tests.laws.house import exits, pair, prompt
+from tests.laws.house import check_first_two_tokens, exits, pair, prompt
 
 
 def longest_match(text: Sequence[int], shortest: int, longest: int) -> Suggestion | None:
@@ -100,16 +100,7 @@ def test_sampled_drafts_have_full_decodings_distribution() -> None:
         sampler = Sampled(0.5, seed=11)
         decoder = Speculative(backbone, sampler=sampler, sources=[Repeats()], draft_limit=2)
         decoder.pace.length = len  # type: ignore[method-assign,assignment]
-        first_V = sampler.distribution(backbone.model(start).logits[:, -1])[0]
-        drawn = torch.tensor([[int(s.token_B) for s in decoder.decode(start, max_new_tokens=3)] for _ in range(runs)])
-        second_V = torch.zeros_like(first_V)
-        for token in first_V.nonzero().flatten():
-            longer = torch.cat([start, token.view(1, 1)], 1)
-            second_V += first_V[token] * sampler.distribution(backbone.model(longer).logits[:, -1])[0]
-    for place, wanted_V in enumerate((first_V, second_V)):
-        share_V = torch.bincount(drawn[:, place], minlength=len(wanted_V)) / runs
-        spread_V = (wanted_V * (1 - wanted_V) / runs).sqrt()
-        assert (share_V - wanted_V).abs().le(4.5 * spread_V + 2 / runs).all()
+        check_first_two_tokens(decoder, backbone, sampler, start, runs)
 
 
 class Remembers(TerminationPolicy):

@@ -10,6 +10,8 @@ from transformers import PreTrainedModel
 
 from dynamax.backbones.base import Backbone
 from dynamax.backbones.hf import HFBackbone
+from dynamax.decoding.base import Decoder
+from dynamax.decoding.sampling import Sampler
 from dynamax.heads.bank import Exit, ExitBank
 from dynamax.heads.base import Lens
 from dynamax.heads.gates import AttentionGate, LinearGate, MambaGate
@@ -104,3 +106,19 @@ def generate(model: PreTrainedModel, prompt_BT: Tensor, limit: int, pad_B: Tenso
 def fresh(memory: Memory) -> Memory:
     """A memory that has read nothing, with the same padding."""
     return Memory(memory.pad_B)
+
+
+def check_first_two_tokens(
+    decoder: Decoder, backbone: HFBackbone, sampler: Sampler, start_1T: Tensor, runs: int
+) -> None:
+    """Shares of the first two tokens in many runs against the full model's exact distributions of each."""
+    first_V = sampler.distribution(backbone.model(start_1T).logits[:, -1])[0]
+    drawn = torch.tensor([[int(s.token_B) for s in decoder.decode(start_1T, max_new_tokens=3)] for _ in range(runs)])
+    second_V = torch.zeros_like(first_V)
+    for token in first_V.nonzero().flatten():
+        longer_1T = torch.cat([start_1T, token.view(1, 1)], 1)
+        second_V += first_V[token] * sampler.distribution(backbone.model(longer_1T).logits[:, -1])[0]
+    for place, wanted_V in enumerate((first_V, second_V)):
+        share_V = torch.bincount(drawn[:, place], minlength=len(wanted_V)) / runs
+        spread_V = (wanted_V * (1 - wanted_V) / runs).sqrt()
+        assert (share_V - wanted_V).abs().le(4.5 * spread_V + 2 / runs).all()
