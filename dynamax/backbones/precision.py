@@ -93,10 +93,22 @@ def set_precision(backbone: Backbone, precision: str) -> Choice | None:
     return _choose(backbone, precision)
 
 
+def experts_in(model: nn.Module) -> bool:
+    """Whether some experts hold all their matrices in one tensor, which stays as it was loaded."""
+    return any(p.ndim == 3 and "conv" not in name for name, p in model.named_parameters())
+
+
 def _choose(backbone: HFBackbone, precision: str) -> Choice:
     names = FAITHFUL if precision == AUTO else (precision,)
     weights = list(linear_weights(backbone.model))
     possible = {kind: name for name in names for kind in PRECISIONS[name] if refusal(kind, weights) is None}
+    if experts_in(backbone.model):  # they would be charged as if they were held in the format of the other weights
+        possible = {kind: name for kind, name in possible.items() if kind.bytes is None}
+        if not possible:
+            raise UserError(
+                f"The precision {precision} was asked of a mixture of experts, whose experts stay in float32. Choose "
+                f"float32 or auto, or leave it out."
+            )
     if not possible:
         raise UserError(
             f"The precision {precision} cannot be had here: {refusal(PRECISIONS[precision][0], weights)}. Choose "
