@@ -23,6 +23,7 @@ from dynamax.backbones.base import Backbone
 from dynamax.backbones.precision import Choice, set_precision
 from dynamax.backbones.sources import GGUF, Folder, Hub, Source, source_from
 from dynamax.decoding.base import Decoder, DecoderFactory
+from dynamax.decoding.batching import refusal
 from dynamax.decoding.cost import CostModel
 from dynamax.decoding.early_exit import EarlyExit
 from dynamax.decoding.full import Full
@@ -35,10 +36,13 @@ from dynamax.heads.bank import Exit, ExitBank
 from dynamax.heads.saved import RECORD, read_record
 from dynamax.policies.base import TerminationPolicy
 from dynamax.registry import SOURCES
-from dynamax.stream import Answer, Stream
+from dynamax.stream import Answer, Stream, answers_together
 
 Prompt = str | Chat
 Exits = Mapping[int, Exit] | Sequence[int]
+
+ROWS = 8
+"""Prompts answered side by side, where nobody says otherwise."""
 
 
 @dataclass(frozen=True)
@@ -142,6 +146,8 @@ class Engine:
         self,
         prompt: list[str] | list[Chat],
         policy: TerminationPolicy | None = ...,
+        *,
+        rows: int | None = ...,
         **options: Any,  # noqa: ANN401
     ) -> list[Answer]: ...
 
@@ -149,23 +155,42 @@ class Engine:
         self,
         prompt: Prompt | Sequence[Prompt],
         policy: TerminationPolicy | None = None,
+        *,
+        rows: int | None = None,
         **options: Any,  # noqa: ANN401
     ) -> Answer | list[Answer]:
-        """Answer a prompt, or several, one after the other, each as if it were alone.
+        """Answer a prompt, or several, each as if it were alone.
 
-        A ``sampler`` that is given goes on drawing from one prompt to the next; ``seed`` begins anew with each.
+        Several are answered side by side, ``rows`` at a time; one after the other if the decoder drafts, if its rule
+        for skipped state wants rows in step, or if a ``sampler`` is given, which goes on drawing from one prompt to the
+        next. ``seed`` begins anew with each.
 
         Args:
             prompt: Text; the turns of a conversation, ``[{"role": "user", "content": ...}]``; or a list of either.
             policy: When to leave; left out, every token runs at full depth.
+            rows: Most prompts at a time; left out, 8, or 1 where they are answered one after the other.
             **options: As for ``stream``.
 
         Raises:
-            UserError: If an option is unknown, or prompt and answer do not fit the context.
+            UserError: If an option is unknown, or prompt and answer do not fit the context; if ``rows`` is above 1 and
+                they can only be answered one after the other.
         """
-        if isinstance(prompt, list | tuple) and not (prompt and isinstance(prompt[0], Mapping)):
-            return [self.stream(cast(Prompt, each), policy, **options).answer() for each in prompt]
-        return self.stream(cast(Prompt, prompt), policy, **options).answer()
+        if not isinstance(prompt, list | tuple) or (prompt and isinstance(prompt[0], Mapping)):
+            return self.stream(cast(Prompt, prompt), policy, **options).answer()
+        prompts = cast(Sequence[Prompt], prompt)
+        decoder = self.decoder(policy, options.get("decoder"), sampler=options.get("sampler"))
+        reason = refusal(decoder)
+        if options.get("sampler") is not None:
+            reason = "A sampler was given, which goes on drawing from one prompt to the next."
+        if reason is not None and rows is not None and rows > 1:
+            raise UserError(f"{reason} So prompts are answered one after the other, but rows is {rows}. Leave it out.")
+        if reason is not None or rows == 1 or len(prompts) < 2:
+            return [self.stream(each, policy, **options).answer() for each in prompts]
+        said = {name: value for name, value in options.items() if name not in ("decoder", "chat", "sampler")}
+        encoded = [self.encode(each, chat=options.get("chat")) for each in prompts]
+        samplers = [self.options(**said).sampler for _ in prompts]
+        assert self.tokenizer is not None, "the prompts have been encoded"
+        return answers_together(decoder, self.tokenizer, encoded, self.options(**said), samplers, rows or ROWS)
 
     def stream(
         self,

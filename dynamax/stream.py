@@ -12,7 +12,9 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from dynamax.decoding.base import Decoder
+from dynamax.decoding.batching import Scheduler
 from dynamax.decoding.cost import FREE, Cost, CostModel
+from dynamax.decoding.sampling import Sampler
 from dynamax.errors import UserError
 from dynamax.generation import GenerationOptions
 from dynamax.types import Step
@@ -62,7 +64,8 @@ class Answer:
         depths: Blocks that each token ran through; the first comes from the prompt's own pass, at full depth.
         finish_reason: ``eos``, ``stop_string`` or ``length``.
         cost: What was saved.
-        seconds: Wall time of decoding; what the reader of a stream does between tokens is not counted.
+        seconds: Wall time of decoding; what the reader of a stream does between tokens is not counted. Of several
+            answers side by side, the time of each step counts for all that it gave a token.
         first_token_seconds: The part of it until the first token.
         steps: All that was counted, step by step.
     """
@@ -75,6 +78,82 @@ class Answer:
     seconds: float
     first_token_seconds: float
     steps: list[Step]
+
+
+@final
+class Transcript:
+    """An answer as it grows, a step at a time.
+
+    Args:
+        decoder: What decodes.
+        tokenizer: The model's.
+        prompt: Tokens of the prompt.
+        options: When it ends.
+    """
+
+    def __init__(
+        self, decoder: Decoder, tokenizer: PreTrainedTokenizerBase, prompt: int, options: GenerationOptions
+    ) -> None:
+        self._decoder, self._prompt = decoder, prompt
+        self._text = TextStream(tokenizer, options)
+        self._steps: list[Step] = []
+        self._seconds: list[float] = []
+
+    @property
+    def stopped(self) -> bool:
+        """Whether an end token or a stop string has ended it."""
+        return self._text.stopped is not None
+
+    def add(self, step: Step, began: float) -> Token:
+        """Take one more step, which was waited for since ``began`` (``time.perf_counter``); its token and text.
+
+        Raises:
+            UserError: If its logits hold NaN.
+        """
+        token = int(step.token_B[0])  # waits for the device
+        self._seconds.append(time.perf_counter() - began)
+        if bool(step.logits_BV.isnan().any()):
+            raise UserError(
+                f"The logits at depth {step.depth} hold NaN, so there is no next token. Check the weights of the model "
+                f"and of the heads, or load them with a wider dtype such as float32."
+            )
+        self._steps.append(step)
+        return Token(self._text.add(token), token, step.depth)
+
+    def rest(self) -> Token | None:
+        """The text that was held back, at the end; None if there is none."""
+        text = self._text.rest()
+        return Token(text, None, self._steps[-1].depth) if text else None
+
+    def answer(self) -> Answer:
+        """All of the answer."""
+        if not self._steps:
+            raise UserError(
+                "This stream failed before its first token, so it has no answer. Mend that, and begin anew."
+            )
+        self._text.rest()
+        return Answer(
+            self._text.text,
+            [int(step.token_B[0]) for step in self._steps],
+            [step.depth for step in self._steps],
+            self._text.stopped or "length",
+            self._cost(),
+            sum(self._seconds),
+            self._seconds[0],
+            self._steps,
+        )
+
+    def _cost(self) -> AnswerCost:
+        costs = CostModel(self._decoder.backbone, self._decoder.exits)
+        steps = [step for step in self._steps if not step.prefill]
+        places = range(self._prompt, self._prompt + len(steps))
+        return AnswerCost(
+            len(steps),
+            sum(sum(step.work.calls) for step in steps) / max(1, len(steps)),
+            costs.spec.depth,
+            sum((costs.step(step, place) for step, place in zip(steps, places, strict=True)), FREE),
+            sum((costs.full(place) for place in places), FREE),
+        )
 
 
 @final
@@ -100,13 +179,10 @@ class Stream(Iterator[Token]):
                 f"The prompt has the shape {list(prompt_1T.shape)}; an answer is to one prompt, [1, tokens]. Answer "
                 f"several one after the other, or together with the decoder's decode."
             )
-        self._decoder, self._prompt = decoder, prompt_1T.shape[1]
-        self._text = TextStream(tokenizer, options)
-        self._steps: list[Step] = []
-        self._seconds: list[float] = []
+        self._transcript = Transcript(decoder, tokenizer, prompt_1T.shape[1], options)
         decoded = decoder.decode(
             prompt_1T,
-            max_new_tokens=options.room(self._prompt, decoder.backbone.spec.context),
+            max_new_tokens=options.room(prompt_1T.shape[1], decoder.backbone.spec.context),
             eos_token_id=options.eos_token_id,
         )
         self._tokens = self._run(decoded)
@@ -115,53 +191,58 @@ class Stream(Iterator[Token]):
         return next(self._tokens)
 
     def _run(self, decoded: Iterator[Step]) -> Iterator[Token]:
-        depth, began = 0, time.perf_counter()
+        began = time.perf_counter()
         for step in decoded:
-            token, depth = int(step.token_B[0]), step.depth  # waits for the device
-            self._seconds.append(time.perf_counter() - began)
-            if bool(step.logits_BV.isnan().any()):
-                raise UserError(
-                    f"The logits at depth {depth} hold NaN, so there is no next token. Check the weights of the model "
-                    f"and of the heads, or load them with a wider dtype such as float32."
-                )
-            self._steps.append(step)
-            yield Token(self._text.add(token), token, depth)
-            if self._text.stopped is not None:
+            yield self._transcript.add(step, began)
+            if self._transcript.stopped:
                 return
             began = time.perf_counter()
-        if rest := self._text.rest():
-            yield Token(rest, None, depth)
+        if (rest := self._transcript.rest()) is not None:
+            yield rest
 
     def answer(self) -> Answer:
         """All of the answer; what has not been iterated over is decoded now."""
         for _ in self:
             pass
-        if not self._steps:
-            raise UserError(
-                "This stream failed before its first token, so it has no answer. Mend that, and begin anew."
-            )
-        return Answer(
-            self._text.text,
-            [int(step.token_B[0]) for step in self._steps],
-            [step.depth for step in self._steps],
-            self._text.stopped or "length",
-            self._cost(),
-            sum(self._seconds),
-            self._seconds[0],
-            self._steps,
-        )
+        return self._transcript.answer()
 
-    def _cost(self) -> AnswerCost:
-        costs = CostModel(self._decoder.backbone, self._decoder.exits)
-        steps = [step for step in self._steps if not step.prefill]
-        places = range(self._prompt, self._prompt + len(steps))
-        return AnswerCost(
-            len(steps),
-            sum(sum(step.work.calls) for step in steps) / max(1, len(steps)),
-            costs.spec.depth,
-            sum((costs.step(step, place) for step, place in zip(steps, places, strict=True)), FREE),
-            sum((costs.full(place) for place in places), FREE),
+
+def answers_together(
+    decoder: Decoder,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Tensor],
+    options: GenerationOptions,
+    samplers: Sequence[Sampler],
+    rows: int,
+) -> list[Answer]:
+    """Answers to several prompts, side by side; see ``Scheduler``.
+
+    Args:
+        decoder: What decodes; one that a scheduler takes.
+        tokenizer: The model's.
+        prompts: Token ids ``[1, T]`` of each.
+        options: When an answer ends.
+        samplers: What draws the tokens of each.
+        rows: Most answers at a time.
+    """
+    scheduler = Scheduler(decoder, rows)
+    growing: dict[int, Transcript] = {}
+    context = decoder.backbone.spec.context
+    for prompt_1T, sampler in zip(prompts, samplers, strict=True):
+        ticket = scheduler.submit(
+            prompt_1T,
+            max_new_tokens=options.room(prompt_1T.shape[1], context),
+            eos_token_id=options.eos_token_id,
+            sampler=sampler,
         )
+        growing[ticket] = Transcript(decoder, tokenizer, prompt_1T.shape[1], options)
+    while scheduler.busy:
+        began = time.perf_counter()
+        for told in scheduler.step():
+            growing[told.ticket].add(told.step, began)
+            if growing[told.ticket].stopped and not told.ended:
+                scheduler.cancel(told.ticket)
+    return [transcript.answer() for transcript in growing.values()]
 
 
 def cut(text: str, stop_strings: Sequence[str]) -> str:

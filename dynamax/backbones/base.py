@@ -6,14 +6,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import pairwise
-from typing import final
+from typing import Any, final
 
 import torch
 from torch import Tensor, nn
 
-from dynamax.backbones.cache import Cache
-from dynamax.backbones.plan import Rotary, StepPlan
-from dynamax.backbones.state import CacheView, LayerView, NoCacheView, StateKind
+from dynamax.backbones.cache import AnyCache, Cache
+from dynamax.backbones.plan import Plan, Rotary, StepPlan
+from dynamax.backbones.state import LayerView, NoCacheView, StateKind
 from dynamax.errors import UserError
 from dynamax.types import BlockCost, Site, Span, Spec
 
@@ -39,11 +39,11 @@ class Backbone(nn.Module, ABC):
     # -- what a family gives ----------------------------------------------------------------------
 
     @abstractmethod
-    def embed(self, tokens_BT: Tensor, cache: Cache | None = None) -> Tensor:
+    def embed(self, tokens_BT: Tensor, cache: AnyCache | None = None) -> Tensor:
         """Tokens to ``h_BTD``, the input of block 0, at the positions that follow the cache's."""
 
     @abstractmethod
-    def block(self, index: int, h_BTD: Tensor, plan: StepPlan, view: LayerView) -> Tensor:
+    def block(self, index: int, h_BTD: Tensor, plan: Plan, view: LayerView) -> Tensor:
         """One block over one chunk. ``view`` takes its keys and values, and advances its recurrent state."""
 
     @abstractmethod
@@ -66,7 +66,7 @@ class Backbone(nn.Module, ABC):
         """Positions a row of this block sees, its own included; None for all."""
         return None
 
-    def write_state(self, index: int, h_BTD: Tensor, plan: StepPlan, view: LayerView) -> None:
+    def write_state(self, index: int, h_BTD: Tensor, plan: Plan, view: LayerView) -> None:
         """Write one block's state for a chunk, as if it had come in as ``h_BTD``.
 
         Here the whole block runs; a subclass may do it with fewer weights.
@@ -90,7 +90,9 @@ class Backbone(nn.Module, ABC):
     # -- running blocks ---------------------------------------------------------------------------------
 
     @final
-    def run(self, h_BTD: Tensor, span: Span, cache: Cache | None = None, *, leave_out: Collection[int] = ()) -> Tensor:
+    def run(
+        self, h_BTD: Tensor, span: Span, cache: AnyCache | None = None, *, leave_out: Collection[int] = ()
+    ) -> Tensor:
         """Take positions through blocks ``[span.start, span.stop)``.
 
         Positions owed on the way run in the same chunk, before the caller's, and are owed again at ``span.stop``.
@@ -105,34 +107,25 @@ class Backbone(nn.Module, ABC):
             The caller's positions, ``h_BTD``, after block ``span.stop - 1``.
         """
         if cache is None:
-            plan, blocks = self.plan(h_BTD), [index for index in range(*span) if index not in leave_out]
+            plan = StepPlan(h_BTD, 0, additive=self.additive_masks, rotary=self.rotary)
+            blocks = [index for index in range(*span) if index not in leave_out]
             views = [NoCacheView(plan, self.window(index), self.state_kinds(index)) for index in blocks]
             return self.run_blocks(h_BTD, blocks, plan, views)
         assert not leave_out, "a block that is left out would miss positions in its state"
-        if span.start == cache.span.start:
-            cache.group.balance()
         mine = h_BTD.shape[1]
         if not mine:
             raise UserError(f"run was given no positions: {tuple(h_BTD.shape)}. Give it at least one.")
-        joins = [depth for depth in cache.group.debts if span.start < depth < span.stop]
-        for start, stop in pairwise([span.start, *joins, span.stop]):
-            debt_BTD = cache.group.due(start)
-            if debt_BTD is not None:
-                h_BTD = torch.cat([debt_BTD, h_BTD], 1)
-            plan = self.plan(h_BTD, cache, start=cache.filled[start])
-            views = [CacheView(cache.states[i], plan, self.window(i)) for i in range(start, stop)]
+        for start, stop in pairwise([span.start, *cache.joins(span), span.stop]):
+            h_BTD = cache.join(start, h_BTD)
+            plan = self.plan(h_BTD, cache, start=cache.at(start))
+            views = [cache.view(i, plan, self.window(i)) for i in range(start, stop)]
             h_BTD = self.run_blocks(h_BTD, range(start, stop), plan, views)
-            filled = cache.filled
             for i, view in zip(range(start, stop), views, strict=True):
                 view.commit()
-                filled[i] += plan.length
-                cache.calls[i] += 1
-                cache.rows[i] += plan.length
-        if h_BTD.shape[1] > mine and span.stop < cache.span.stop:
-            cache.group.owe(span.stop, h_BTD[:, :-mine])
-        return h_BTD[:, -mine:]
+                cache.passed(i, plan)
+        return cache.part(span.stop, h_BTD, mine)
 
-    def run_blocks(self, h_BTD: Tensor, blocks: Sequence[int], plan: StepPlan, views: Sequence[LayerView]) -> Tensor:
+    def run_blocks(self, h_BTD: Tensor, blocks: Sequence[int], plan: Plan, views: Sequence[LayerView]) -> Tensor:
         """The device's part of ``run``: blocks over one chunk, a function of tensors; ``views`` has one a block."""
         for index, view in zip(blocks, views, strict=True):
             h_BTD = self.block(index, h_BTD, plan, view)
@@ -190,47 +183,47 @@ class Backbone(nn.Module, ABC):
     # -- one block alone ------------------------------------------------------------------------------
 
     @final
-    def peek(self, h_BTD: Tensor, index: int, cache: Cache) -> Tensor:
+    def peek(self, h_BTD: Tensor, index: int, cache: AnyCache) -> Tensor:
         """One block over the newest positions, attending to the keys it holds, not to owed ones; keeps nothing."""
-        rows = h_BTD.shape[1]
-        start, past = cache.length - rows, cache.filled[index]
-        assert past <= start, f"the newest {rows} positions are to peek, but block {index} has been through them"
-        plan = self.plan(h_BTD, cache, start=start, past=past)
-        cache.calls[index] += 1
-        cache.rows[index] += rows
-        return self.block(index, h_BTD, plan, CacheView(cache.states[index], plan, self.window(index)))
+        plan = self.plan(h_BTD, cache, start=cache.before(h_BTD.shape[1]), past=cache.at(index))
+        cache.peeked(index, plan)
+        return self.block(index, h_BTD, plan, cache.view(index, plan, self.window(index)))
 
     @final
-    def write(self, h_BTD: Tensor, index: int, cache: Cache) -> None:
+    def write(self, h_BTD: Tensor, index: int, cache: AnyCache) -> None:
         """Write one block's state for these positions, as if they had come in as ``h_BTD``, without running it."""
-        plan = self.plan(h_BTD, cache, start=cache.filled[index])
+        plan = self.plan(h_BTD, cache, start=cache.at(index))
         if self.state_kinds(index):
-            view = CacheView(cache.states[index], plan, self.window(index))
+            view = cache.view(index, plan, self.window(index))
             self.write_state(index, h_BTD, plan, view)
             view.commit()
-        cache.filled[index] += h_BTD.shape[1]
-        cache.writes[index] += h_BTD.shape[1]
+        cache.written(index, plan)
 
     # -- what the host prepares -------------------------------------------------------------------------
 
     @final
-    def plan(self, h_BTD: Tensor, cache: Cache | None = None, *, start: int = 0, past: int | None = None) -> StepPlan:
-        """Positions, rotary angles and masks of a chunk; ``start`` and ``past`` as for ``StepPlan``.
+    def plan(
+        self,
+        h_BTD: Tensor,
+        cache: AnyCache | None = None,
+        *,
+        start: Any = 0,  # noqa: ANN401 - a place of the cache's
+        past: Any = None,  # noqa: ANN401
+    ) -> Plan:
+        """Positions, rotary angles and masks of a chunk.
 
-        ``cache`` gives the padding, and the newest plan, which is used again for a chunk like its own.
+        Args:
+            h_BTD: The chunk.
+            cache: Gives padding, and what its rows have behind them; None for a pass that keeps nothing.
+            start: Where the chunk begins: a position, or a place that ``cache.at`` gave.
+            past: Behind which keys its own go; left out, those of all positions before ``start``.
         """
-        past = start if past is None else past
-        key = (start, h_BTD.shape[1], past, h_BTD.dtype, h_BTD.device)
-        if cache is not None and cache.plan is not None and cache.plan.key == key:
-            return cache.plan
-        pad_B = None if cache is None else cache.pad_B
-        plan = StepPlan(h_BTD, start, pad_B, additive=self.additive_masks, rotary=self.rotary, past=past)
-        if cache is not None:
-            cache.plan = plan
-        return plan
+        if cache is None:
+            return StepPlan(h_BTD, start, additive=self.additive_masks, rotary=self.rotary, past=past)
+        return cache.plan(h_BTD, start, past, additive=self.additive_masks, rotary=self.rotary)
 
     @final
-    def site(self, depth: int, cache: Cache | None = None) -> Site:
+    def site(self, depth: int, cache: AnyCache | None = None) -> Site:
         """The place after ``depth`` blocks, as exit heads see it."""
         top = self.spec.depth
         if cache is None:

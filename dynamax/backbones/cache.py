@@ -8,14 +8,16 @@ blocks have been through fewer positions, and at every moment (law 4)::
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import Any, final
 
 import torch
 from torch import Tensor
 
-from dynamax.backbones.plan import StepPlan
-from dynamax.backbones.state import BlockState, Snapshot, StateKind
+from dynamax.backbones.plan import Plan, Rotary, StepPlan
+from dynamax.backbones.state import BlockState, CacheView, HeldView, Snapshot, StateKind
 from dynamax.types import Memory, Span, Work
 
 
@@ -84,7 +86,72 @@ class CacheSnapshot:
     states: list[Snapshot]
 
 
-class Cache:
+class AnyCache(ABC):
+    """What ``Backbone.run`` continues: the state of all blocks for the rows of a chunk, and what these rows owe.
+
+    A place is what ``at`` gives and ``plan`` takes: a position, or one for each row.
+
+    Attributes:
+        span: The blocks whose state is kept.
+    """
+
+    span: Span
+
+    @abstractmethod
+    def at(self, depth: int) -> Any:  # noqa: ANN401 - see the class
+        """The place behind all positions that have been through block ``depth``."""
+
+    @abstractmethod
+    def before(self, count: int) -> Any:  # noqa: ANN401
+        """The place of the newest ``count`` positions."""
+
+    @abstractmethod
+    def plan(
+        self,
+        like: Tensor,
+        start: Any,  # noqa: ANN401
+        past: Any = None,  # noqa: ANN401
+        *,
+        additive: bool,
+        rotary: Rotary | None,
+    ) -> Plan:
+        """Positions and masks of a chunk; see ``Backbone.plan``."""
+
+    @abstractmethod
+    def view(self, index: int, plan: Plan, window: int | None) -> HeldView:
+        """What a block is given of its state while the chunk passes."""
+
+    @abstractmethod
+    def joins(self, span: Span) -> list[int]:
+        """Depths inside the span where positions are owed."""
+
+    @abstractmethod
+    def join(self, depth: int, h_BTD: Tensor) -> Tensor:
+        """The chunk, behind the positions that its rows owe before block ``depth``."""
+
+    @abstractmethod
+    def part(self, depth: int, h_BTD: Tensor, count: int) -> Tensor:
+        """The newest ``count`` positions of each row; the others are owed before block ``depth``, if that is here."""
+
+    @abstractmethod
+    def owe(self, depth: int, h_BTD: Tensor) -> None:
+        """The newest positions of each row stopped before block ``depth``."""
+
+    @abstractmethod
+    def passed(self, index: int, plan: Plan) -> None:
+        """The chunk has been through a block."""
+
+    @abstractmethod
+    def peeked(self, index: int, plan: Plan) -> None:
+        """The chunk has been through a block that keeps nothing of it."""
+
+    @abstractmethod
+    def written(self, index: int, plan: Plan) -> None:
+        """The chunk's state was written into a block that did not run."""
+
+
+@final
+class Cache(AnyCache):
     """State of one decoding run over all blocks; the rows of the batch are one row group.
 
     Args:
@@ -117,7 +184,7 @@ class Cache:
         self.rows = [0] * span.stop
         self.writes = [0] * span.stop
         self.memories: dict[tuple[int, str], Memory] = {}
-        self.plan: StepPlan | None = None
+        self._plan: StepPlan | None = None
 
     @property
     def length(self) -> int:
@@ -128,6 +195,68 @@ class Cache:
     def filled(self) -> list[int]:
         """For each block, how many positions have been through it."""
         return self.group.filled
+
+    # -- what a run needs ---------------------------------------------------------------------------
+
+    def at(self, depth: int) -> int:
+        """Positions that have been through block ``depth``."""
+        return self.group.filled[depth]
+
+    def before(self, count: int) -> int:
+        """Where the newest ``count`` positions begin."""
+        return self.length - count
+
+    def plan(
+        self, like: Tensor, start: int, past: int | None = None, *, additive: bool, rotary: Rotary | None
+    ) -> StepPlan:
+        """A plan for all rows; the newest one is used again for a chunk like its own."""
+        key = (start, like.shape[1], start if past is None else past, like.dtype, like.device)
+        if self._plan is None or self._plan.key != key:
+            self._plan = StepPlan(like, start, self.pad_B, additive=additive, rotary=rotary, past=past)
+        return self._plan
+
+    def view(self, index: int, plan: Plan, window: int | None) -> CacheView:
+        """A view of the block's state."""
+        assert isinstance(plan, StepPlan), "rows in step have one plan"
+        return CacheView(self.states[index], plan, window)
+
+    def joins(self, span: Span) -> list[int]:
+        """Depths inside the span where positions are owed; law 4 is checked where a step begins."""
+        if span.start == self.span.start:
+            self.group.balance()
+        return [depth for depth in self.group.debts if span.start < depth < span.stop]
+
+    def join(self, depth: int, h_BTD: Tensor) -> Tensor:
+        """The chunk, behind the positions owed before block ``depth``."""
+        debt_BTD = self.group.due(depth)
+        return h_BTD if debt_BTD is None else torch.cat([debt_BTD, h_BTD], 1)
+
+    def part(self, depth: int, h_BTD: Tensor, count: int) -> Tensor:
+        """The newest ``count`` positions; the others are owed before block ``depth``, if that is here."""
+        if h_BTD.shape[1] > count and depth < self.span.stop:
+            self.group.owe(depth, h_BTD[:, :-count])
+        return h_BTD[:, -count:]
+
+    def owe(self, depth: int, h_BTD: Tensor) -> None:
+        """The newest positions stopped before block ``depth``."""
+        self.group.owe(depth, h_BTD)
+
+    def passed(self, index: int, plan: Plan) -> None:
+        """The chunk has been through a block."""
+        self.group.filled[index] += plan.length
+        self.peeked(index, plan)
+
+    def peeked(self, index: int, plan: Plan) -> None:
+        """A call of a block."""
+        self.calls[index] += 1
+        self.rows[index] += plan.length
+
+    def written(self, index: int, plan: Plan) -> None:
+        """The chunk's state was written into a block that did not run."""
+        self.group.filled[index] += plan.length
+        self.writes[index] += plan.length
+
+    # -- the whole run --------------------------------------------------------------------------------
 
     def work(self) -> Work:
         """All that has been counted so far."""

@@ -119,7 +119,7 @@ def debts(backbone: Backbone, reference: Reference, tokens_BT: Tensor) -> Pairs:
         exit_ = 1 + index % (depth - 1) if depth > 1 else 1
         h_BTD = backbone.run(backbone.embed(token_BT, cache), Span(0, exit_), cache)
         if exit_ < depth:
-            cache.group.owe(exit_, h_BTD)
+            cache.owe(exit_, h_BTD)
     h_BTD = backbone.run(backbone.embed(tokens_BT[:, -2:], cache), Span(0, depth), cache)
     yield backbone.unembed(h_BTD), reference(tokens_BT)[:, -2:]
 

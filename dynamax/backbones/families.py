@@ -17,7 +17,7 @@ from transformers import PretrainedConfig
 
 from dynamax.backbones import family_functions as functions
 from dynamax.backbones.mixers import Mixer, SelectiveMixer, ShortConvMixer, SSDMixer
-from dynamax.backbones.plan import Rotary, StepPlan
+from dynamax.backbones.plan import Plan, Rotary
 from dynamax.backbones.state import LayerView, StateKind
 from dynamax.errors import UserError
 from dynamax.registry import FAMILIES as PLUGINS
@@ -60,7 +60,7 @@ class FamilySpec:
     windows: Callable[[PretrainedConfig], list[int | None]] = lambda config: [None] * config.num_hidden_layers
     rotary_types: Callable[[PretrainedConfig], list[str | None]] = lambda config: [None] * config.num_hidden_layers
     rotary: Callable[[nn.Module], Rotary | None] = functions.model_rotary
-    after_embedding: Callable[[Any, Tensor, StepPlan], Tensor] = lambda base, h_BTD, plan: h_BTD
+    after_embedding: Callable[[Any, Tensor, Plan], Tensor] = lambda base, h_BTD, plan: h_BTD
     scale_logits: Callable[[PretrainedConfig, Tensor], Tensor] = lambda config, logits: logits
     expert_share: Callable[[PretrainedConfig], float] = lambda config: 1.0
     state_kinds: Callable[[PretrainedConfig], list[tuple[StateKind, ...]]] = lambda config: (

@@ -17,13 +17,13 @@ from torch.nn import functional as F
 from transformers import PretrainedConfig, PreTrainedModel
 
 from dynamax.backbones.base import Backbone
-from dynamax.backbones.cache import Cache
+from dynamax.backbones.cache import AnyCache
 from dynamax.backbones.checkpoint import fingerprint_of
 from dynamax.backbones.families import FamilySpec, family
 from dynamax.backbones.mixers import MixerCost
-from dynamax.backbones.plan import Rotary, StepPlan
+from dynamax.backbones.plan import Plan, Rotary
 from dynamax.backbones.recorded import Recordings
-from dynamax.backbones.state import CacheView, LayerView, StateKind
+from dynamax.backbones.state import HeldView, LayerView, StateKind
 from dynamax.errors import UserError
 from dynamax.kernels import at_least_float32
 from dynamax.kernels.products import Product
@@ -99,23 +99,23 @@ class HFBackbone(Backbone):
         """The model's rotary angles; None for a model without."""
         return self.row.rotary(self.model.base_model)
 
-    def embed(self, tokens_BT: Tensor, cache: Cache | None = None) -> Tensor:
+    def embed(self, tokens_BT: Tensor, cache: AnyCache | None = None) -> Tensor:
         """Tokens to ``h_BTD``, the input of block 0, at the positions that follow the cache's."""
         h_BTD = getattr(self.model.base_model, self.row.embedding)(tokens_BT)
-        plan = self.plan(h_BTD, cache, start=0 if cache is None else cache.length)
+        plan = self.plan(h_BTD, cache, start=0 if cache is None else cache.before(0))
         return self.row.after_embedding(self.model.base_model, h_BTD, plan)
 
-    def block(self, index: int, h_BTD: Tensor, plan: StepPlan, view: LayerView) -> Tensor:
+    def block(self, index: int, h_BTD: Tensor, plan: Plan, view: LayerView) -> Tensor:
         """One block over one chunk. ``view`` takes its keys and values, and advances its recurrent state."""
-        if self.recordings is None or not isinstance(view, CacheView) or not self.recordings.suits(plan):
+        if self.recordings is None or not isinstance(view, HeldView) or not self.recordings.suits(plan):
             return self._call(index, plan, h_BTD, view)
         angles = plan.angles(self._rotary_types[index])
         return self.recordings.run(index, h_BTD, plan, view, angles, partial(self._call, index, plan))
 
-    def _call(self, index: int, plan: StepPlan, h_BTD: Tensor, view: LayerView) -> Tensor:
+    def _call(self, index: int, plan: Plan, h_BTD: Tensor, view: LayerView) -> Tensor:
         return self.row.call_block(self._blocks[index], h_BTD, index, self._options(index, plan, view))
 
-    def _options(self, index: int, plan: StepPlan, view: LayerView) -> dict[str, Any]:
+    def _options(self, index: int, plan: Plan, view: LayerView) -> dict[str, Any]:
         return {
             "attention_mask": view.mask,
             "position_ids": plan.positions_BT,
@@ -123,7 +123,7 @@ class HFBackbone(Backbone):
             self.row.cache_argument: view,
         }
 
-    def write_state(self, index: int, h_BTD: Tensor, plan: StepPlan, view: LayerView) -> None:
+    def write_state(self, index: int, h_BTD: Tensor, plan: Plan, view: LayerView) -> None:
         """Only norm and projections of the block run: what its keys, values and recurrent state are made of."""
         block, mixer = self._blocks[index], self._mixers[index]
         if self.row.write is not None and len(self._state_kinds[index]) > 1:

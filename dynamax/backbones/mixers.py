@@ -128,12 +128,14 @@ class SSDMixer(Mixer):
         z_BTE, xbc_BTC, dt_BTH = rows_BTC.split([self._inner - first, self._channels, m.num_heads], -1)
         low, high = m.time_step_limit
         dt_BTH = F.softplus(at_least_float32(dt_BTH) + at_least_float32(m.dt_bias)).clamp(low, high)
-        return z_BTE, view.advance(self._read, masked(view.live_BT, xbc_BTC, dt_BTH))
+        return z_BTE, view.advance(self._read, (*masked(view.live_BT, xbc_BTC, dt_BTH), *ends(view)))
 
-    def _read(self, past: Tensors | None, xbc_BTC: Tensor, dt_BTH: Tensor) -> tuple[Tensor, Tensors]:
+    def _read(
+        self, past: Tensors | None, xbc_BTC: Tensor, dt_BTH: Tensor, ends_B: Tensor | None = None
+    ) -> tuple[Tensor, Tensors]:
         m = self.module
         window, state_BHPN = past or (None, None)
-        xbc_BTC, window = convolve(xbc_BTC, window, m.conv1d.weight[:, 0], m.conv1d.bias)
+        xbc_BTC, window = convolve(xbc_BTC, window, m.conv1d.weight[:, 0], m.conv1d.bias, ends_B)
         x, b, c = at_least_float32(m.act(xbc_BTC)).split([self._inner, self._bc, self._bc], -1)
         x_BTHP, b_BTGN, c_BTGN = (
             x.unflatten(-1, (m.num_heads, -1)),
@@ -185,12 +187,14 @@ class SelectiveMixer(Mixer):
     def _rows(self, x_BTE: Tensor, view: LayerView) -> Tensors:
         if view.live_BT is None:
             return (x_BTE,)
-        return (*masked(view.live_BT, x_BTE), view.live_BT)
+        return (*masked(view.live_BT, x_BTE), view.live_BT, *ends(view))
 
-    def _read(self, past: Tensors | None, x_BTE: Tensor, live_BT: Tensor | None = None) -> tuple[Tensor, Tensors]:
+    def _read(
+        self, past: Tensors | None, x_BTE: Tensor, live_BT: Tensor | None = None, ends_B: Tensor | None = None
+    ) -> tuple[Tensor, Tensors]:
         m = self.module
         window, state_BEN = past or (None, None)
-        x_BTE, window = convolve(x_BTE, window, m.conv1d.weight[:, 0], m.conv1d.bias)
+        x_BTE, window = convolve(x_BTE, window, m.conv1d.weight[:, 0], m.conv1d.bias, ends_B)
         x_BTE = m.act(x_BTE)
         step, b, c = m.x_proj(x_BTE).split([m.time_step_rank, m.ssm_state_size, m.ssm_state_size], -1)
         if self._norms is not None:
@@ -224,7 +228,7 @@ class ShortConvMixer(Mixer):
     def mix(self, u_BTD: Tensor, view: LayerView) -> Tensor:
         """Project, advance, gate, project."""
         b_BTD, c_BTD, x_BTD = self.module.in_proj(u_BTD).chunk(3, -1)
-        y_BTD = view.advance(self._read, masked(view.live_BT, b_BTD * x_BTD))
+        y_BTD = view.advance(self._read, (*masked(view.live_BT, b_BTD * x_BTD), *ends(view)))
         return self.module.out_proj(c_BTD * y_BTD)
 
     def write(self, u_BTD: Tensor, view: LayerView) -> None:
@@ -232,12 +236,12 @@ class ShortConvMixer(Mixer):
         width = self.module.in_proj.out_features // 3
         b_BTD, x_BTD = channels(self.module.in_proj, u_BTD, (0, width), (2 * width, 3 * width)).chunk(2, -1)
         rows_BTD = b_BTD * x_BTD
-        view.advance(self._read, masked(view.live_BT, rows_BTD))
+        view.advance(self._read, (*masked(view.live_BT, rows_BTD), *ends(view)))
 
-    def _read(self, past: Tensors | None, x_BTD: Tensor) -> tuple[Tensor, Tensors]:
+    def _read(self, past: Tensors | None, x_BTD: Tensor, ends_B: Tensor | None = None) -> tuple[Tensor, Tensors]:
         (window,) = past or (None,)
         conv = self.module.conv
-        y_BTD, window = convolve(x_BTD, window, conv.weight[:, 0], conv.bias)
+        y_BTD, window = convolve(x_BTD, window, conv.weight[:, 0], conv.bias, ends_B)
         return y_BTD, (window,)
 
     def cost(self) -> MixerCost:
@@ -252,6 +256,11 @@ def masked(live_BT: Tensor | None, *rows: Tensor) -> Tensors:
     if live_BT is None:
         return rows
     return tuple(row.masked_fill(~live_BT[..., None], 0.0) for row in rows)
+
+
+def ends(view: LayerView) -> Tensors:
+    """Where each row's positions end, for the convolution; nothing if the chunk has no padding behind them."""
+    return () if view.ends_B is None else (view.ends_B,)
 
 
 def check_devices(module: nn.Module) -> None:

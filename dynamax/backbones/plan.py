@@ -1,12 +1,13 @@
 """Where a chunk stands: positions, rotary angles, attention masks. Knows windows, not families.
 
-Rows of a chunk are contiguous, the oldest first, so a start, a length and the padding determine everything here.
-A plan is made once for each chunk; all blocks that the chunk passes share it.
+In a batch that goes in step, a start, a length and the padding determine everything (``StepPlan``). Where rows stand at
+positions of their own, see ``ragged``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Hashable
 from functools import cached_property
 from typing import final
 
@@ -17,21 +18,78 @@ Rotary = Callable[[Tensor, Tensor, str | None], tuple[Tensor, Tensor]]
 """``(h_BTD, positions_BT, kind) -> (cos, sin)``; only the dtype and the device of ``h_BTD`` matter."""
 
 
-@final
-class StepPlan:
-    """A chunk at positions ``[start, start + length)`` of every row.
+class Plan(ABC):
+    """What the host prepares for one chunk; all blocks that the chunk passes share it.
 
     Args:
-        like: The chunk's rows ``h_BTD``; gives length, dtype and device.
-        start: Position of the first row of the chunk, padding counted.
-        pad_B: Padding positions at the left of each row, or None.
+        like: The chunk ``h_BTD``; gives rows, length, dtype and device.
         additive: True where attention adds its mask (eager), False where it takes booleans (sdpa).
         rotary: ``(h_BTD, positions_BT, kind) -> (cos, sin)``, or None for a model without.
-        past: Keys held from before the chunk; ``start`` unless positions are owed.
 
     Attributes:
         rows: Rows of the batch.
         length: Positions of the chunk.
+        place: Where the chunk stands: of two chunks of the same shape, those at the same place have the same plan.
+    """
+
+    place: Hashable
+
+    def __init__(self, like: Tensor, *, additive: bool, rotary: Rotary | None) -> None:
+        self.rows, self.length = like.shape[:2]
+        self._like = like.new_empty(0)
+        self._additive = additive
+        self._rotary = rotary
+        self._angles: dict[str | None, tuple[Tensor, Tensor]] = {}
+
+    @cached_property
+    def positions_BT(self) -> Tensor:
+        """Position ids, counted from each row's first token. Shape [1 or B, T]."""
+        return self.make_positions()
+
+    @cached_property
+    def live_BT(self) -> Tensor | None:
+        """False on padding; None if nothing is padded."""
+        return self.make_live()
+
+    @abstractmethod
+    def make_positions(self) -> Tensor:
+        """See ``positions_BT``."""
+
+    @abstractmethod
+    def make_live(self) -> Tensor | None:
+        """See ``live_BT``."""
+
+    @final
+    def angles(self, kind: str | None = None) -> tuple[Tensor, Tensor] | None:
+        """Cosine and sine of the rotary embedding, for one kind of layer; None for a model without."""
+        if self._rotary is None:
+            return None
+        if kind not in self._angles:
+            self._angles[kind] = self._rotary(self._like, self.positions_BT, kind)
+        return self._angles[kind]
+
+    @final
+    def as_mask(self, seen: Tensor) -> Tensor:
+        """A boolean mask (True: may attend) in the form that attention takes."""
+        if not self._additive:
+            return seen
+        least = max(torch.finfo(self._like.dtype).min, torch.finfo(torch.float32).min) / 2  # a score may be added
+        return torch.zeros_like(seen, dtype=self._like.dtype).masked_fill(~seen, least)
+
+
+@final
+class StepPlan(Plan):
+    """A chunk at positions ``[start, start + length)`` of every row.
+
+    Args:
+        like: As for ``Plan``.
+        start: Position of the first row of the chunk, padding counted.
+        pad_B: Padding positions at the left of each row, or None.
+        additive: As for ``Plan``.
+        rotary: As for ``Plan``.
+        past: Keys held from before the chunk; ``start`` unless positions are owed.
+
+    Attributes:
         key: Positions, dtype and device: two plans of one run with equal keys are the same.
     """
 
@@ -45,39 +103,24 @@ class StepPlan:
         rotary: Rotary | None = None,
         past: int | None = None,
     ) -> None:
+        super().__init__(like, additive=additive, rotary=rotary)
         self.start = start
-        self.rows = like.shape[0]
-        self.length = like.shape[1]
-        self.past = start if past is None else past
+        self.past = self.place = start if past is None else past
         self.pad_B = pad_B
         self.key = (self.start, self.length, self.past, like.dtype, like.device)
-        self._like = like.new_empty(0)
-        self._additive = additive
-        self._rotary = rotary
-        self._angles: dict[str | None, tuple[Tensor, Tensor]] = {}
         self._masks: dict[tuple[int | None, frozenset[int]], Tensor] = {}
 
-    @cached_property
-    def positions_BT(self) -> Tensor:
-        """Position ids, counted from each row's first token; 0 on padding. Shape [1 or B, T]."""
+    def make_positions(self) -> Tensor:
+        """0 on padding."""
         rows_1T = torch.arange(self.start, self.start + self.length, device=self._like.device)[None]
         return rows_1T if self.pad_B is None else (rows_1T - self.pad_B[:, None]).clamp_min(0)
 
-    @cached_property
-    def live_BT(self) -> Tensor | None:
-        """False on padding; None if nothing is padded."""
+    def make_live(self) -> Tensor | None:
+        """False on padding at the left."""
         if self.pad_B is None:
             return None
         rows_T = torch.arange(self.start, self.start + self.length, device=self._like.device)
         return rows_T >= self.pad_B[:, None]
-
-    def angles(self, kind: str | None = None) -> tuple[Tensor, Tensor] | None:
-        """Cosine and sine of the rotary embedding, for one kind of layer; None for a model without."""
-        if self._rotary is None:
-            return None
-        if kind not in self._angles:
-            self._angles[kind] = self._rotary(self._like, self.positions_BT, kind)
-        return self._angles[kind]
 
     def first_key(self, window: int | None) -> int:
         """The oldest position that a row of the chunk may attend to; of keys held, those from there on are read."""
@@ -111,8 +154,6 @@ class StepPlan:
         mask = seen_TK[None, None]
         if self.pad_B is not None:
             mask = mask & (keys_K[None] >= self.pad_B[:, None])[:, None, None]
-        if self._additive:
-            least = max(torch.finfo(self._like.dtype).min, torch.finfo(torch.float32).min) / 2  # a score may be added
-            mask = torch.zeros_like(mask, dtype=self._like.dtype).masked_fill(~mask, least)
+        mask = self.as_mask(mask)
         self._masks[key] = mask
         return mask

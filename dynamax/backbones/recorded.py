@@ -11,8 +11,8 @@ from typing import final
 import torch
 from torch import Tensor, nn
 
-from dynamax.backbones.plan import StepPlan
-from dynamax.backbones.state import CacheView, LayerView, Recurrence, Tensors
+from dynamax.backbones.plan import Plan
+from dynamax.backbones.state import HeldView, LayerView, Recurrence, Tensors
 from dynamax.recording import MOST_POSITIONS, NotRecordableError, Programs, Recorder, held_by
 
 
@@ -25,9 +25,9 @@ class RecordedView(LayerView):
         recorder: Writes.
     """
 
-    def __init__(self, view: CacheView, recorder: Recorder) -> None:
+    def __init__(self, view: HeldView, recorder: Recorder) -> None:
         self._view, self._recorder = view, recorder
-        self.mask, self.live_BT = view.mask, view.live_BT
+        self.mask, self.live_BT, self.ends_B = view.mask, view.live_BT, view.ends_B
 
     def update(self, k_BHTD: Tensor, v_BHTD: Tensor, *_: object, **__: object) -> tuple[Tensor, Tensor]:
         """Keys and values, by the view."""
@@ -54,10 +54,10 @@ class Recordings(Programs):
     """
 
     def __init__(self, model: nn.Module) -> None:
-        super().__init__("h, cos, sin, positions, mask, live, view")
+        super().__init__("h, cos, sin, positions, mask, live, ends, view")
         self._weights = frozenset(held_by(model))
 
-    def suits(self, plan: StepPlan) -> bool:
+    def suits(self, plan: Plan) -> bool:
         """Whether a chunk is small enough, and nobody asks for gradients."""
         return plan.length <= MOST_POSITIONS and not torch.is_grad_enabled()
 
@@ -65,8 +65,8 @@ class Recordings(Programs):
         self,
         index: int,
         h_BTD: Tensor,
-        plan: StepPlan,
-        view: CacheView,
+        plan: Plan,
+        view: HeldView,
         angles: tuple[Tensor, Tensor] | None,
         block: Callable[[Tensor, LayerView], Tensor],
     ) -> Tensor:
@@ -80,21 +80,21 @@ class Recordings(Programs):
             angles: Its rotary angles.
             block: Runs it as it is.
         """
-        key = (index, plan.rows, plan.length, view.mask is None, view.live_BT is None, view.fresh)
+        key = (index, plan.rows, plan.length, view.mask is None, view.live_BT is None, view.ends_B is None, view.fresh)
         cos, sin = angles or (None, None)
         program = self.ready.get(key)
         if program is not None:
-            return program(h_BTD, cos, sin, plan.positions_BT, view.mask, view.live_BT, view)
-        if index in self.given_up or self.recorded_at(key, plan.past):
+            return program(h_BTD, cos, sin, plan.positions_BT, view.mask, view.live_BT, view.ends_B, view)
+        if index in self.given_up or self.recorded_at(key, plan.place):
             return block(h_BTD, view)
-        given = (h_BTD.clone(), cos, sin, plan.positions_BT, view.mask, view.live_BT)
-        names = ("h", "cos", "sin", "positions", "mask", "live")
+        given = (h_BTD.clone(), cos, sin, plan.positions_BT, view.mask, view.live_BT, view.ends_B)
+        names = ("h", "cos", "sin", "positions", "mask", "live", "ends")
         inputs = {name: tensor for name, tensor in zip(names, given, strict=True) if tensor is not None}
         recorder = Recorder(inputs, self._weights)
         try:
             with recorder:
                 out_BTD = block(given[0], RecordedView(view, recorder))
-            self.note(key, plan.past, recorder.finish(out_BTD))
+            self.note(key, plan.place, recorder.finish(out_BTD))
         except NotRecordableError as reason:
             self.given_up[index] = str(reason)
             return block(h_BTD, view)

@@ -12,7 +12,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from dynamax.backbones.base import Backbone
-from dynamax.backbones.cache import Cache
+from dynamax.backbones.cache import AnyCache, Cache
 from dynamax.backbones.state import KeyValueState
 from dynamax.errors import UserError
 
@@ -23,11 +23,13 @@ class SkippedState(ABC):
     Attributes:
         exact: True if the state is what full decoding of the same tokens leaves.
         copies_keys: True if the rule is about keys and values, which recurrent blocks have none of.
+        any_row: True if it also works where each row of a batch stands at a position of its own.
         gates_read_exit: True if gates above read the exit's hidden state in place of their own.
     """
 
     exact: ClassVar[bool] = False
     copies_keys: ClassVar[bool] = False
+    any_row: ClassVar[bool] = False
     gates_read_exit: ClassVar[bool] = False
 
     def validate(self, backbone: Backbone) -> None:
@@ -45,7 +47,7 @@ class SkippedState(ABC):
             )
 
     @abstractmethod
-    def leave(self, backbone: Backbone, cache: Cache, depth: int, h_BTD: Tensor, *, last_block_ran: bool) -> None:
+    def leave(self, backbone: Backbone, cache: AnyCache, depth: int, h_BTD: Tensor, *, last_block_ran: bool) -> None:
         """Positions ``h_BTD`` leave after ``depth`` blocks.
 
         Args:
@@ -62,16 +64,17 @@ class Exact(SkippedState):
     """Owe the positions: deeper blocks read them in one chunk with the next position that comes by."""
 
     exact = True
+    any_row = True
 
-    def leave(self, backbone: Backbone, cache: Cache, depth: int, h_BTD: Tensor, *, last_block_ran: bool) -> None:
+    def leave(self, backbone: Backbone, cache: AnyCache, depth: int, h_BTD: Tensor, *, last_block_ran: bool) -> None:
         """Owe the positions at ``depth``; a last block that ran for the lens kept nothing."""
-        cache.group.owe(depth, h_BTD)
+        cache.owe(depth, h_BTD)
 
 
 class Approximation(SkippedState):
     """A rule that fills the state of skipped blocks at once, one block after the other."""
 
-    def leave(self, backbone: Backbone, cache: Cache, depth: int, h_BTD: Tensor, *, last_block_ran: bool) -> None:
+    def leave(self, backbone: Backbone, cache: AnyCache, depth: int, h_BTD: Tensor, *, last_block_ran: bool) -> None:
         """Fill the state of the blocks above; a last block that ran for the lens is written from what it read."""
         top = backbone.spec.depth - 1 if last_block_ran else backbone.spec.depth
         for block in range(depth, top):
@@ -80,7 +83,7 @@ class Approximation(SkippedState):
             backbone.write(h_BTD, block, cache)
 
     @abstractmethod
-    def fill(self, backbone: Backbone, cache: Cache, block: int, h_BTD: Tensor) -> None:
+    def fill(self, backbone: Backbone, cache: AnyCache, block: int, h_BTD: Tensor) -> None:
         """Bring the state of one skipped block past the positions ``h_BTD``."""
 
 
@@ -90,9 +93,10 @@ class Propagate(Approximation):
     Source: CALM (arXiv 2207.07061); DYNAMAX's "recompute".
     """
 
+    any_row = True
     gates_read_exit = True
 
-    def fill(self, backbone: Backbone, cache: Cache, block: int, h_BTD: Tensor) -> None:
+    def fill(self, backbone: Backbone, cache: AnyCache, block: int, h_BTD: Tensor) -> None:
         """Write the block's state as if ``h_BTD`` had come in here."""
         backbone.write(h_BTD, block, cache)
 
@@ -105,8 +109,9 @@ class CopyToken(Approximation):
 
     copies_keys = True
 
-    def fill(self, backbone: Backbone, cache: Cache, block: int, h_BTD: Tensor) -> None:
+    def fill(self, backbone: Backbone, cache: AnyCache, block: int, h_BTD: Tensor) -> None:
         """Append the last position's keys and values, once for each position of ``h_BTD``."""
+        cache = in_step(cache)
         keys, at = keys_of(cache, block), cache.filled[block]
         keys.reserve(at + h_BTD.shape[1])
         for position in range(at, at + h_BTD.shape[1]):
@@ -123,8 +128,9 @@ class CopyLayer(Approximation):
 
     copies_keys = True
 
-    def fill(self, backbone: Backbone, cache: Cache, block: int, h_BTD: Tensor) -> None:
+    def fill(self, backbone: Backbone, cache: AnyCache, block: int, h_BTD: Tensor) -> None:
         """Append the keys and values that the block below holds for these positions."""
+        cache = in_step(cache)
         keys, at = keys_of(cache, block), cache.filled[block]
         stop = at + h_BTD.shape[1]
         keys.reserve(stop)
@@ -138,10 +144,17 @@ class Skip(Approximation):
     Source: DYNAMAX's "no recompute" on Mamba.
     """
 
-    def fill(self, backbone: Backbone, cache: Cache, block: int, h_BTD: Tensor) -> None:
+    def fill(self, backbone: Backbone, cache: AnyCache, block: int, h_BTD: Tensor) -> None:
         """Leave holes, and nothing in a recurrent state."""
+        cache = in_step(cache)
         cache.states[block].skip(cache.filled[block], h_BTD.shape[1])
         cache.filled[block] += h_BTD.shape[1]
+
+
+def in_step(cache: AnyCache) -> Cache:
+    """The cache of a batch whose rows go in step, which is what most rules work on."""
+    assert isinstance(cache, Cache), "a rule that does not say any_row is never given another"
+    return cache
 
 
 def keys_of(cache: Cache, block: int) -> KeyValueState:

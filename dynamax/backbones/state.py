@@ -192,10 +192,12 @@ class LayerView(ABC):
     Attributes:
         mask: Attention mask over the keys that ``update`` answers with; None where none is needed.
         live_BT: False on padding, for recurrent blocks; None if nothing is padded.
+        ends_B: Where padding stands behind a row's positions, how many these are; None where it does not.
     """
 
     mask: Tensor | None
     live_BT: Tensor | None
+    ends_B: Tensor | None = None
 
     @abstractmethod
     def update(self, k_BHTD: Tensor, v_BHTD: Tensor, *_: object, **__: object) -> tuple[Tensor, Tensor]:
@@ -206,9 +208,37 @@ class LayerView(ABC):
         """Continue the recurrent state over the chunk; the recurrence's output."""
 
 
+class HeldView(LayerView):
+    """A view of a state that is kept. The chunk is part of the recurrent state once it is committed."""
+
+    @property
+    @abstractmethod
+    def fresh(self) -> bool:
+        """Whether there is no recurrent state yet, or none at all."""
+
+    @abstractmethod
+    def past(self) -> Tensors | None:
+        """The recurrent state that is held; None before the first position."""
+
+    @abstractmethod
+    def take(self, recurrence: Recurrence, rows: Tensors, tensors: Tensors) -> None:
+        """Take note of the state that the chunk ends with."""
+
+    @abstractmethod
+    def commit(self) -> None:
+        """Make the chunk part of the state."""
+
+    @final
+    def advance(self, recurrence: Recurrence, rows: Tensors) -> Tensor:
+        """Continue from the state that is held."""
+        output, tensors = recurrence(self.past(), *rows)
+        self.take(recurrence, rows, tensors)
+        return output
+
+
 @final
-class CacheView(LayerView):
-    """A view of a state that is kept. Nothing counts until ``commit``.
+class CacheView(HeldView):
+    """A view of one group's state, whose rows go in step. Nothing counts until ``commit``.
 
     Args:
         state: The block's state.
@@ -231,12 +261,6 @@ class CacheView(LayerView):
         assert self._keys is not None, "a block without keys asked for some"
         self._keys.write(k_BHTD, v_BHTD, self._start)
         return self._keys.read(self._first, self._stop)
-
-    def advance(self, recurrence: Recurrence, rows: Tensors) -> Tensor:
-        """Continue from the state that is held."""
-        output, tensors = recurrence(self.past(), *rows)
-        self.take(recurrence, rows, tensors)
-        return output
 
     @property
     def fresh(self) -> bool:

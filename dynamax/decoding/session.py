@@ -136,8 +136,8 @@ class Session:
             site = self._sites[depth]
             self._note(depth, h_BTD)
             given = {"step": step, "recordings": self._gates}
-            scores, reads = self._exits.catch_up(site, h_BTD, self.cache, **given)
-            self._reads += reads
+            scores, reads = self._exits.catch_up(site, h_BTD, [self.cache], **given)
+            self._reads += reads[0]
             trail.append(
                 self._exits.evidence(site, h_BTD, pick=newest, trail=trail, recurrent=scores, past=past, **given)
             )
@@ -274,7 +274,7 @@ class Session:
         if self._exits is not None and depth in self._recurrent:
             self._note(depth, h_BTD)
             given: Any = {"step": self.steps, "recordings": self._gates}
-            self._reads += self._exits.catch_up(self._sites[depth], h_BTD, self.cache, **given)[1]
+            self._reads += self._exits.catch_up(self._sites[depth], h_BTD, [self.cache], **given)[1][0]
 
     def _note(self, depth: int, h_BTD: Tensor) -> None:
         """Keep what recurrent gates read since the snapshot: after a rollback they read a part of it again."""

@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, Self, cast
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from dynamax.errors import UserError
 from dynamax.heads import saved
 from dynamax.heads.base import ExitHead, Gate, Lens
 from dynamax.heads.exits import Exit, build_exit, check_depths
+from dynamax.heads.memories import Reads, RunState, alike_rows, joined, part_over, unread
 from dynamax.heads.recorded import GateRecordings
 from dynamax.types import Evidence, Memory, Past, Site, Spec
 
@@ -32,27 +33,6 @@ def found_in(heads: nn.Module) -> tuple[Lens, dict[str, Gate]]:
     """Lens and gates of one exit; to look them up in modules takes as long as a small product."""
     lens, gates = cast(nn.ModuleDict, heads).values()
     return cast(Lens, lens), cast(dict[str, Gate], dict(cast(nn.ModuleDict, gates).items()))
-
-
-class Debts(Protocol):
-    """The part of fill levels and debts that heads read."""
-
-    filled: list[int]
-
-    def owed(self, depth: int) -> Tensor | None:
-        """Positions that stopped at this depth, oldest first."""
-
-
-class RunState(Protocol):
-    """The part of a cache that heads read, and their memories in it."""
-
-    pad_B: Tensor | None
-    memories: dict[tuple[int, str], Memory]
-
-    @property
-    def group(self) -> Debts:
-        """Fill levels and debts."""
-        ...
 
 
 class ExitBank(nn.Module):
@@ -215,11 +195,11 @@ class ExitBank(nn.Module):
         self,
         site: Site,
         h_BTD: Tensor,
-        cache: RunState,
+        runs: Sequence[RunState],
         *,
-        step: int = 0,
+        step: int | Tensor = 0,
         recordings: GateRecordings | None = None,
-    ) -> tuple[dict[str, Tensor], tuple[tuple[int, int], ...]]:
+    ) -> tuple[dict[str, Tensor], list[Reads]]:
         """Let the recurrent gates of one exit read on, up to and including the caller's rows.
 
         Rows owed at this depth and not yet read are read first, in the same chunk. Where a rule for skipped state has
@@ -228,48 +208,55 @@ class ExitBank(nn.Module):
         Args:
             site: The exit's place.
             h_BTD: The newest positions that the block below has completed.
-            cache: The fill levels, debts and memories of this decoding run.
-            step: Tokens generated before.
+            runs: The fill levels, debts and memories of the decoding run; where each row has a run of its own, of all.
+            step: Tokens generated before; a number for each row, if they differ.
             recordings: Run the gates; None runs them as they are.
 
         Returns:
-            Scores ``s_BT`` of the caller's rows, for each recurrent gate; and (depth, positions) of each reading of
-            logits that a gate asked for.
+            Scores ``s_BT`` of the caller's rows, for each recurrent gate; and for each run, (depth, positions) of each
+            reading of logits that a gate asked for.
         """
-        depth, rows = site.depth, h_BTD.shape[1]
-        if depth not in self.recurrent_depths:
-            return {}, ()
-        passed = cache.group.filled[depth - 1]
+        depth, count = site.depth, h_BTD.shape[1]
+        reads: list[Reads] = [()] * len(runs)
         scores: dict[str, Tensor] = {}
-        reads: list[tuple[int, int]] = []
-        for name, gate, memory in self._recurrent(depth, cache):
-            unread = passed - rows - memory.read
-            assert unread >= 0, f"{name} at depth {depth} has read {memory.read} of {passed} positions already"
-            owed_BTD = cache.group.owed(depth) if unread else None
-            whole_BTD = h_BTD if owed_BTD is None else torch.cat([owed_BTD[:, -unread:], h_BTD], 1)
-            memory.read = passed - whole_BTD.shape[1]
-            evidence = self.sequence(site, whole_BTD, step)
-            if recordings is None:
-                score_BT = gate.score(evidence, memory)
-            else:
-                score_BT = recordings.score((depth, name), gate, evidence, memory)
-            scores[name] = score_BT if rows == score_BT.shape[1] else score_BT[:, -rows:]
-            memory.read = passed
-            if evidence.logits_read:
-                reads.append((depth, whole_BTD.shape[1]))
-        return scores, tuple(reads)
+        if depth not in self.recurrent_depths:
+            return scores, reads
+        parts = [h_BTD] if len(runs) == 1 else h_BTD.split(1)
+        for name, gate in self.gates(depth).items():
+            if not gate.recurrent:
+                continue
+            memories = [self._memory(depth, name, run) for run in runs]
+            chunks = [unread(depth, part, run, memory) for part, run, memory in zip(parts, runs, memories, strict=True)]
+            found: list[Tensor] = [h_BTD] * len(runs)
+            for alike in alike_rows(chunks, memories):
+                memory = joined([memories[row] for row in alike])
+                chunk_BTD = chunks[alike[0]] if len(alike) == 1 else torch.cat([chunks[row] for row in alike])
+                own = step if isinstance(step, int) else step[alike]
+                evidence = self.sequence(site, chunk_BTD, own)
+                if recordings is None:
+                    score_BT = gate.score(evidence, memory)
+                else:
+                    score_BT = recordings.score((depth, name), gate, evidence, memory)
+                memory.read += chunk_BTD.shape[1]
+                part_over(memory, [memories[row] for row in alike])
+                for row, score in zip(alike, score_BT.split(len(score_BT) // len(alike)), strict=True):
+                    found[row] = score[:, -count:]
+                    if evidence.logits_read:
+                        reads[row] += ((depth, chunk_BTD.shape[1]),)
+            scores[name] = found[0] if len(runs) == 1 else torch.cat(found)
+        return scores, reads
 
     def advance(self, site: Site, h_BTD: Tensor, cache: RunState) -> None:
         """Let the recurrent gates of one exit read skipped positions, or those kept by a rollback, as ``h_BTD``."""
-        for _, gate, memory in self._recurrent(site.depth, cache) if h_BTD.shape[1] else ():
-            gate.score(self.sequence(site, h_BTD, 0), memory)
-            memory.read += h_BTD.shape[1]
+        for name, gate in self.gates(site.depth).items() if h_BTD.shape[1] else ():
+            if gate.recurrent:
+                memory = self._memory(site.depth, name, cache)
+                gate.score(self.sequence(site, h_BTD, 0), memory)
+                memory.read += h_BTD.shape[1]
 
-    def _recurrent(self, depth: int, cache: RunState) -> list[tuple[str, Gate, Memory]]:
-        """The recurrent gates of one exit, and their memories in this decoding run, empty at first."""
-        found = [(name, gate) for name, gate in self.gates(depth).items() if gate.recurrent]
-        memories = cache.memories
-        return [(n, gate, memories.setdefault((depth, n), Memory(pad_B=cache.pad_B))) for n, gate in found]
+    def _memory(self, depth: int, name: str, run: RunState) -> Memory:
+        """What a recurrent gate remembers in a decoding run; empty at first."""
+        return run.memories.setdefault((depth, name), Memory(pad_B=run.pad_B))
 
     # -- on disk ----------------------------------------------------------------------------------
 

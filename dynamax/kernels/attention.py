@@ -29,7 +29,8 @@ def attend(
         query: Queries ``[B, H, T, D]``.
         key: Keys ``[B, G, K, D]``, where G divides H.
         value: Values ``[B, G, K, D]``.
-        attention_mask: True where a row may look; without one, a single row sees all keys, several see causally.
+        attention_mask: True where a row may look, or what is added to the scores; without one, a single row sees all
+            keys, several see causally.
         scaling: Factor of the scores; ``D ** -0.5`` if left out.
         softcap: Cap of the scores, as in Gemma 2.
         **options: The rest of what transformers passes.
@@ -51,7 +52,9 @@ def attend(
     q_BGRTD = query.unflatten(1, (groups, -1))
     scores = q_BGRTD @ key[:, :, None].mT * (query.shape[-1] ** -0.5 if scaling is None else scaling)
     scores = torch.tanh(scores / softcap) * softcap
-    if attention_mask is not None:
+    if attention_mask is not None and attention_mask.is_floating_point():
+        scores = scores + attention_mask[:, :, None]
+    elif attention_mask is not None:
         scores = scores.masked_fill(~attention_mask[:, :, None], torch.finfo(scores.dtype).min)
     elif causal:
         scores = scores.masked_fill(~scores.new_ones(scores.shape[-2:], dtype=torch.bool).tril(), -torch.inf)

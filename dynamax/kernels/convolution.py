@@ -12,7 +12,7 @@ FEW = 16
 
 
 def convolve(
-    x_BTC: Tensor, window_BWC: Tensor | None, weight_CK: Tensor, bias_C: Tensor | None
+    x_BTC: Tensor, window_BWC: Tensor | None, weight_CK: Tensor, bias_C: Tensor | None, ends_B: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Convolve T positions, each with the K - 1 before it.
 
@@ -21,6 +21,7 @@ def convolve(
         window_BWC: The K - 1 inputs before the first; None for zeros.
         weight_CK: Taps of each channel, the newest input's last.
         bias_C: Added, or None.
+        ends_B: How many positions of each row are its own; padding stands behind them. None if all are.
 
     Returns:
         Outputs ``[B, T, C]``, and the window that the next positions need.
@@ -30,6 +31,9 @@ def convolve(
         window_BWC = x_BTC.new_zeros(x_BTC.shape[0], taps - 1, x_BTC.shape[2])
     whole_BTC = torch.cat([window_BWC, x_BTC], 1)
     window = whole_BTC[:, length:]
+    if ends_B is not None:
+        last_BW = ends_B[:, None] + torch.arange(taps - 1, device=ends_B.device)
+        window = whole_BTC.take_along_dim(last_BW[..., None], 1)
     compiled = length > 1 and 2 <= taps <= 4 and x_BTC.shape[2] % 8 == 0  # what the kernel takes
     if compiled and backend("causal_conv1d", x_BTC.device, x_BTC.dtype) != "torch":
         causal_conv1d_fn = kernel("causal_conv1d", "causal_conv1d_fn")

@@ -114,7 +114,7 @@ def cache_at(depth, passed, pad_B=None):
 
 
 def read(bank, depth, h_BTD, cache):
-    scores, _ = bank.catch_up(site(depth), h_BTD, cache)
+    scores, _ = bank.catch_up(site(depth), h_BTD, [cache])
     return bank.evidence(site(depth), h_BTD, pick=lambda x_BT: x_BT[:, -1], recurrent=scores)
 
 
@@ -141,9 +141,9 @@ def test_evidence_is_of_the_newest_position_and_lazy():
 
 def test_reading_the_same_rows_twice_is_a_broken_law():
     bank, cache, h_BTD = stirred({2: Exit(gates=[SMALL])}), cache_at(2, 1), torch.randn(1, 1, WIDTH).double()
-    bank.catch_up(site(2), h_BTD, cache)
+    bank.catch_up(site(2), h_BTD, [cache])
     with pytest.raises(AssertionError, match="has read 1 of 1"):
-        bank.catch_up(site(2), h_BTD, cache)
+        bank.catch_up(site(2), h_BTD, [cache])
 
 
 # -- reading while positions leave early --------------------------------------------------------
@@ -176,7 +176,7 @@ class Run:
             self.span(depth, stop)
             depth = stop
             if depth in self.bank.depths:
-                self.note(depth, self.bank.catch_up(site(depth), self.newest(depth), self.cache)[0])
+                self.note(depth, self.bank.catch_up(site(depth), self.newest(depth), [self.cache])[0])
         if leave < 4:
             self.cache.group.owe(leave, self.newest(leave))
         self.at += rows
@@ -244,7 +244,7 @@ def test_filled_positions_are_read_as_what_they_came_in_as():
         if position % 2:
             bank.advance(site(3), row_B1D, cache)
         else:
-            last, _ = bank.catch_up(site(3), row_B1D, cache)
+            last, _ = bank.catch_up(site(3), row_B1D, [cache])
     for name, gate in bank.gates(3).items():
         torch.testing.assert_close(last[name][:, 0], gate.score(sequence(h_BTD[:, :5]))[:, -1], rtol=1e-12, atol=1e-12)
         assert cache.memories[3, name].read == 6
@@ -256,7 +256,7 @@ def test_positions_that_left_nothing_behind_are_passed_over():
     h_BTD, cache = torch.randn(1, 6, WIDTH).double(), Cache(Span(0, 4))
     for position in (0, 1, 4, 5):  # 2 and 3 were skipped without a trace
         cache.group.filled = [position + 1] * 4
-        last, _ = bank.catch_up(site(3), h_BTD[:, position : position + 1], cache)
+        last, _ = bank.catch_up(site(3), h_BTD[:, position : position + 1], [cache])
     wanted = bank.gates(3)["MambaGate"].score(sequence(h_BTD[:, [0, 1, 4, 5]]))[:, -1:]
     torch.testing.assert_close(last["MambaGate"], wanted, rtol=1e-12, atol=1e-12)
     assert cache.memories[3, "MambaGate"].read == 6

@@ -1,0 +1,304 @@
+"""Many requests at once: each row leaves at its own depth, ends by itself, and makes room for the next request.
+
+A step takes all rows up to the first exit. Those that leave there owe the position (or whatever the rule for skipped
+state does); the others are gathered, each with the positions it owes, and go on. The tokens of a request are those that
+it would get alone, but for ties in the last digits of a sum.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple, final
+
+import torch
+from torch import Tensor
+
+from dynamax.backbones.slots import SelectedRows, Slots
+from dynamax.decoding.base import Decoder, check_prompt
+from dynamax.decoding.early_exit import EarlyExit
+from dynamax.decoding.full import Full
+from dynamax.decoding.sampling import Greedy, Sampler
+from dynamax.decoding.session import Session, newest
+from dynamax.errors import UserError
+from dynamax.types import Evidence, Past, Span, Step, Work
+
+
+class Told(NamedTuple):
+    """One token of one request.
+
+    Attributes:
+        ticket: The request's, as ``submit`` gave it.
+        step: The token and what it cost; a batch of one row.
+        ended: Whether it is the request's last.
+    """
+
+    ticket: int
+    step: Step
+    ended: bool
+
+
+@dataclass
+class Row:
+    """A request that has been submitted, and its run once it has begun.
+
+    Attributes:
+        ticket: Its number.
+        prompt_1T: What it goes on from.
+        max_new_tokens: Most tokens it gets.
+        eos_token_id: Tokens that end it.
+        sampler: Draws its tokens.
+        told: Tokens it has got.
+        token: The newest one.
+        counted: Work of its run that earlier steps have accounted for.
+        reads: (depth, positions) of logits that recurrent gates have read in the step under way.
+    """
+
+    ticket: int
+    prompt_1T: Tensor
+    max_new_tokens: int
+    eos_token_id: Sequence[int]
+    sampler: Sampler
+    told: int = 0
+    token: int = 0
+    counted: Work | None = None
+    reads: tuple[tuple[int, int], ...] = ()
+    _session: Session | None = field(default=None, repr=False)
+
+    @property
+    def session(self) -> Session:
+        """Its run."""
+        assert self._session is not None, "it has begun"
+        return self._session
+
+    def end(self, step: Step, token: int) -> Told:
+        """Take note of a token; whether it was the last."""
+        self.told, self.token = self.told + 1, token
+        return Told(self.ticket, step, token in self.eos_token_id or self.told == self.max_new_tokens)
+
+
+@final
+class Scheduler:
+    """Answers requests side by side, as many as it has rows; others wait until a row is free.
+
+    Args:
+        decoder: Says how each row decodes: Full, or EarlyExit with a rule for skipped state that any row can follow.
+        rows: Most requests at a time.
+
+    Raises:
+        UserError: If the decoder's rows cannot go their own ways.
+    """
+
+    def __init__(self, decoder: Decoder, rows: int = 8) -> None:
+        if rows < 1:
+            raise UserError(f"rows is {rows}; it must be at least 1.")
+        reason = refusal(decoder)
+        if reason is not None:
+            raise UserError(f"{reason} Answer its prompts one after the other, or choose another decoder.")
+        self.backbone = decoder.backbone
+        self.rows = rows
+        self._exits, self._policy = decoder.exits, decoder.policy
+        self._rule = decoder.skipped_state if isinstance(decoder, EarlyExit) else None
+        self._gates = None if self._exits is None else self._exits.recordings()
+        self._depths = () if self._exits is None else self._exits.depths
+        depth = self.backbone.spec.depth
+        kinds = [self.backbone.state_kinds(index) for index in range(depth)]
+        self._slots = Slots(Span(0, depth), kinds, rows)
+        self._running: list[Row] = []
+        self._waiting: deque[Row] = deque()
+        self._tickets = 0
+
+    def submit(
+        self,
+        prompt_1T: Tensor,
+        *,
+        max_new_tokens: int,
+        eos_token_id: Sequence[int] = (),
+        sampler: Sampler | None = None,
+    ) -> int:
+        """Add a request; its ticket.
+
+        Args:
+            prompt_1T: Token ids of one text.
+            max_new_tokens: Most tokens to generate.
+            eos_token_id: Tokens that end it.
+            sampler: How its tokens are drawn, its own; greedy by default.
+
+        Raises:
+            UserError: If the prompt is not token ids of the vocabulary, or does not fit the context.
+        """
+        check_prompt(prompt_1T, max_new_tokens=max_new_tokens, spec=self.backbone.spec)
+        if len(prompt_1T) != 1:
+            raise UserError(f"A request has one prompt; {len(prompt_1T)} were given. Submit them one by one.")
+        self._tickets += 1
+        row = Row(self._tickets, prompt_1T, max_new_tokens, tuple(eos_token_id), sampler or Greedy())
+        self._waiting.append(row)
+        return row.ticket
+
+    @torch.inference_mode()
+    def cancel(self, ticket: int) -> None:
+        """Forget a request; nothing happens if it has ended."""
+        self._waiting = deque(row for row in self._waiting if row.ticket != ticket)
+        self._remove({ticket})
+
+    @property
+    def busy(self) -> bool:
+        """Whether any request has not ended."""
+        return bool(self._running or self._waiting)
+
+    @torch.inference_mode()
+    def step(self) -> list[Told]:
+        """Let waiting requests join where rows are free, and give every running one its next token.
+
+        A request that joins gets its first token from its prompt's own pass. Without requests, nothing happens.
+        """
+        told = self._step() if self._running else []
+        self._remove({each.ticket for each in told if each.ended})
+        while self._waiting and len(self._running) < self.rows:
+            first = self._begin(self._waiting.popleft())
+            told.append(first)
+            self._remove({first.ticket} if first.ended else set())
+        return told
+
+    # -- joining and leaving ----------------------------------------------------------------------------
+
+    def _begin(self, row: Row) -> Told:
+        """Read a prompt at full depth; the run moves into a slot."""
+        session = Session(
+            self.backbone,
+            self._exits,
+            row.sampler,
+            row.prompt_1T,
+            max_new_tokens=row.max_new_tokens,
+            capacity=row.prompt_1T.shape[1],
+        )
+        step = session.prefill()
+        row._session, row.counted = session, session.cache.work()
+        session.history.keep = max(1, 0 if self._policy is None else self._policy.recent)
+        self._slots.add(session.cache)
+        self._running.append(row)
+        return row.end(step, int(step.token_B))
+
+    def _remove(self, tickets: set[int]) -> None:
+        """Rows end; their slots are free."""
+        for slot in reversed(range(len(self._running))):
+            if self._running[slot].ticket in tickets:
+                self._slots.remove(slot)
+                last = self._running.pop()
+                if slot < len(self._running):
+                    self._running[slot] = last
+
+    # -- a step -------------------------------------------------------------------------------------------
+
+    def _step(self) -> list[Told]:
+        rows, told, policy = list(self._running), [], self._policy
+        token_R = torch.tensor([row.token for row in rows], device=rows[0].prompt_1T.device)
+        for row, token_1 in zip(rows, token_R.split(1), strict=True):
+            row.session.history.read(token_1)
+        chosen = self._slots.select(range(len(rows)))
+        h_R1D, at = self.backbone.embed(token_R[:, None], chosen), 0
+        trail: list[Evidence] = []
+        read: list[Evidence] = []
+        for depth in self._depths:
+            h_R1D = self.backbone.run(h_R1D, Span(at, depth), chosen)
+            evidence = self._evidence(depth, h_R1D, rows, chosen, trail)
+            assert policy is not None, "exits come with a policy"
+            leave = policy(evidence).tolist()
+            read, trail, at = [*read, evidence], [*trail, evidence], depth
+            if any(leave):
+                out = [index for index, left in enumerate(leave) if left]
+                told += self._leave(evidence, h_R1D[out], [rows[i] for i in out], chosen.only(out), out, read)
+                on = [index for index, left in enumerate(leave) if not left]
+                if not on:
+                    return told
+                rows, h_R1D, chosen = [rows[i] for i in on], h_R1D[on], chosen.only(on)
+                trail = [earlier.select(on) for earlier in trail]
+        total = self.backbone.spec.depth
+        h_R1D = self.backbone.run(h_R1D, Span(at, total), chosen)
+        return told + self._tell(rows, self.backbone.unembed(h_R1D)[:, 0], read, total)
+
+    def _evidence(
+        self, depth: int, h_R1D: Tensor, rows: Sequence[Row], chosen: SelectedRows, trail: Sequence[Evidence]
+    ) -> Evidence:
+        assert self._exits is not None
+        site = self.backbone.site(depth, chosen)
+        step_R = torch.tensor([row.told for row in rows], device=h_R1D.device)
+        scores, reads = self._exits.catch_up(site, h_R1D, chosen.rows, step=step_R, recordings=self._gates)
+        for row, own in zip(rows, reads, strict=True):
+            row.reads += own
+        pasts = [row.session.history.past() for row in rows]
+        past = Past(
+            lambda: [each.texts[0] for each in pasts],
+            lambda steps, count: [each.likely(steps, count)[0] for each in pasts],
+        )
+        return self._exits.evidence(
+            site,
+            h_R1D,
+            pick=newest,
+            step=step_R,
+            trail=trail,
+            recurrent=scores,
+            recordings=self._gates,
+            past=past,
+        )
+
+    def _leave(
+        self,
+        evidence: Evidence,
+        h_R1D: Tensor,
+        rows: Sequence[Row],
+        chosen: SelectedRows,
+        places: Sequence[int],
+        read: Sequence[Evidence],
+    ) -> list[Told]:
+        """Rows leave at an exit, where they stood at ``places``; their tokens."""
+        assert self._exits is not None
+        assert self._rule is not None
+        depth = evidence.depth
+        if evidence.logits_read or evidence.rows_read:
+            logits_RV = evidence.answer[places]
+        else:  # of these rows alone
+            evidence = self._exits.evidence(self.backbone.site(depth, chosen), h_R1D, pick=newest)
+            logits_RV, read = evidence.answer, [*read, evidence]
+        self._rule.leave(self.backbone, chosen, depth, h_R1D, last_block_ran=self._exits.lens(depth).runs_last_block)
+        if self._rule.gates_read_exit:
+            for above in self._exits.recurrent_depths:
+                if above > depth:
+                    for row, h_1TD in zip(rows, h_R1D.split(1), strict=True):
+                        self._exits.advance(self.backbone.site(above, chosen), h_1TD, row.session.cache)
+        return self._tell(rows, logits_RV, read, depth)
+
+    def _tell(self, rows: Sequence[Row], logits_RV: Tensor, read: Sequence[Evidence], depth: int) -> list[Told]:
+        """Draw the next token of rows that have come to the same depth, and account for it."""
+        total = self.backbone.spec.depth
+        token_R = logits_RV.argmax(-1)
+        if any(type(row.sampler) is not Greedy for row in rows):
+            token_R = torch.cat(
+                [row.sampler(logits_1V) for row, logits_1V in zip(rows, logits_RV.split(1), strict=True)]
+            )
+        reads = tuple((evidence.depth, 1) for evidence in read if evidence.logits_read)
+        gates = tuple((evidence.depth, gate) for evidence in read for gate in evidence.gates_read)
+        few = tuple((evidence.depth, evidence.rows_read) for evidence in read if evidence.rows_read)
+        top = () if depth < total else ((total, 1),)
+        depth_1 = torch.tensor([depth])
+        told = []
+        for row, token_1, token, logits_1V in zip(
+            rows, token_R.split(1), token_R.tolist(), logits_RV.split(1), strict=True
+        ):
+            work, before = row.session.cache.work(), row.counted
+            assert before is not None
+            row.session.history.say(logits_1V)
+            step = Step(token_1, depth_1, logits_1V, reads + row.reads + top, gates, work - before, rows_read=few)
+            row.counted, row.reads = work, ()
+            told.append(row.end(step, token))
+        return told
+
+
+def refusal(decoder: Decoder) -> str | None:
+    """Why rows of this decoder cannot go their own ways; None if they can."""
+    if not isinstance(decoder, Full | EarlyExit):
+        return f"{type(decoder).__name__} decodes rows in step."
+    if isinstance(decoder, EarlyExit) and not decoder.skipped_state.any_row:
+        return f"The rule {type(decoder.skipped_state).__name__} for skipped state works on rows in step."
+    return None
