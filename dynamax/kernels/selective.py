@@ -59,11 +59,13 @@ def steps(
     """``scan`` position by position, with the states after all of them."""
     decay_BTCN = (dt_BTC.unsqueeze(-1) * a_CN).exp()
     written_BTCN = (x_BTC * dt_BTC).unsqueeze(-1) * b_BTN.unsqueeze(2)
-    states, parts = [], []
+    states: list[Tensor] = []
+    parts: list[Tensor] = []
     for decay_BCN, written_BCN, c_BN in zip(*(z.unbind(1) for z in (decay_BTCN, written_BTCN, c_BTN)), strict=True):
-        state_BCN = written_BCN if state_BCN is None else torch.addcmul(written_BCN, decay_BCN, state_BCN)
-        states.append(state_BCN)
-        parts.append(torch.bmm(state_BCN, c_BN.unsqueeze(-1)).transpose(1, 2))
+        after_BCN = written_BCN if state_BCN is None else torch.addcmul(written_BCN, decay_BCN, state_BCN)
+        states.append(after_BCN)
+        parts.append(torch.bmm(after_BCN, c_BN.unsqueeze(-1)).transpose(1, 2))
+        state_BCN = after_BCN
     return (parts[0] if len(parts) == 1 else torch.cat(parts, 1)), tuple(states)
 
 
