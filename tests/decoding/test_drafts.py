@@ -140,10 +140,10 @@ def test_texts_that_are_none_are_refused(tmp_path: Path) -> None:
         TokenTable(tmp_path)
 
 
-@pytest.mark.parametrize("options", [{"longest": 0}, {"entries": 0}])
-def test_a_table_that_makes_no_sense_is_refused(options: dict[str, int]) -> None:
+@pytest.mark.parametrize(("longest", "entries"), [(0, 9), (4, 0)])
+def test_a_table_that_makes_no_sense_is_refused(longest: int, entries: int) -> None:
     with pytest.raises(UserError, match="must be at least 1|at most longest"):
-        TokenTable(**options)
+        TokenTable(longest=longest, entries=entries)
 
 
 @pytest.mark.parametrize("options", [{"shortest": 0}, {"shortest": 3, "longest": 2}, {"longest": 0}])
