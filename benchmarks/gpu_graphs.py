@@ -135,8 +135,8 @@ class StaticView(LayerView):
 
     def advance(self, recurrence: Recurrence, rows: Tensors) -> Tensor:
         """Continue from the state, and write the new one in its place."""
-        output, tensors = recurrence(self._state.recurrent, *rows)
-        for held, x in zip(self._state.recurrent, tensors, strict=True):
+        output, states = recurrence(self._state.recurrent, *rows)
+        for held, x in zip(self._state.recurrent, states[-1], strict=True):
             held.copy_(x)
         return output
 

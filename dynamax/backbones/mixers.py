@@ -28,7 +28,7 @@ from torch.nn import functional as F
 from dynamax.backbones.linear import channels, without_bias
 from dynamax.backbones.state import LayerView, Tensors
 from dynamax.kernels import at_least_float32, selective, ssd
-from dynamax.kernels.convolution import convolve
+from dynamax.kernels.convolution import convolve, earlier_windows
 
 
 class MixerCost(NamedTuple):
@@ -132,10 +132,11 @@ class SSDMixer(Mixer):
 
     def _read(
         self, past: Tensors | None, xbc_BTC: Tensor, dt_BTH: Tensor, ends_B: Tensor | None = None
-    ) -> tuple[Tensor, Tensors]:
+    ) -> tuple[Tensor, tuple[Tensors, ...]]:
         m = self.module
-        window, state_BHPN = past or (None, None)
-        xbc_BTC, window = convolve(xbc_BTC, window, m.conv1d.weight[:, 0], m.conv1d.bias, ends_B)
+        before, state_BHPN = past or (None, None)
+        rows_BTC = xbc_BTC
+        xbc_BTC, window = convolve(rows_BTC, before, m.conv1d.weight[:, 0], m.conv1d.bias, ends_B)
         x, b, c = at_least_float32(m.act(xbc_BTC)).split([self._inner, self._bc, self._bc], -1)
         x_BTHP, b_BTGN, c_BTGN = (
             x.unflatten(-1, (m.num_heads, -1)),
@@ -145,9 +146,9 @@ class SSDMixer(Mixer):
         if state_BHPN is None:
             state_BHPN = x.new_zeros(len(x), m.num_heads, x_BTHP.shape[-1], m.ssm_state_size)
         decay_H = -at_least_float32(m.A_log).exp()
-        y_BTHP, state_BHPN = ssd.scan(x_BTHP, dt_BTH, decay_H, b_BTGN, c_BTGN, state_BHPN)
+        y_BTHP, states = ssd.scan_states(x_BTHP, dt_BTH, decay_H, b_BTGN, c_BTGN, state_BHPN)
         y_BTHP = torch.addcmul(y_BTHP, x_BTHP, at_least_float32(m.D)[:, None])
-        return y_BTHP.flatten(-2), (window, state_BHPN)
+        return y_BTHP.flatten(-2), passed(rows_BTC, before, window, states)
 
     def cost(self) -> MixerCost:
         """Written: all channels but the gate's. Scanned: taps, and each entry of the state written and read."""
@@ -191,10 +192,11 @@ class SelectiveMixer(Mixer):
 
     def _read(
         self, past: Tensors | None, x_BTE: Tensor, live_BT: Tensor | None = None, ends_B: Tensor | None = None
-    ) -> tuple[Tensor, Tensors]:
+    ) -> tuple[Tensor, tuple[Tensors, ...]]:
         m = self.module
-        window, state_BEN = past or (None, None)
-        x_BTE, window = convolve(x_BTE, window, m.conv1d.weight[:, 0], m.conv1d.bias, ends_B)
+        before, state_BEN = past or (None, None)
+        rows_BTE = x_BTE
+        x_BTE, window = convolve(rows_BTE, before, m.conv1d.weight[:, 0], m.conv1d.bias, ends_B)
         x_BTE = m.act(x_BTE)
         step, b, c = m.x_proj(x_BTE).split([m.time_step_rank, m.ssm_state_size, m.ssm_state_size], -1)
         if self._norms is not None:
@@ -204,8 +206,8 @@ class SelectiveMixer(Mixer):
         (dt_BTE,) = masked(live_BT, dt_BTE)
         x_BTE, b_BTN, c_BTN = at_least_float32(x_BTE), at_least_float32(b), at_least_float32(c)
         decay_EN = -at_least_float32(m.A_log).exp()
-        y_BTE, state_BEN = selective.scan(x_BTE, dt_BTE, decay_EN, b_BTN, c_BTN, state_BEN)
-        return torch.addcmul(y_BTE, x_BTE, at_least_float32(m.D)), (window, state_BEN)
+        y_BTE, states = selective.scan_states(x_BTE, dt_BTE, decay_EN, b_BTN, c_BTN, state_BEN)
+        return torch.addcmul(y_BTE, x_BTE, at_least_float32(m.D)), passed(rows_BTE, before, window, states)
 
     def cost(self) -> MixerCost:
         """Written: the input's half, and what makes step, B and C. Scanned: taps; entries decayed, written, read."""
@@ -238,17 +240,28 @@ class ShortConvMixer(Mixer):
         rows_BTD = b_BTD * x_BTD
         view.advance(self._read, (*masked(view.live_BT, rows_BTD), *ends(view)))
 
-    def _read(self, past: Tensors | None, x_BTD: Tensor, ends_B: Tensor | None = None) -> tuple[Tensor, Tensors]:
-        (window,) = past or (None,)
+    def _read(
+        self, past: Tensors | None, x_BTD: Tensor, ends_B: Tensor | None = None
+    ) -> tuple[Tensor, tuple[Tensors, ...]]:
+        (before,) = past or (None,)
         conv = self.module.conv
-        y_BTD, window = convolve(x_BTD, window, conv.weight[:, 0], conv.bias, ends_B)
-        return y_BTD, (window,)
+        y_BTD, window = convolve(x_BTD, before, conv.weight[:, 0], conv.bias, ends_B)
+        return y_BTD, ((window,),)
 
     def cost(self) -> MixerCost:
         """Written: the projections to B and the input. Scanned: taps. State: the window."""
         m = self.module
         window = m.conv.out_channels * (m.conv_kernel_size - 1)
         return MixerCost(m.in_proj.weight.numel() * 2 // 3, m.conv.weight.numel(), window)
+
+
+def passed(
+    rows_BTC: Tensor, before_BWC: Tensor | None, window_BWC: Tensor, states: tuple[Tensor, ...]
+) -> tuple[Tensors, ...]:
+    """Windows beside the scan's states: after every position where the scan gave all, else after the last."""
+    if before_BWC is None or len(states) < rows_BTC.shape[1]:
+        return ((window_BWC, states[-1]),)
+    return tuple(zip((*earlier_windows(rows_BTC, before_BWC), window_BWC), states, strict=True))
 
 
 def masked(live_BT: Tensor | None, *rows: Tensor) -> Tensors:

@@ -8,7 +8,10 @@ name: a norm is replaced if its output is the same.
 from __future__ import annotations
 
 import copy
+import ctypes
+import functools
 import inspect
+import sys
 from collections.abc import Iterator
 from typing import Any, final
 
@@ -22,6 +25,9 @@ from dynamax.backbones.recorded import Recordings
 from dynamax.kernels import at_least_float32
 from dynamax.kernels.attention import attend
 from dynamax.kernels.products import Product
+
+MMAP_THRESHOLD, TRIM_THRESHOLD = -3, -1
+"""Names of two parameters in glibc's malloc.h."""
 
 ATTENTION = "dynamax"
 """The name of ``attend`` among transformers' implementations of attention."""
@@ -70,6 +76,20 @@ def pack(backbone: HFBackbone, kind: type[Product]) -> None:
         backbone.model.set_attn_implementation(ATTENTION)
         backbone.additive_masks = False
     backbone.recordings = Recordings(backbone.model)
+    keep_freed_memory()
+
+
+@functools.cache
+def keep_freed_memory() -> None:
+    """Tell glibc's allocator, if this process has it, to keep up to 512 MB that were freed for what comes next.
+
+    By default it gives most of it back to the system, and a decoder that frees and takes some megabytes of recurrent
+    state at every step then waits for the system to clear them.
+    """
+    adjust = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if adjust is not None:
+        adjust(MMAP_THRESHOLD, 32 << 20)
+        adjust(TRIM_THRESHOLD, 512 << 20)
 
 
 def replace_modules(model: nn.Module, kind: type[Product]) -> None:

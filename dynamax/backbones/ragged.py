@@ -190,9 +190,9 @@ class SlotView(HeldView):
             held[: plan.rows] if plan.whole else held.index_select(0, plan.slots_B) for held in self._state.recurrent
         )
 
-    def take(self, recurrence: Recurrence, rows: Tensors, tensors: Tensors) -> None:
+    def take(self, recurrence: Recurrence, rows: Tensors, states: tuple[Tensors, ...]) -> None:
         """Take note of the state that the chunk ends with."""
-        self._taken = tensors
+        self._taken = states[-1]
 
     def commit(self) -> None:
         """Make the chunk part of the recurrent state."""

@@ -34,10 +34,10 @@ class RecordedView(LayerView):
         return self._recorder.call("view.update", self._view.update, k_BHTD, v_BHTD)
 
     def advance(self, recurrence: Recurrence, rows: Tensors) -> Tensor:
-        """The recurrence is recorded; the state it begins from, and the one it ends with, are the view's."""
+        """The recurrence is recorded; the state it begins from, and those it passes, are the view's."""
         past = self._recorder.call("view.past", self._view.past)
-        output, tensors = recurrence(past, *rows)
-        self._recorder.call("view.take", self._view.take, recurrence, rows, tensors)
+        output, states = recurrence(past, *rows)
+        self._recorder.call("view.take", self._view.take, recurrence, rows, states)
         return output
 
 

@@ -21,8 +21,14 @@ StateKind = Literal["keys", "recurrent"]
 """What a block may keep of the positions it has seen: keys and values, or a recurrent state."""
 
 Tensors = tuple[Tensor, ...]
-Recurrence = Callable[..., tuple[Tensor, Tensors]]
-"""``(state or None, *rows) -> (output, new state)``: continues a recurrence; rows have positions in dimension 1."""
+Recurrence = Callable[..., tuple[Tensor, tuple[Tensors, ...]]]
+"""``(state or None, *rows) -> (output, states)``: continues a recurrence; rows have positions in dimension 1.
+
+``states`` are those after every position where they cost nothing, else the last alone.
+"""
+
+REMEMBERED = 16
+"""States that are held behind a snapshot; more would take room for nothing."""
 
 
 @dataclass(frozen=True)
@@ -111,7 +117,8 @@ class RecurrentState(LayerState):
     """Convolution window and scan state of one block, in whatever form its recurrence gives them.
 
     It cannot be cropped. A snapshot keeps it by reference, and from then on the rows that advance the state are kept
-    too, so that a rollback can read the first few of them again, by the recurrence alone.
+    too, and the states that the recurrence gave. A rollback takes one of these; where there is none, it reads the rows
+    behind the last one again, by the recurrence alone.
 
     Attributes:
         tensors: The state; None before the first position. They are replaced, never written into.
@@ -121,14 +128,15 @@ class RecurrentState(LayerState):
         self.tensors: Tensors | None = None
         self._snapshot: Snapshot | None = None
         self._recurrence: Recurrence | None = None
-        self._noted: list[Tensors] = []
+        self._noted: list[tuple[Tensors, tuple[Tensors, ...]]] = []
 
-    def commit(self, recurrence: Recurrence, rows: Tensors, tensors: Tensors) -> None:
-        """Take over the state that ``recurrence`` made of ``rows``."""
-        self.tensors = tensors
+    def commit(self, recurrence: Recurrence, rows: Tensors, states: tuple[Tensors, ...]) -> None:
+        """Take over the last of the states that ``recurrence`` made of ``rows``."""
+        self.tensors = states[-1]
         if self._snapshot is not None:
             self._recurrence = recurrence
-            self._noted.append(rows)
+            held = sum(len(known) for _, known in self._noted)
+            self._noted.append((rows, states if held + len(states) <= REMEMBERED else ()))
 
     def skip(self, start: int, count: int) -> None:
         """Nothing is read. A rollback can then return to a snapshot, but to no position after it."""
@@ -140,15 +148,28 @@ class RecurrentState(LayerState):
         return self._snapshot
 
     def crop(self, length: int, snapshot: Snapshot) -> None:
-        """Return to the snapshot; if it is the newest, read the rows up to ``length`` again."""
+        """Return to the snapshot; if it is the newest, go on to the state at ``length``."""
         keep = length - snapshot.filled
         assert keep == 0 or snapshot is self._snapshot, "only positions after the newest snapshot can be kept"
-        rows = tuple(torch.cat(parts, 1)[:, :keep] for parts in zip(*self._noted, strict=True))
+        noted, unread = self._noted, []
         self.tensors = snapshot.recurrent
         self._snapshot, self._noted = snapshot, []
-        if keep:
+        for rows, states in noted:
+            given = rows[0].shape[1]
+            count = min(keep, given)
+            if not count:
+                break
+            keep -= count
+            kept = rows if count == given else tuple(row[:, :count] for row in rows)
+            known = states[:count] if count == given or len(states) == given else ()
+            self._noted.append((kept, known))
+            unread = [] if known else [*unread, kept]
+            self.tensors = known[-1] if known else self.tensors
+        if unread:
             assert self._recurrence is not None, "rows were noted since the snapshot"
-            self.commit(self._recurrence, rows, self._recurrence(self.tensors, *rows)[1])
+            joined = tuple(torch.cat(parts, 1) for parts in zip(*unread, strict=True))
+            self.tensors = self._recurrence(self.tensors, *joined)[1][-1]
+            self._noted[-1] = (self._noted[-1][0], (self.tensors,))
 
 
 @final
@@ -221,7 +242,7 @@ class HeldView(LayerView):
         """The recurrent state that is held; None before the first position."""
 
     @abstractmethod
-    def take(self, recurrence: Recurrence, rows: Tensors, tensors: Tensors) -> None:
+    def take(self, recurrence: Recurrence, rows: Tensors, states: tuple[Tensors, ...]) -> None:
         """Take note of the state that the chunk ends with."""
 
     @abstractmethod
@@ -231,8 +252,8 @@ class HeldView(LayerView):
     @final
     def advance(self, recurrence: Recurrence, rows: Tensors) -> Tensor:
         """Continue from the state that is held."""
-        output, tensors = recurrence(self.past(), *rows)
-        self.take(recurrence, rows, tensors)
+        output, states = recurrence(self.past(), *rows)
+        self.take(recurrence, rows, states)
         return output
 
 
@@ -248,7 +269,7 @@ class CacheView(HeldView):
 
     def __init__(self, state: BlockState, plan: StepPlan, window: int | None) -> None:
         self._keys, self._recurrent = state.keys, state.recurrent
-        self._advanced: tuple[Recurrence, Tensors, Tensors] | None = None
+        self._advanced: tuple[Recurrence, Tensors, tuple[Tensors, ...]] | None = None
         self.live_BT = plan.live_BT
         self.mask = None
         if self._keys is not None:
@@ -272,9 +293,9 @@ class CacheView(HeldView):
         assert self._recurrent is not None, "a block without a recurrent state advanced one"
         return self._recurrent.tensors
 
-    def take(self, recurrence: Recurrence, rows: Tensors, tensors: Tensors) -> None:
-        """Take note of the state that the chunk ends with."""
-        self._advanced = (recurrence, rows, tensors)
+    def take(self, recurrence: Recurrence, rows: Tensors, states: tuple[Tensors, ...]) -> None:
+        """Take note of the states that the chunk has passed."""
+        self._advanced = (recurrence, rows, states)
 
     def commit(self) -> None:
         """Make the chunk part of the state."""

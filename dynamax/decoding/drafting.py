@@ -72,6 +72,9 @@ class Speculative(Decoder):
         self._policy = None if policy is None else read_exits(self)[1]
         self.draft_limit = draft_limit
         self.pace = Pace()
+        for place, source in enumerate(self.sources):
+            for match, (right, wrong) in source.tried().items():
+                self.pace.begin((place, match), right, wrong)
 
     def options(self) -> dict[str, object]:
         """Most drafts before a verification, and where they come from."""

@@ -81,6 +81,11 @@ class Pace:
         self._tries: defaultdict[Hashable, Tries] = defaultdict(Tries)
         self._rates: defaultdict[str, Rate] = defaultdict(Rate)
 
+    def begin(self, kind: Hashable, right: int, wrong: int) -> None:
+        """So many drafts of a kind were right and wrong elsewhere; they count for a quarter of the memory at most."""
+        share = min(1.0, MEMORY / 4 / (right + wrong))
+        self._tries[kind] = Tries(1 + share * right, 1 + share * wrong)
+
     def cost(self, length: int) -> float:
         """What a chunk of so many positions takes, in steps of one position."""
         if length == 1:

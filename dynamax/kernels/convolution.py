@@ -11,6 +11,13 @@ FEW = 16
 """Positions up to which all taps at once are faster."""
 
 
+def earlier_windows(x_BTC: Tensor, window_BWC: Tensor) -> tuple[Tensor, ...]:
+    """The windows after each of T positions but the last, whose window ``convolve`` gives."""
+    length, width = x_BTC.shape[1], window_BWC.shape[1]
+    whole_BTC = torch.cat([window_BWC, x_BTC[:, : length - 1]], 1) if length > 1 else window_BWC
+    return tuple(whole_BTC[:, stop : stop + width] for stop in range(1, length))
+
+
 def convolve(
     x_BTC: Tensor, window_BWC: Tensor | None, weight_CK: Tensor, bias_C: Tensor | None, ends_B: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:

@@ -17,6 +17,9 @@ from dynamax.kernels import backend, kernel
 CHUNK = 16
 """Positions scanned at once; more cost more passes over the states, fewer more calls."""
 
+FEW = 5
+"""Positions up to which one by one takes fewer operations."""
+
 
 def scan(
     x_BTC: Tensor, dt_BTC: Tensor, a_CN: Tensor, b_BTN: Tensor, c_BTN: Tensor, state_BCN: Tensor | None
@@ -34,9 +37,36 @@ def scan(
     Returns:
         ``y_BTC`` and the state after the last position.
     """
-    if x_BTC.shape[1] > 1 and backend("mamba_ssm", x_BTC.device, x_BTC.dtype) != "torch":
-        return by_kernel(x_BTC, dt_BTC, a_CN, b_BTN, c_BTN, state_BCN)
-    return chunked(x_BTC, dt_BTC, a_CN, b_BTN, c_BTN, state_BCN)
+    y_BTC, states = scan_states(x_BTC, dt_BTC, a_CN, b_BTN, c_BTN, state_BCN)
+    return y_BTC, states[-1]
+
+
+def scan_states(
+    x_BTC: Tensor, dt_BTC: Tensor, a_CN: Tensor, b_BTN: Tensor, c_BTN: Tensor, state_BCN: Tensor | None
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """``scan``; in place of the last state those after every position where they cost nothing, else the last alone."""
+    length, on_torch = x_BTC.shape[1], backend("mamba_ssm", x_BTC.device, x_BTC.dtype) == "torch"
+    if length == 1 or (on_torch and length <= FEW):
+        return steps(x_BTC, dt_BTC, a_CN, b_BTN, c_BTN, state_BCN)
+    run = chunked if on_torch else by_kernel
+    y_BTC, state_BCN = run(x_BTC, dt_BTC, a_CN, b_BTN, c_BTN, state_BCN)
+    return y_BTC, (state_BCN,)
+
+
+def steps(
+    x_BTC: Tensor, dt_BTC: Tensor, a_CN: Tensor, b_BTN: Tensor, c_BTN: Tensor, state_BCN: Tensor | None
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """``scan`` position by position, with the states after all of them."""
+    decay_BTCN = (dt_BTC.unsqueeze(-1) * a_CN).exp()
+    written_BTCN = (x_BTC * dt_BTC).unsqueeze(-1) * b_BTN.unsqueeze(2)
+    states: list[Tensor] = []
+    parts: list[Tensor] = []
+    for decay_BCN, written_BCN, c_BN in zip(*(z.unbind(1) for z in (decay_BTCN, written_BTCN, c_BTN)), strict=True):
+        after_BCN = written_BCN if state_BCN is None else torch.addcmul(written_BCN, decay_BCN, state_BCN)
+        states.append(after_BCN)
+        parts.append(torch.bmm(after_BCN, c_BN.unsqueeze(-1)).transpose(1, 2))
+        state_BCN = after_BCN
+    return (parts[0] if len(parts) == 1 else torch.cat(parts, 1)), tuple(states)
 
 
 def chunked(

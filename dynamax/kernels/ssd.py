@@ -5,7 +5,7 @@ For each head a state ``s_PN``, with one decay a head and position::
     s_t = exp(dt_t * a) * s_(t-1) + dt_t * x_t b_t'        y_t = s_t c_t
 
 P counts the channels of a head, G the groups of heads that share b and c, Q the positions of a chunk.
-``chunked`` is exact at any chunk size; ``step`` is one position.
+``chunked`` is exact at any chunk size; ``steps`` takes few positions one by one.
 """
 
 from __future__ import annotations
@@ -19,6 +19,12 @@ from dynamax.kernels import backend, kernel
 
 CHUNK = 64
 KERNEL_CHUNK = 64
+
+FEW = 5
+"""Positions up to which one by one is no slower than a chunk on a CPU, whose small products have their overhead."""
+
+LARGE = 1 << 16
+"""Values of state from which on a product with a vector is slower than its two elementwise operations."""
 
 
 def scan(
@@ -37,25 +43,45 @@ def scan(
     Returns:
         ``y_BTHP`` and the state after the last position.
     """
-    if x_BTHP.shape[1] == 1:
-        return step(x_BTHP, dt_BTH, a_H, b_BTGN, c_BTGN, state_BHPN)
-    if backend("mamba_ssm", x_BTHP.device, x_BTHP.dtype) != "torch":
-        return by_kernel(x_BTHP, dt_BTH, a_H, b_BTGN, c_BTGN, state_BHPN)
-    return chunked(x_BTHP, dt_BTH, a_H, b_BTGN, c_BTGN, state_BHPN)
+    y_BTHP, states = scan_states(x_BTHP, dt_BTH, a_H, b_BTGN, c_BTGN, state_BHPN)
+    return y_BTHP, states[-1]
 
 
-def step(
-    x_B1HP: Tensor, dt_B1H: Tensor, a_H: Tensor, b_B1GN: Tensor, c_B1GN: Tensor, state_BHPN: Tensor
-) -> tuple[Tensor, Tensor]:
-    """``scan`` for one position."""
-    rows, _, heads, channels = x_B1HP.shape
-    groups, size = b_B1GN.shape[2:]
-    decay_BH11 = (dt_B1H * a_H).exp().reshape(rows, heads, 1, 1)
-    x_BGS1 = (x_B1HP * dt_B1H.unsqueeze(-1)).reshape(rows, groups, -1, 1)  # S: heads and channels of a group
-    kept_BGSN = (state_BHPN * decay_BH11).reshape(rows, groups, -1, size)
-    state_BGSN = torch.addcmul(kept_BGSN, x_BGS1, b_B1GN.reshape(rows, groups, 1, size))
-    y_GS1 = torch.bmm(state_BGSN.reshape(rows * groups, -1, size), c_B1GN.reshape(rows * groups, size, 1))
-    return y_GS1.reshape(rows, 1, heads, channels), state_BGSN.reshape(rows, heads, channels, size)
+def scan_states(
+    x_BTHP: Tensor, dt_BTH: Tensor, a_H: Tensor, b_BTGN: Tensor, c_BTGN: Tensor, state_BHPN: Tensor
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """``scan``; in place of the last state those after every position where they cost nothing, else the last alone."""
+    length, on_torch = x_BTHP.shape[1], backend("mamba_ssm", x_BTHP.device, x_BTHP.dtype) == "torch"
+    if length == 1 or (on_torch and length <= FEW):
+        return steps(x_BTHP, dt_BTH, a_H, b_BTGN, c_BTGN, state_BHPN)
+    run = chunked if on_torch else by_kernel
+    y_BTHP, state_BHPN = run(x_BTHP, dt_BTH, a_H, b_BTGN, c_BTGN, state_BHPN)
+    return y_BTHP, (state_BHPN,)
+
+
+def steps(
+    x_BTHP: Tensor, dt_BTH: Tensor, a_H: Tensor, b_BTGN: Tensor, c_BTGN: Tensor, state_BHPN: Tensor
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """``scan`` position by position, with the states after all of them. K counts the heads of a group.
+
+    On a CPU a product with a vector runs on one thread, so a large state is multiplied and summed by all.
+    """
+    rows, length, heads, channels = x_BTHP.shape
+    groups, size = b_BTGN.shape[2:]
+    decay_BTGK11 = (dt_BTH * a_H).exp().reshape(rows, length, groups, -1, 1, 1)
+    x_BTGKP1 = (x_BTHP * dt_BTH.unsqueeze(-1)).reshape(rows, length, groups, -1, channels, 1)
+    b_BTG11N = b_BTGN.reshape(rows, length, groups, 1, 1, size)
+    state_BGKPN, states, parts = state_BHPN.reshape(rows, groups, -1, channels, size), [], []
+    large = state_BHPN.numel() > LARGE
+    for decay, x, b, c_BGN in zip(*(z.unbind(1) for z in (decay_BTGK11, x_BTGKP1, b_BTG11N, c_BTGN)), strict=True):
+        state_BGKPN = (state_BGKPN * decay).addcmul_(x, b)
+        states.append(state_BGKPN.reshape(rows, heads, channels, size))
+        if large:
+            y = (state_BGKPN * c_BGN.reshape(rows, groups, 1, 1, size)).sum(-1)
+        else:
+            y = torch.bmm(state_BGKPN.reshape(rows * groups, -1, size), c_BGN.reshape(rows * groups, size, 1))
+        parts.append(y.reshape(rows, 1, heads, channels))
+    return (parts[0] if length == 1 else torch.cat(parts, 1)), tuple(states)
 
 
 def decays(total_T: Tensor) -> Tensor:
@@ -80,26 +106,28 @@ def chunked(
     S counts the heads and channels of a group: they share b and c.
     """
     batch, _, heads, channels = x_BTHP.shape
-    groups = b_BTGN.shape[2]
+    groups, size = b_BTGN.shape[2:]
     parts = []
     for x_BQHP, dt_BQH, b_BQGN, c_BQGN in zip(
         *(rows.split(chunk, 1) for rows in (x_BTHP, dt_BTH, b_BTGN, c_BTGN)), strict=True
     ):
+        length = x_BQHP.shape[1]
         total_BHQ = (dt_BQH * a_H).cumsum(1).transpose(1, 2)
-        left_BHQQ = decays(total_BHQ)
-        x_BHQP = (x_BQHP * dt_BQH[..., None]).transpose(1, 2)
+        left_BHQQ, carried_BHQ = decays(total_BHQ), total_BHQ.exp()
+        x_BHQP = (x_BQHP * dt_BQH.unsqueeze(-1)).transpose(1, 2)
+        # groups of all rows of the batch are the products' batch
+        b_GQN, c_GQN = (z.transpose(1, 2).reshape(batch * groups, length, size) for z in (b_BQGN, c_BQGN))
 
-        scores_BGQQ = c_BQGN.transpose(1, 2) @ b_BQGN.permute(0, 2, 3, 1)
-        weights_BHQQ = (left_BHQQ.unflatten(1, (groups, -1)) * scores_BGQQ[:, :, None]).flatten(1, 2)
-        carried_BGSQ = state_BHPN.reshape(batch, groups, -1, state_BHPN.shape[-1]) @ c_BQGN.permute(0, 2, 3, 1)
-        carried_BHQP = carried_BGSQ.reshape(batch, heads, channels, -1).transpose(2, 3)
-        y_BHQP = torch.addcmul(weights_BHQQ @ x_BHQP, carried_BHQP, total_BHQ.exp()[..., None])
-        parts.append(y_BHQP.transpose(1, 2))
+        scores_GQQ = torch.bmm(c_GQN, b_GQN.transpose(1, 2)).reshape(batch, groups, 1, length, length)
+        weights_HQQ = (left_BHQQ.unflatten(1, (groups, -1)) * scores_GQQ).reshape(batch * heads, length, length)
+        own_BHQP = torch.bmm(weights_HQQ, x_BHQP.reshape(batch * heads, length, channels)).reshape(x_BHQP.shape)
+        before_GSQ = torch.bmm(state_BHPN.reshape(batch * groups, -1, size), c_GQN.transpose(1, 2))
+        before_BHQP = before_GSQ.reshape(batch, heads, channels, length).transpose(2, 3)
+        parts.append(torch.addcmul(own_BHQP, before_BHQP, carried_BHQ.unsqueeze(-1)).transpose(1, 2))
 
-        last_BHPQ = (x_BHQP * left_BHQQ[..., -1, :, None]).transpose(2, 3)
-        written_BGSN = last_BHPQ.reshape(batch, groups, -1, x_BQHP.shape[1]) @ b_BQGN.transpose(1, 2)
-        left_BH11 = total_BHQ[..., -1].exp()[..., None, None]
-        state_BHPN = torch.addcmul(written_BGSN.reshape(state_BHPN.shape), state_BHPN, left_BH11)
+        last_BHPQ = (x_BHQP * left_BHQQ[..., -1, :].unsqueeze(-1)).transpose(2, 3)
+        written_GSN = torch.bmm(last_BHPQ.reshape(batch * groups, -1, length), b_GQN)
+        state_BHPN = torch.addcmul(written_GSN.reshape(state_BHPN.shape), state_BHPN, carried_BHQ[..., -1:, None])
     return (parts[0] if len(parts) == 1 else torch.cat(parts, 1)), state_BHPN
 
 

@@ -7,23 +7,37 @@ import torch
 from torch import Tensor
 
 from dynamax.backbones.cache import Cache
-from dynamax.backbones.state import BlockState, KeyValueState, RecurrentState, StateKind, Tensors
+from dynamax.backbones.state import (
+    REMEMBERED,
+    BlockState,
+    KeyValueState,
+    Recurrence,
+    RecurrentState,
+    StateKind,
+    Tensors,
+)
 from dynamax.types import Memory, Span
 
 
-def decayed_sum(past: Tensors | None, x_BT: Tensor) -> tuple[Tensor, Tensors]:
+def decayed_sum(past: Tensors | None, x_BT: Tensor) -> tuple[Tensor, tuple[Tensors, ...]]:
     """The simplest recurrence whose state depends on the order of its rows."""
     state_B = torch.zeros(len(x_BT)) if past is None else past[0]
     out = []
     for x_B in x_BT.unbind(1):
         state_B = 0.5 * state_B + x_B
         out.append(state_B)
-    return torch.stack(out, 1), (state_B,)
+    return torch.stack(out, 1), ((state_B,),)
 
 
-def read(cell: RecurrentState, *numbers: float) -> None:
+def every_sum(past: Tensors | None, x_BT: Tensor) -> tuple[Tensor, tuple[Tensors, ...]]:
+    """The same, giving the state after every position."""
+    out_BT = decayed_sum(past, x_BT)[0]
+    return out_BT, tuple((out_B,) for out_B in out_BT.unbind(1))
+
+
+def read(cell: RecurrentState, *numbers: float, by: Recurrence = decayed_sum) -> None:
     rows = (torch.tensor([numbers]),)
-    cell.commit(decayed_sum, rows, decayed_sum(cell.tensors, *rows)[1])
+    cell.commit(by, rows, by(cell.tensors, *rows)[1])
 
 
 def held(cell: RecurrentState) -> Tensor:
@@ -32,7 +46,7 @@ def held(cell: RecurrentState) -> Tensor:
 
 
 def state(*numbers: float) -> Tensor:
-    return decayed_sum(None, torch.tensor([numbers]))[1][0]
+    return decayed_sum(None, torch.tensor([numbers]))[1][-1][0]
 
 
 def test_cropped_keys_leave_no_holes() -> None:
@@ -93,6 +107,39 @@ def test_the_first_positions_since_a_snapshot_can_be_kept_again_and_again(keep: 
         cell.crop(2, snapshot)
     read(cell, 6.0)
     assert held(cell).equal(state(1.0, 2.0, 6.0))
+
+
+@pytest.mark.parametrize("keep", range(8))
+def test_states_that_are_known_are_taken_and_the_others_read_again(keep: int) -> None:
+    """Chunks of both kinds in turn; read again is what stands behind the last state that is known."""
+    cell, numbers = RecurrentState(), (3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0)
+    read(cell, 1.0)
+    snapshot = cell.snapshot(1)
+    for chunk, by in (((3.0, 4.0), every_sum), ((5.0, 6.0), decayed_sum), ((7.0, 8.0, 9.0), every_sum)):
+        read(cell, *chunk, by=by)
+    again: list[int] = []
+
+    def counted(past: Tensors | None, x_BT: Tensor) -> tuple[Tensor, tuple[Tensors, ...]]:
+        again.append(x_BT.shape[1])
+        return decayed_sum(past, x_BT)
+
+    cell._recurrence = counted
+    for _ in range(2):
+        cell.crop(1 + keep, snapshot)
+        assert held(cell).equal(state(1.0, *numbers[:keep]))
+    assert again == ([1] if keep == 3 else [])
+    read(cell, 2.0)
+    assert held(cell).equal(state(1.0, *numbers[:keep], 2.0))
+
+
+def test_states_of_late_positions_are_not_held() -> None:
+    cell = RecurrentState()
+    snapshot = cell.snapshot(0)
+    for _ in range(REMEMBERED + 5):
+        read(cell, 1.0, by=every_sum)
+    assert sum(bool(states) for _, states in cell._noted) == REMEMBERED
+    cell.crop(REMEMBERED + 3, snapshot)
+    assert held(cell).equal(state(*[1.0] * (REMEMBERED + 3)))
 
 
 def test_what_was_dropped_is_not_read_again() -> None:

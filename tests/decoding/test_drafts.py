@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import random
 from collections.abc import Sequence
+from fractions import Fraction
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from dynamax.decoding.drafting import Speculative
 from dynamax.decoding.drafts import DraftSource, NGrams, PromptLookup, Suggestion, TokenTable
@@ -41,7 +45,7 @@ def test_lookup_finds_what_a_search_finds(shortest: int, longest: int) -> None:
 
 def test_a_new_text_forgets_the_old_one_in_lookup_and_not_in_the_table() -> None:
     text = [1, 2, 3, 4]
-    for source, found in ((PromptLookup(), None), (TokenTable(), Suggestion(4, 3))):
+    for source, found in ((PromptLookup(), None), (TokenTable(), Suggestion(4, 4))):  # 0.5 + 0.25 + 0.125
         source.begin([[]])
         for end in range(1, 5):
             source.add(0, text[:end])
@@ -59,13 +63,93 @@ def test_the_newest_successor_counts_and_the_oldest_go() -> None:
     assert [grams.get([token]) for token in (2, 3)] == [Suggestion(7, 1), Suggestion(8, 1)]
 
 
-@pytest.mark.parametrize("options", [{"shortest": 0}, {"shortest": 3, "longest": 2}, {"longest": 0}, {"entries": 0}])
-def test_what_makes_no_sense_is_refused(options: dict[str, int]) -> None:
+def shares(seen: list[list[int]], text: list[int], longest: int) -> dict[int, Fraction]:
+    """By search: the share of every token after ``text``, mixed over the lengths of its contexts."""
+    mixed: dict[int, Fraction] = {}
+    rest = Fraction(1)
+    for count in range(min(longest, len(text)), 0, -1):
+        context = text[-count:]
+        after = [row[i + count] for row in seen for i in range(len(row) - count) if row[i : i + count] == context]
+        for token in after:
+            mixed[token] = mixed.get(token, Fraction(0)) + rest / (len(after) + 1)
+        rest /= len(after) + 1
+    return mixed
+
+
+def test_the_table_suggests_a_token_with_its_share() -> None:
+    """Beside a search; the token is one of those that followed a context most often."""
+    dice = random.Random(0)
+    seen = [[min(dice.randrange(6), dice.randrange(6)) for _ in range(40)] for _ in range(6)]
+    table, surenesses = TokenTable(longest=3), set()
+    for row in seen:
+        table.learn(row)
+    for _ in range(200):
+        text = [dice.randrange(6) for _ in range(dice.randrange(1, 6))]
+        found, wanted = table.suggest(0, text), shares(seen, text, 3)
+        assert found is not None
+        assert found.match == sum(
+            wanted[found.token] >= Fraction(edge) for edge in ("1/5", "2/5", "3/5", "4/5", "19/20")
+        )
+        assert wanted[found.token] >= max(wanted.values()) / 2
+        surenesses.add(found.match)
+    assert len(surenesses) >= 3
+    assert TokenTable().suggest(0, [1, 2]) is None
+
+
+def test_the_newest_of_the_most_frequent_is_suggested_and_the_oldest_contexts_go() -> None:
+    table = TokenTable(longest=1, entries=2)
+    for text in ([1, 5], [1, 6], [2, 7], [1, 5], [1, 6]):
+        table.add(0, text)
+    assert table.suggest(0, [1]) == Suggestion(6, 2)  # 2 of 4 + 1
+    table.add(0, [3, 8])
+    assert table.suggest(0, [1]) is None
+    assert [found and found.token for found in (table.suggest(0, [token]) for token in (2, 3))] == [7, 8]
+
+
+def texts_file(file: Path, documents: list[tuple[list[int], int]], **others: torch.Tensor) -> Path:
+    tokens = torch.tensor([token for row, _ in documents for token in row], dtype=torch.int32)
+    stops = torch.tensor(list(itertools.accumulate(len(row) for row, _ in documents)))
+    prompts = torch.tensor([prompt for _, prompt in documents], dtype=torch.int32)
+    save_file({"tokens": tokens, "stops": stops, "prompts": prompts, **others}, file)
+    return file
+
+
+def test_the_table_knows_the_texts_of_a_store_and_how_often_they_would_have_borne_it_out(tmp_path: Path) -> None:
+    """Answers alone; and a share of what was right there makes the beginning of the pace."""
+    texts_file(tmp_path / "shard-00000.safetensors", [([9, 9, 1, 2, 3], 3), ([1, 2, 3], 1)])
+    texts_file(tmp_path / "shard-00001.safetensors", [([1, 2, 4], 0)], top_tokens=torch.zeros(3, 2))
+    table, alone = TokenTable(tmp_path), TokenTable(tmp_path / "shard-00001.safetensors")
+    found = table.suggest(0, [1, 2])
+    assert found is not None
+    assert found.token == 3
+    assert table.suggest(0, [9]) is None  # no part of an answer
+    assert alone.suggest(0, [1, 2]) == Suggestion(4, 3)
+    tried = table.tried()
+    assert sum(right for right, _ in tried.values()) == 3  # 2 after 1 twice, and 3 after 2 once
+    assert sum(wrong for _, wrong in tried.values()) == 1
+    decoder = Speculative(pair("llama")[1], sources=[PromptLookup(), table])
+    for match, (right, wrong) in tried.items():
+        assert decoder.pace._tries[1, match].share == pytest.approx((1 + right) / (2 + right + wrong))
+
+
+def test_texts_that_are_none_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"no texts in .*nowhere; wanted: a store's folder"):
+        TokenTable(tmp_path / "nowhere")
+    save_file({"weight": torch.zeros(2)}, tmp_path / "heads.safetensors")
+    with pytest.raises(UserError, match=r"heads.safetensors holds no texts .* as dynamax cache writes it"):
+        TokenTable(tmp_path)
+
+
+@pytest.mark.parametrize(("longest", "entries"), [(0, 9), (4, 0)])
+def test_a_table_that_makes_no_sense_is_refused(longest: int, entries: int) -> None:
     with pytest.raises(UserError, match="must be at least 1|at most longest"):
-        TokenTable(**options)
-    if "entries" not in options:
-        with pytest.raises(UserError, match="at most longest"):
-            PromptLookup(**options)
+        TokenTable(longest=longest, entries=entries)
+
+
+@pytest.mark.parametrize("options", [{"shortest": 0}, {"shortest": 3, "longest": 2}, {"longest": 0}])
+def test_a_lookup_that_makes_no_sense_is_refused(options: dict[str, int]) -> None:
+    with pytest.raises(UserError, match="at most longest"):
+        PromptLookup(**options)
 
 
 def test_a_decoder_with_nothing_to_draft_from_is_refused() -> None:

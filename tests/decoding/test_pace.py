@@ -61,6 +61,20 @@ def test_drafts_that_do_not_pay_are_tried_again() -> None:
     assert pace.length(["a"]) == 1
 
 
+def test_what_was_right_elsewhere_is_where_a_kind_begins() -> None:
+    """It counts little: a text of another kind is found out soon."""
+    pace = measured({length: 1 + 0.1 * (length - 1) for length in range(1, 6)})
+    pace.begin("good", 900, 100)
+    pace.begin("bad", 1, 999)
+    assert pace.length(["good"] * 4) == 4
+    assert pace.length(["bad"] * 4) == 0
+    for _ in range(200):
+        pace.learn(["good"], 0)
+        pace.learn(["bad"], 1)
+    assert pace.length(["good"] * 4) == 0
+    assert pace.length(["bad"] * 4) == 4
+
+
 def test_kinds_are_apart() -> None:
     pace = measured({length: 1 + 0.1 * (length - 1) for length in range(1, 6)})
     for _ in range(100):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from dynamax.kernels import backend, convolution
-from dynamax.kernels.convolution import convolve
+from dynamax.kernels.convolution import convolve, earlier_windows
 from tests.kernels.installed import install
 
 EXACT = {"rtol": 1e-12, "atol": 1e-12}
@@ -29,6 +29,15 @@ def test_convolution_continues_from_its_window(length, taps):
     arguments = inputs(length, taps)
     for given, wanted in zip(convolve(*arguments), summed(*arguments), strict=True):
         torch.testing.assert_close(given, wanted, **EXACT)
+
+
+@pytest.mark.parametrize("taps", [1, 2, 4])
+@pytest.mark.parametrize("length", [1, 2, 6])
+def test_earlier_windows_are_those_of_shorter_chunks(length, taps):
+    x, window, weight, bias = inputs(length, taps)
+    wanted = [convolve(x[:, :stop], window, weight, bias)[1] for stop in range(1, length)]
+    assert len(earlier_windows(x, window)) == length - 1
+    assert all(map(torch.equal, earlier_windows(x, window), wanted))
 
 
 @pytest.mark.parametrize("length", [1, 6])

@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional as F
 
 from dynamax.kernels import selective
-from dynamax.kernels.selective import by_kernel, chunked, scan
+from dynamax.kernels.selective import FEW, by_kernel, chunked, scan, scan_states
 from tests.kernels.installed import install
 
 EXACT = {"rtol": 1e-12, "atol": 1e-12}
@@ -37,6 +37,19 @@ def looped(x, dt, a, b, c, state):
 def test_chunked_scan_is_the_recurrence(chunk, length):
     arguments = inputs(length=length)
     for given, wanted in zip(chunked(*arguments, chunk=chunk), looped(*arguments), strict=True):
+        torch.testing.assert_close(given, wanted, **EXACT)
+
+
+@pytest.mark.parametrize("fresh", [False, True])
+@pytest.mark.parametrize("length", [1, 2, FEW, FEW + 1])
+def test_few_positions_give_every_state(length, fresh):
+    x, dt, a, b, c, state = inputs(length=length)
+    y, states = scan_states(x, dt, a, b, c, None if fresh else state)
+    state = torch.zeros_like(state) if fresh else state
+    torch.testing.assert_close(y, looped(x, dt, a, b, c, state)[0], **EXACT)
+    assert len(states) == (length if length <= FEW else 1)
+    for stop, given in enumerate(states, length + 1 - len(states)):
+        wanted = looped(x[:, :stop], dt[:, :stop], a, b[:, :stop], c[:, :stop], state)[1]
         torch.testing.assert_close(given, wanted, **EXACT)
 
 

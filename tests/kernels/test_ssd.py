@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from dynamax.kernels import ssd
-from dynamax.kernels.ssd import chunked, decays, scan, step
+from dynamax.kernels.ssd import FEW, LARGE, chunked, decays, scan, scan_states, steps
 from tests.kernels.installed import install
 
 EXACT = {"rtol": 1e-12, "atol": 1e-12}
@@ -46,10 +46,25 @@ def test_chunked_scan_is_the_recurrence(chunk, groups):
 
 
 @pytest.mark.parametrize("groups", [1, 2, 4])
-def test_one_step_is_the_recurrence(groups):
-    arguments = inputs(length=1, groups=groups)
-    for given, wanted in zip(step(*arguments), looped(*arguments), strict=True):
+@pytest.mark.parametrize("length", [1, 3])
+@pytest.mark.parametrize("large", [False, True])
+def test_steps_are_the_recurrence_and_give_every_state(monkeypatch, large, length, groups):
+    x, dt, a, b, c, state = inputs(length=length, groups=groups)
+    monkeypatch.setattr(ssd, "LARGE", 0 if large else LARGE)
+    y, states = steps(x, dt, a, b, c, state)
+    torch.testing.assert_close(y, looped(x, dt, a, b, c, state)[0], **EXACT)
+    assert len(states) == length
+    for stop, given in enumerate(states, 1):
+        wanted = looped(x[:, :stop], dt[:, :stop], a, b[:, :stop], c[:, :stop], state)[1]
         torch.testing.assert_close(given, wanted, **EXACT)
+
+
+@pytest.mark.parametrize("length", [1, 2, FEW, FEW + 1, 30])
+def test_a_scan_of_any_length_is_the_recurrence(length):
+    arguments = inputs(length=length)
+    for given, wanted in zip(scan(*arguments), looped(*arguments), strict=True):
+        torch.testing.assert_close(given, wanted, **EXACT)
+    assert len(scan_states(*arguments)[1]) == (length if length <= FEW else 1)
 
 
 def test_a_long_scan_is_exact_in_float64_and_close_in_float32():
@@ -79,7 +94,8 @@ def test_decays_of_strong_decay_are_finite_and_have_finite_gradients():
 def test_gradients_of_the_scan_are_those_of_the_recurrence():
     x, dt, a, b, c, state = inputs(rows=1, length=5, heads=2, headdim=2, d_state=2)
     tensors = [z.requires_grad_() for z in (x, dt, a, b, c, state)]
-    assert torch.autograd.gradcheck(lambda *z: chunked(*z, chunk=2), tensors)
+    for function in (lambda *z: chunked(*z, chunk=2), scan):
+        assert torch.autograd.gradcheck(function, tensors)
 
 
 def test_the_kernel_is_called_as_it_is_documented(monkeypatch):
