@@ -41,6 +41,7 @@ def contenders(
 ) -> dict[str, Callable[[Tensor], object]]:
     """Name to a function that decodes ``tokens`` tokens after a prompt; ``plain`` is what transformers runs."""
     theirs: Any = (plain or backbone).model
+    theirs.generation_config.eos_token_id = None  # else it may not say the end token, which ours may
     bank = ExitBank({depth: Exit(lens=None, gates=[]) for depth in depths}, backbone.site) if depths else None
 
     def generate(prompt_1T: Tensor) -> Tensor:
