@@ -120,7 +120,7 @@ def compiled(backbone: HFBackbone) -> Callable[[Tensor, int], Tensor]:
         return h
 
     def step(token_11: Tensor, position: int) -> Tensor:
-        h_11D = backbone.model.base_model.embed_tokens(token_11)
+        h_11D = backbone.model.get_input_embeddings()(token_11)
         plan = backbone.plan(h_11D, start=position)
         angles, seen_S = plan.angles(backbone._rotary_types[0]), torch.empty(position + 1)
         assert angles is not None
