@@ -46,6 +46,8 @@ bench: $(READY)
 	$(PY) -m benchmarks.chunks --out benchmarks/results/chunks.json
 	$(PY) -m benchmarks.gates --out benchmarks/results/gates.json
 	$(PY) -m benchmarks.candidates --out benchmarks/results/candidates.json
+	$(PY) -m benchmarks.certified --out benchmarks/results/certified-float16.json
+	$(PY) -m benchmarks.compiled --rounds 3 --out benchmarks/results/compiled-float16.json
 	$(PY) -m benchmarks.store --rounds 5 --out benchmarks/results/store.json
 
 # Every gate on every backbone; the siblings lie in assets/. What is measured already is kept.

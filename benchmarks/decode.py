@@ -1,11 +1,11 @@
 """Decode speed at forced depths beside transformers' generate, interleaved in one process.
 
     python -m benchmarks.decode [--model smollm2] [--prompts 6] [--tokens 32] [--rounds 3] [--device cpu]
-                                [--dtype float32] [--precision float16] [--threads N] [--out FILE]
+                                [--dtype float32] [--precision float16] [--depths 10 20] [--threads N] [--out FILE]
 
-Greedy, batch 1. Each contender decodes each prompt in turn, round after round. The floor of a depth
-is the matrix products of its blocks and of the output matrix, nothing else. Below it lies the time in which memory
-can be read once over those weights, at the rate at which it copies (``bandwidth``).
+Greedy, batch 1. Each contender decodes each prompt in turn, round after round; the tokens of full depth are compared.
+The floor of a depth is the matrix products of its blocks and of the output matrix, nothing else. Below it lies the time
+in which memory can be read once over those weights, at the rate at which it copies (``bandwidth``).
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ def contenders(
 ) -> dict[str, Callable[[Tensor], object]]:
     """Name to a function that decodes ``tokens`` tokens after a prompt; ``plain`` is what transformers runs."""
     theirs: Any = (plain or backbone).model
-    bank = ExitBank({depth: Exit(lens=None, gates=[]) for depth in depths}, backbone.site)
+    theirs.generation_config.eos_token_id = None  # else it may not say the end token, which ours may
+    bank = ExitBank({depth: Exit(lens=None, gates=[]) for depth in depths}, backbone.site) if depths else None
 
     def generate(prompt_1T: Tensor) -> Tensor:
         return theirs.generate(
@@ -142,17 +143,24 @@ def measure(
     rounds: int,
     leave_out: str = "",
     plain: HFBackbone | None = None,
+    said: dict[str, list[Any]] | None = None,
 ) -> dict[str, dict[str, float]]:
-    """Milliseconds a token: decode alone, the prefill's time taken off by a one-token run of the same prompt."""
+    """Milliseconds a token: decode alone, the prefill's time taken off by a one-token run of the same prompt.
+
+    ``said`` takes what each contender answered in the last round, prompt by prompt.
+    """
     longer, shorter = contenders(backbone, depths, tokens, plain), contenders(backbone, depths, 1, plain)
     longer.pop(leave_out, None)
     times: dict[str, list[float]] = {name: [] for name in longer}
     floors: dict[int, list[float]] = {depth: [] for depth in (*depths, backbone.spec.depth)}
     floors_of = {depth: floor(backbone, depth, len(prompts[0])) for depth in floors}
+    said = {} if said is None else said
     for number in range(rounds + 1):
+        said.update({name: [] for name in longer})
         for prompt_1T in prompts if number else prompts[:1]:
             for name in longer:
-                spent = seconds(lambda: longer[name](prompt_1T)) - seconds(lambda: shorter[name](prompt_1T))  # noqa: B023
+                spent = seconds(lambda: said[name].append(longer[name](prompt_1T)))  # noqa: B023
+                spent -= seconds(lambda: shorter[name](prompt_1T))  # noqa: B023
                 if number:
                     times[name].append(1000 * spent / (tokens - 1))
             for depth, known in floors.items():
@@ -165,6 +173,18 @@ def measure(
     for depth, values in floors.items():
         rows[f"floor, depth {depth}"] = summary(values)
     return rows
+
+
+def same_tokens(said: dict[str, list[Any]], depth: int, tokens: int) -> dict[str, int]:
+    """Tokens of full depth that are those of generate, up to the first that differs; of how many; answers alike."""
+    equal = alike = 0
+    pairs = list(zip(said["transformers generate"], said[f"dynamax, all {depth}"], strict=True))
+    for theirs_1T, steps in pairs:
+        ours = [int(step.token_B[0]) for step in steps]
+        differs = [a != b for a, b in zip(theirs_1T[0, -tokens:].tolist(), ours, strict=True)]
+        equal += differs.index(True) if True in differs else tokens
+        alike += True not in differs
+    return {"tokens": equal, "of": tokens * len(pairs), "answers": alike, "prompts": len(pairs)}
 
 
 def summary(values: list[float]) -> dict[str, float]:
@@ -203,11 +223,14 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--precision", default=None, help="of our weights, such as float16; as loaded if left out")
     parser.add_argument("--out", type=Path, default=None)
+    parser.add_argument("--depths", type=int, nargs="*", default=None, help="exits to force; the model's if left out")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    args.depths = CONTESTANTS[args.model].depths if args.depths is None else tuple(args.depths)
     report = measured(args)
-    print(table(report["ms"], CONTESTANTS[args.model].depths, report["depth"]))
+    print(table(report["ms"], args.depths, report["depth"]))
     print(memory(report))
+    print("tokens of full depth that are those of generate: {tokens} of {of}".format(**report["same"]))
     if args.out is not None:
         args.out.write_text(json.dumps(report, indent=1) + "\n")
 
@@ -215,8 +238,7 @@ def main() -> None:
 def measured(args: argparse.Namespace) -> dict[str, Any]:
     """Load the model and measure; the report with all that the figures must come with."""
     backbone, prompts = load(args.model, dtype=args.dtype, device=args.device, prompts=args.prompts)
-    depths = CONTESTANTS[args.model].depths
-    plain = copy.deepcopy(backbone)
+    depths, plain, said = args.depths, copy.deepcopy(backbone), {}
     precision = None if args.precision is None else set_precision(backbone, args.precision)
     rate = bandwidth(torch.device(args.device))
     return {
@@ -225,7 +247,8 @@ def measured(args: argparse.Namespace) -> dict[str, Any]:
         "depth": backbone.spec.depth,
         "bandwidth_gb_s": rate / 1e9,
         "memory_ms": memory_ms(backbone, (*depths, backbone.spec.depth), rate),
-        "ms": measure(backbone, prompts, depths, tokens=args.tokens, rounds=args.rounds, plain=plain),
+        "ms": measure(backbone, prompts, depths, tokens=args.tokens, rounds=args.rounds, plain=plain, said=said),
+        "same": same_tokens(said, backbone.spec.depth, args.tokens),
     }
 
 

@@ -53,6 +53,69 @@ CONTESTANTS = {
             "tie_word_embeddings": True,
         },
     ),
+    "granite-hybrid-small": Contestant(
+        (8,),
+        {
+            "model_type": "granitemoehybrid",
+            "hidden_size": 768,
+            "num_hidden_layers": 16,
+            "layer_types": [*["linear_attention"] * 3, "full_attention"] * 4,
+            "num_attention_heads": 12,
+            "num_key_value_heads": 4,
+            "mamba_n_heads": 24,
+            "mamba_d_head": 64,
+            "mamba_d_state": 128,
+            "mamba_n_groups": 1,
+            "num_local_experts": 0,
+            "num_experts_per_tok": 0,
+            "shared_intermediate_size": 2048,
+            "position_embedding_type": "rope",
+            "vocab_size": 49152,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "pythia-160m": Contestant(
+        (6,),
+        {
+            "model_type": "gpt_neox",
+            "hidden_size": 768,
+            "intermediate_size": 3072,
+            "num_hidden_layers": 12,
+            "num_attention_heads": 12,
+            "vocab_size": 50304,
+            "tie_word_embeddings": False,
+        },
+    ),
+    "gemma3-small": Contestant(
+        (9,),
+        {
+            "model_type": "gemma3_text",
+            "hidden_size": 640,
+            "intermediate_size": 2048,
+            "num_hidden_layers": 18,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 1,
+            "head_dim": 256,
+            "sliding_window": 512,
+            "layer_types": [*["sliding_attention"] * 5, "full_attention"] * 3,
+            "vocab_size": 65536,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "qwen3-small": Contestant(
+        (8,),
+        {
+            "model_type": "qwen3",
+            "hidden_size": 768,
+            "intermediate_size": 2304,
+            "num_hidden_layers": 16,
+            "num_attention_heads": 12,
+            "num_key_value_heads": 4,
+            "head_dim": 64,
+            "vocab_size": 65536,
+            "tie_word_embeddings": True,
+        },
+    ),
     "mistral-7b": Contestant(
         (16, 20, 24, 28),
         {
@@ -86,7 +149,9 @@ CONTESTANTS = {
         },
     ),
 }
-"""By name; DYNAMAX's exits for Mistral-7B v0.3 and Codestral-Mamba-7B."""
+"""By name; small ones of other families have their layouts, with a smaller vocabulary where theirs is very large.
+
+DYNAMAX's exits for Mistral-7B v0.3 and Codestral-Mamba-7B."""
 
 
 def load(name: str, *, dtype: str, device: str, prompts: int) -> tuple[HFBackbone, list[Tensor]]:

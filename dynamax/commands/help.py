@@ -101,7 +101,7 @@ HIDDEN = ("prompt", "model", "command")
 
 def page(command: str, purpose: str) -> str:
     """The page of a command."""
-    usage = {"list": "[KIND]", "info": "[--precision [MODEL]]"}
+    usage = {"list": "[KIND]", "info": "[--precision [MODEL] [--positions N] [--text FILE]]"}
     usage |= {name: f"{first.name} [-c FILE]... [--OPTION VALUE]..." for name, (_, first) in FUNCTIONS.items()}
     shown = usage.get(command, "[-c FILE]... [--OPTION VALUE]...")
     lines = [f"usage: dynamax {command} {shown}".rstrip(), "", f"{purpose[0].upper()}{purpose[1:]}."]

@@ -64,7 +64,28 @@ def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert "as loaded" in printed
 
 
-@pytest.mark.parametrize("given", [["--precison"], ["now"], ["--precision", "a", "b"]])
+def test_the_command_reads_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "text.txt"
+    file.write_text("One two three four. " * 20)
+    info.main(["info", "--precision", str(ROOT / "assets" / "llama"), "--positions", "40", "--text", str(file)])
+    assert "Reading 40 positions in each precision" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"nothing\.txt cannot be read: No such file"):
+        info.main(["info", "--precision", "--text", str(tmp_path / "nothing.txt")])
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        ["--precison"],
+        ["now"],
+        ["--precision", "a", "b"],
+        ["--precision", "--positions"],
+        ["--precision", "a", "--positions", "0"],
+        ["--precision", "--positions", "many"],
+        ["--precision", "--positions", "5", "--positions", "6"],
+        ["--precision", "--pages", "5"],
+    ],
+)
 def test_other_options_are_refused(given: list[str]) -> None:
-    with pytest.raises(UserError, match="wanted: nothing, or --precision"):
+    with pytest.raises(UserError, match=r"wanted: .*--precision \[MODEL\]"):
         info.main(["info", *given])

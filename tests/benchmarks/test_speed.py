@@ -6,7 +6,7 @@ import copy
 import json
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -49,9 +49,34 @@ def test_decode_has_every_contender_and_its_floors(tmp_path: Path, monkeypatch: 
         "floor, depth 1",
         "floor, depth 2",
     ]
+    assert found["same"] == {"tokens": 4, "of": 4, "answers": 1, "prompts": 1}
     backbone, _ = load("tiny", dtype="float32", device="cpu", prompts=1)
     weights = sum(p.numel() for name, p in backbone.model.named_parameters() if "_proj" in name or "embed" in name)
     assert found["memory_ms"]["2"] == pytest.approx(1e3 * 4 * weights / (1e9 * found["bandwidth_gb_s"]))
+
+
+def test_same_tokens_are_counted_up_to_the_first_difference() -> None:
+    steps = [SimpleNamespace(token_B=torch.tensor([token])) for token in (5, 6, 7)]
+    said = {"transformers generate": [torch.tensor([[1, 5, 6, 7]]), torch.tensor([[1, 5, 9, 7]])]}
+    found = decode.same_tokens({**said, "dynamax, all 2": [steps, steps]}, 2, 3)
+    assert found == {"tokens": 4, "of": 6, "answers": 1, "prompts": 2}
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("name", ["granite-hybrid-small", "pythia-160m", "gemma3-small", "qwen3-small"])
+def test_small_shapes_can_be_packed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = models.CONTESTANTS[name].config
+    assert config is not None
+    size = {"num_hidden_layers": 4, "vocab_size": 99} | (
+        {"layer_types": config["layer_types"][-4:]} if "layer_types" in config else {}
+    )
+    monkeypatch.setitem(models.CONTESTANTS, "tiny", Contestant((2,), config | size))
+    plain, (prompt_1T,) = load("tiny", dtype="float32", device="cpu", prompts=1)
+    backbone = copy.deepcopy(plain)
+    set_precision(backbone, "float32")
+    said: dict = {}
+    decode.measure(backbone, [prompt_1T], (), tokens=5, rounds=1, plain=plain, said=said)
+    assert decode.same_tokens(said, 4, 5)["tokens"] == 5
 
 
 def test_chunks_has_every_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
