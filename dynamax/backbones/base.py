@@ -120,9 +120,9 @@ class Backbone(nn.Module, ABC):
             plan = self.plan(h_BTD, cache, start=cache.at(start))
             views = [cache.view(i, plan, self.window(i)) for i in range(start, stop)]
             h_BTD = self.run_blocks(h_BTD, range(start, stop), plan, views)
-            for i, view in zip(range(start, stop), views, strict=True):
+            for view in views:
                 view.commit()
-                cache.passed(i, plan)
+            cache.passed(Span(start, stop), plan)
         return cache.part(span.stop, h_BTD, mine)
 
     def run_blocks(self, h_BTD: Tensor, blocks: Sequence[int], plan: Plan, views: Sequence[LayerView]) -> Tensor:
@@ -136,7 +136,7 @@ class Backbone(nn.Module, ABC):
         self,
         h_BTD: Tensor | None,
         depths: Iterable[int],
-        cache: Cache | None = None,
+        cache: AnyCache | None = None,
         *,
         start: int = 0,
         leave_out: Collection[int] = (),
@@ -152,22 +152,23 @@ class Backbone(nn.Module, ABC):
             leave_out: As for ``run``.
 
         Yields:
-            Each depth, and the positions ``h_BTD`` after as many blocks.
+            Each depth, and the positions ``h_BTD`` after as many blocks. Rows that have left when the next is asked for
+            (``SelectedRows.keep``) go no further.
         """
         paying = h_BTD is None
         if paying:
-            assert cache is not None, "only a cache has debts to pay"
+            assert isinstance(cache, Cache), "the debts of a cache are paid"
             owed = cache.group.debts
             start = min(owed, default=cache.span.stop)
             depths = sorted(depth for depth in {*depths, *owed} if depth > start)
             assert not owed or depths[-1:] == [cache.span.stop], "owed positions that stop below the top would be lost"
         for depth in depths:
-            if paying and cache is not None and (due_BTD := cache.group.due(start)) is not None:
+            if paying and isinstance(cache, Cache) and (due_BTD := cache.group.due(start)) is not None:
                 h_BTD = due_BTD if h_BTD is None else torch.cat([due_BTD, h_BTD], 1)
             assert h_BTD is not None
             h_BTD = self.run(h_BTD, Span(start, depth), cache, leave_out=leave_out)
             yield depth, h_BTD
-            start = depth
+            h_BTD, start = h_BTD if cache is None else cache.going_on(h_BTD), depth
 
     @final
     def settle(self, cache: Cache) -> None:

@@ -134,12 +134,16 @@ class AnyCache(ABC):
         """The newest ``count`` positions of each row; the others are owed before block ``depth``, if that is here."""
 
     @abstractmethod
+    def going_on(self, h_BTD: Tensor) -> Tensor:
+        """Of a chunk that ``part`` gave back, the rows that have not left since."""
+
+    @abstractmethod
     def owe(self, depth: int, h_BTD: Tensor) -> None:
         """The newest positions of each row stopped before block ``depth``."""
 
     @abstractmethod
-    def passed(self, index: int, plan: Plan) -> None:
-        """The chunk has been through a block."""
+    def passed(self, span: Span, plan: Plan) -> None:
+        """The chunk has been through these blocks."""
 
     @abstractmethod
     def peeked(self, index: int, plan: Plan) -> None:
@@ -210,6 +214,7 @@ class Cache(AnyCache):
         self, like: Tensor, start: int, past: int | None = None, *, additive: bool, rotary: Rotary | None
     ) -> StepPlan:
         """A plan for all rows; the newest one is used again for a chunk like its own."""
+        assert past is None or past <= start, f"of positions from {start} on, a block has been through {past - start}"
         key = (start, like.shape[1], start if past is None else past, like.dtype, like.device)
         if self._plan is None or self._plan.key != key:
             self._plan = StepPlan(like, start, self.pad_B, additive=additive, rotary=rotary, past=past)
@@ -237,14 +242,20 @@ class Cache(AnyCache):
             self.group.owe(depth, h_BTD[:, :-count])
         return h_BTD[:, -count:]
 
+    def going_on(self, h_BTD: Tensor) -> Tensor:
+        """All rows: they leave together."""
+        return h_BTD
+
     def owe(self, depth: int, h_BTD: Tensor) -> None:
         """The newest positions stopped before block ``depth``."""
         self.group.owe(depth, h_BTD)
 
-    def passed(self, index: int, plan: Plan) -> None:
-        """The chunk has been through a block."""
-        self.group.filled[index] += plan.length
-        self.peeked(index, plan)
+    def passed(self, span: Span, plan: Plan) -> None:
+        """The chunk has been through these blocks."""
+        for index in range(*span):
+            self.group.filled[index] += plan.length
+            self.calls[index] += 1
+            self.rows[index] += plan.length
 
     def peeked(self, index: int, plan: Plan) -> None:
         """A call of a block."""

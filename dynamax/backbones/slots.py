@@ -7,6 +7,7 @@ fill levels, debts, memories and counts stay where they are.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Collection, Sequence
 from typing import final
 
@@ -84,11 +85,23 @@ class SelectedRows(AnyCache):
         self.rows = [slots.rows[slot] for slot in chosen]
         self._states = slots.states
         self._lengths: list[int] | None = None
+        self._kept: list[int] | None = None
         self._plan: tuple[object, RaggedPlan] | None = None
 
     def only(self, places: Sequence[int]) -> SelectedRows:
         """Those of these rows that stand at some places among them."""
         return SelectedRows(self._all, [self.slots[place] for place in places])
+
+    def keep(self, places: Sequence[int]) -> None:
+        """The other rows leave: from here on these are meant."""
+        self.slots = tuple(self.slots[place] for place in places)
+        self.rows = [self.rows[place] for place in places]
+        self._kept = list(places)
+
+    def going_on(self, h_BTD: Tensor) -> Tensor:
+        """The rows that were kept."""
+        kept, self._kept = self._kept, None
+        return h_BTD if kept is None else h_BTD[kept]
 
     def at(self, depth: int) -> Place:
         """Positions of each row that have been through block ``depth``."""
@@ -104,7 +117,8 @@ class SelectedRows(AnyCache):
         """A plan for these rows; the newest one is used again for a chunk like its own."""
         past = start if past is None else past
         lengths = self._lengths or [like.shape[1]] * len(self.rows)
-        key = (like.shape[1], tuple(lengths), start, past)
+        assert all(map(operator.le, past, start)), f"of positions from {start} on, blocks have been through {past}"
+        key = (like.shape[1], tuple(lengths), start, past, self.slots)
         if self._plan is None or self._plan[0] != key:
             made = RaggedPlan(like, start, past, lengths, self.slots, rotary=rotary)
             self._plan = key, made
@@ -152,21 +166,20 @@ class SelectedRows(AnyCache):
         for row, h_TD in zip(self.rows, h_BTD, strict=True):
             row.group.owe(depth, h_TD[None])
 
-    def passed(self, index: int, plan: Plan) -> None:
-        """The chunk has been through a block."""
-        self._count(index, plan, filled=True)
+    def passed(self, span: Span, plan: Plan) -> None:
+        """The chunk has been through these blocks."""
+        lengths = self._lengths or [plan.length] * len(self.rows)
+        for row, length in zip(self.rows, lengths, strict=True):
+            for index in range(*span):
+                row.group.filled[index] += length
+                row.calls[index] += 1
+                row.rows[index] += length
 
     def peeked(self, index: int, plan: Plan) -> None:
         """The chunk has been through a block that keeps nothing of it."""
-        self._count(index, plan, filled=False)
-
-    def _count(self, index: int, plan: Plan, *, filled: bool) -> None:
-        lengths = self._lengths or [plan.length] * len(self.rows)
-        for row, length in zip(self.rows, lengths, strict=True):
+        for row in self.rows:
             row.calls[index] += 1
-            row.rows[index] += length
-            if filled:
-                row.group.filled[index] += length
+            row.rows[index] += plan.length
 
     def written(self, index: int, plan: Plan) -> None:
         """The chunk's state was written into a block that did not run."""

@@ -97,22 +97,9 @@ class Decoder(ABC):
                 does not fit the context together with ``max_new_tokens``; if forced tokens are too few, or given to a
                 decoder that drafts.
         """
-        check_prompt(prompt_BT, max_new_tokens=max_new_tokens, spec=self.backbone.spec)
-        rows, length = prompt_BT.shape
-        if pad_B is not None and (pad_B.shape != (rows,) or bool(((pad_B < 0) | (pad_B >= length)).any())):
-            raise UserError(
-                f"pad_B is {pad_B.tolist()}; wanted: for each of the {rows} rows, how many of its {length} tokens are "
-                f"padding, from 0 to {length - 1}. Count the padding at the left of each row."
-            )
-        if forced_BT is not None:
-            self._check_forced(forced_BT, rows, max_new_tokens)
-        session = Session(
-            self.backbone,
-            self.exits,
-            self.sampler,
+        session = self.begin(
             prompt_BT,
             max_new_tokens=max_new_tokens,
-            capacity=prompt_BT.shape[1] + max_new_tokens,
             eos_token_id=eos_token_id,
             pad_B=pad_B,
             forced_BT=forced_BT,
@@ -122,6 +109,44 @@ class Decoder(ABC):
             yield replace(step, token_B=session.told(step))
             if session.finished:
                 return
+
+    @final
+    def begin(
+        self,
+        prompt_BT: Tensor,
+        *,
+        max_new_tokens: int,
+        eos_token_id: Sequence[int] = (),
+        pad_B: Tensor | None = None,
+        forced_BT: Tensor | None = None,
+        probe: Probe | None = None,
+        sampler: Sampler | None = None,
+    ) -> Session:
+        """Check a prompt, and open a run that has read nothing yet. Arguments and errors are those of ``decode``.
+
+        ``sampler`` takes the place of the decoder's own.
+        """
+        check_prompt(prompt_BT, max_new_tokens=max_new_tokens, spec=self.backbone.spec)
+        rows, length = prompt_BT.shape
+        if pad_B is not None and (pad_B.shape != (rows,) or bool(((pad_B < 0) | (pad_B >= length)).any())):
+            raise UserError(
+                f"pad_B is {pad_B.tolist()}; wanted: for each of the {rows} rows, how many of its {length} tokens are "
+                f"padding, from 0 to {length - 1}. Count the padding at the left of each row."
+            )
+        if forced_BT is not None:
+            self._check_forced(forced_BT, rows, max_new_tokens)
+        return Session(
+            self.backbone,
+            self.exits,
+            sampler or self.sampler,
+            prompt_BT,
+            max_new_tokens=max_new_tokens,
+            capacity=prompt_BT.shape[1] + max_new_tokens,
+            eos_token_id=eos_token_id,
+            pad_B=pad_B,
+            forced_BT=forced_BT,
+            probe=probe,
+        )
 
     def _check_forced(self, forced_BT: Tensor, rows: int, max_new_tokens: int) -> None:
         if self.drafts:

@@ -8,21 +8,21 @@ it would get alone, but for ties in the last digits of a sum.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple, final
 
 import torch
 from torch import Tensor
 
 from dynamax.backbones.slots import SelectedRows, Slots
-from dynamax.decoding.base import Decoder, check_prompt
+from dynamax.decoding.base import Decoder
 from dynamax.decoding.early_exit import EarlyExit
 from dynamax.decoding.full import Full
 from dynamax.decoding.sampling import Greedy, Sampler
 from dynamax.decoding.session import Session, newest
 from dynamax.errors import UserError
-from dynamax.types import Evidence, Past, Span, Step, Work
+from dynamax.types import NO_WORK, Evidence, Past, Span, Step, Work
 
 
 class Told(NamedTuple):
@@ -41,14 +41,12 @@ class Told(NamedTuple):
 
 @dataclass
 class Row:
-    """A request that has been submitted, and its run once it has begun.
+    """A request.
 
     Attributes:
         ticket: Its number.
-        prompt_1T: What it goes on from.
-        max_new_tokens: Most tokens it gets.
+        session: Its run.
         eos_token_id: Tokens that end it.
-        sampler: Draws its tokens.
         told: Tokens it has got.
         token: The newest one.
         counted: Work of its run that earlier steps have accounted for.
@@ -56,26 +54,17 @@ class Row:
     """
 
     ticket: int
-    prompt_1T: Tensor
-    max_new_tokens: int
-    eos_token_id: Sequence[int]
-    sampler: Sampler
+    session: Session
+    eos_token_id: Collection[int]
     told: int = 0
     token: int = 0
-    counted: Work | None = None
+    counted: Work = NO_WORK
     reads: tuple[tuple[int, int], ...] = ()
-    _session: Session | None = field(default=None, repr=False)
-
-    @property
-    def session(self) -> Session:
-        """Its run."""
-        assert self._session is not None, "it has begun"
-        return self._session
 
     def end(self, step: Step, token: int) -> Told:
         """Take note of a token; whether it was the last."""
         self.told, self.token = self.told + 1, token
-        return Told(self.ticket, step, token in self.eos_token_id or self.told == self.max_new_tokens)
+        return Told(self.ticket, step, token in self.eos_token_id or self.told == self.session.max_new_tokens)
 
 
 @final
@@ -98,6 +87,7 @@ class Scheduler:
             raise UserError(f"{reason} Answer its prompts one after the other, or choose another decoder.")
         self.backbone = decoder.backbone
         self.rows = rows
+        self._decoder = decoder
         self._exits, self._policy = decoder.exits, decoder.policy
         self._rule = decoder.skipped_state if isinstance(decoder, EarlyExit) else None
         self._gates = None if self._exits is None else self._exits.recordings()
@@ -123,18 +113,17 @@ class Scheduler:
             prompt_1T: Token ids of one text.
             max_new_tokens: Most tokens to generate.
             eos_token_id: Tokens that end it.
-            sampler: How its tokens are drawn, its own; greedy by default.
+            sampler: How its tokens are drawn, its own; the decoder's if left out, which then goes from row to row.
 
         Raises:
             UserError: If the prompt is not token ids of the vocabulary, or does not fit the context.
         """
-        check_prompt(prompt_1T, max_new_tokens=max_new_tokens, spec=self.backbone.spec)
+        session = self._decoder.begin(prompt_1T, max_new_tokens=max_new_tokens, sampler=sampler)
         if len(prompt_1T) != 1:
             raise UserError(f"A request has one prompt; {len(prompt_1T)} were given. Submit them one by one.")
         self._tickets += 1
-        row = Row(self._tickets, prompt_1T, max_new_tokens, tuple(eos_token_id), sampler or Greedy())
-        self._waiting.append(row)
-        return row.ticket
+        self._waiting.append(Row(self._tickets, session, frozenset(eos_token_id)))
+        return self._tickets
 
     @torch.inference_mode()
     def cancel(self, ticket: int) -> None:
@@ -165,18 +154,10 @@ class Scheduler:
 
     def _begin(self, row: Row) -> Told:
         """Read a prompt at full depth; the run moves into a slot."""
-        session = Session(
-            self.backbone,
-            self._exits,
-            row.sampler,
-            row.prompt_1T,
-            max_new_tokens=row.max_new_tokens,
-            capacity=row.prompt_1T.shape[1],
-        )
-        step = session.prefill()
-        row._session, row.counted = session, session.cache.work()
-        session.history.keep = max(1, 0 if self._policy is None else self._policy.recent)
-        self._slots.add(session.cache)
+        step = row.session.prefill()
+        row.counted = row.session.cache.work()
+        row.session.history.keep = max(1, 0 if self._policy is None else self._policy.recent)
+        self._slots.add(row.session.cache)
         self._running.append(row)
         return row.end(step, int(step.token_B))
 
@@ -193,30 +174,31 @@ class Scheduler:
 
     def _step(self) -> list[Told]:
         rows, told, policy = list(self._running), [], self._policy
-        token_R = torch.tensor([row.token for row in rows], device=rows[0].prompt_1T.device)
+        token_R = torch.tensor([row.token for row in rows], device=rows[0].session.prompt_BT.device)
         for row, token_1 in zip(rows, token_R.split(1), strict=True):
             row.session.history.read(token_1)
         chosen = self._slots.select(range(len(rows)))
-        h_R1D, at = self.backbone.embed(token_R[:, None], chosen), 0
         trail: list[Evidence] = []
         read: list[Evidence] = []
-        for depth in self._depths:
-            h_R1D = self.backbone.run(h_R1D, Span(at, depth), chosen)
+        total = self.backbone.spec.depth
+        start_R1D = self.backbone.embed(token_R[:, None], chosen)
+        for depth, h_R1D in self.backbone.walk(start_R1D, [*self._depths, total], chosen):
+            if depth == total:
+                told += self._tell(rows, self.backbone.unembed(h_R1D)[:, 0], read, total)
+                break
             evidence = self._evidence(depth, h_R1D, rows, chosen, trail)
             assert policy is not None, "exits come with a policy"
             leave = policy(evidence).tolist()
-            read, trail, at = [*read, evidence], [*trail, evidence], depth
+            read, trail = [*read, evidence], [*trail, evidence]
             if any(leave):
-                out = [index for index, left in enumerate(leave) if left]
+                out = [place for place, left in enumerate(leave) if left]
                 told += self._leave(evidence, h_R1D[out], [rows[i] for i in out], chosen.only(out), out, read)
-                on = [index for index, left in enumerate(leave) if not left]
+                on = [place for place, left in enumerate(leave) if not left]
                 if not on:
-                    return told
-                rows, h_R1D, chosen = [rows[i] for i in on], h_R1D[on], chosen.only(on)
-                trail = [earlier.select(on) for earlier in trail]
-        total = self.backbone.spec.depth
-        h_R1D = self.backbone.run(h_R1D, Span(at, total), chosen)
-        return told + self._tell(rows, self.backbone.unembed(h_R1D)[:, 0], read, total)
+                    break
+                chosen.keep(on)
+                rows, trail = [rows[i] for i in on], [earlier.select(on) for earlier in trail]
+        return told
 
     def _evidence(
         self, depth: int, h_R1D: Tensor, rows: Sequence[Row], chosen: SelectedRows, trail: Sequence[Evidence]
@@ -273,9 +255,9 @@ class Scheduler:
         """Draw the next token of rows that have come to the same depth, and account for it."""
         total = self.backbone.spec.depth
         token_R = logits_RV.argmax(-1)
-        if any(type(row.sampler) is not Greedy for row in rows):
+        if any(type(row.session.sampler) is not Greedy for row in rows):
             token_R = torch.cat(
-                [row.sampler(logits_1V) for row, logits_1V in zip(rows, logits_RV.split(1), strict=True)]
+                [row.session.sampler(logits_1V) for row, logits_1V in zip(rows, logits_RV.split(1), strict=True)]
             )
         reads = tuple((evidence.depth, 1) for evidence in read if evidence.logits_read)
         gates = tuple((evidence.depth, gate) for evidence in read for gate in evidence.gates_read)
@@ -287,7 +269,6 @@ class Scheduler:
             rows, token_R.split(1), token_R.tolist(), logits_RV.split(1), strict=True
         ):
             work, before = row.session.cache.work(), row.counted
-            assert before is not None
             row.session.history.say(logits_1V)
             step = Step(token_1, depth_1, logits_1V, reads + row.reads + top, gates, work - before, rows_read=few)
             row.counted, row.reads = work, ()
