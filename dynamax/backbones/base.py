@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from dynamax.backbones.cache import Cache
-from dynamax.backbones.plan import Rotary, StepPlan
+from dynamax.backbones.plan import AngleTable, Rotary, StepPlan
 from dynamax.backbones.state import CacheView, LayerView, NoCacheView, StateKind
 from dynamax.errors import UserError
 from dynamax.types import BlockCost, Site, Span, Spec
@@ -224,7 +224,10 @@ class Backbone(nn.Module, ABC):
         if cache is not None and cache.plan is not None and cache.plan.key == key:
             return cache.plan
         pad_B = None if cache is None else cache.pad_B
-        plan = StepPlan(h_BTD, start, pad_B, additive=self.additive_masks, rotary=self.rotary, past=past)
+        rotary, table = self.rotary, None
+        if cache is not None and rotary is not None:
+            table = cache.angles = cache.angles or AngleTable(rotary, self.spec.context)
+        plan = StepPlan(h_BTD, start, pad_B, additive=self.additive_masks, rotary=rotary, past=past, table=table)
         if cache is not None:
             cache.plan = plan
         return plan

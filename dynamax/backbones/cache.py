@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dynamax.backbones.plan import StepPlan
+from dynamax.backbones.plan import AngleTable, StepPlan
 from dynamax.backbones.state import BlockState, Snapshot, StateKind
 from dynamax.types import Memory, Span, Work
 
@@ -118,6 +118,7 @@ class Cache:
         self.writes = [0] * span.stop
         self.memories: dict[tuple[int, str], Memory] = {}
         self.plan: StepPlan | None = None
+        self.angles: AngleTable | None = None
 
     @property
     def length(self) -> int:

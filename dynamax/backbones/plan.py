@@ -16,6 +16,35 @@ from torch import Tensor
 Rotary = Callable[[Tensor, Tensor, str | None], tuple[Tensor, Tensor]]
 """``(h_BTD, positions_BT, kind) -> (cos, sin)``; only the dtype and the device of ``h_BTD`` matter."""
 
+AHEAD = 64
+"""Positions whose angles are worked out at once, at least."""
+
+
+@final
+class AngleTable:
+    """Rotary angles of the positions of one run without padding, worked out for many positions at once.
+
+    A chunk of one position takes as many operations for its angles as one of a hundred, and an owed position would
+    have its angles made again.
+
+    Args:
+        rotary: The model's.
+        context: Positions that it accepts; no angle is asked for beyond, since some models then change them all.
+    """
+
+    def __init__(self, rotary: Rotary, context: int) -> None:
+        self._rotary, self._context = rotary, context
+        self._known: dict[tuple[str | None, torch.dtype, torch.device], tuple[Tensor, Tensor]] = {}
+
+    def span(self, like: Tensor, start: int, stop: int, kind: str | None) -> tuple[Tensor, Tensor]:
+        """Cosine and sine of positions ``[start, stop)``, ``[1, T, R]``; dtype and device as for ``Rotary``."""
+        key = kind, like.dtype, like.device
+        if key not in self._known or self._known[key][0].shape[1] < stop:
+            size = max(stop, min(2 * stop, stop + 16 * AHEAD, self._context), min(AHEAD, self._context))
+            self._known[key] = self._rotary(like, torch.arange(size, device=like.device)[None], kind)
+        cos, sin = self._known[key]
+        return cos[:, start:stop], sin[:, start:stop]
+
 
 @final
 class StepPlan:
@@ -28,6 +57,7 @@ class StepPlan:
         additive: True where attention adds its mask (eager), False where it takes booleans (sdpa).
         rotary: ``(h_BTD, positions_BT, kind) -> (cos, sin)``, or None for a model without.
         past: Keys held from before the chunk; ``start`` unless positions are owed.
+        table: Angles of a run without padding; None to work out those of this chunk alone.
 
     Attributes:
         rows: Rows of the batch.
@@ -44,6 +74,7 @@ class StepPlan:
         additive: bool = False,
         rotary: Rotary | None = None,
         past: int | None = None,
+        table: AngleTable | None = None,
     ) -> None:
         self.start = start
         self.rows = like.shape[0]
@@ -54,6 +85,7 @@ class StepPlan:
         self._like = like.new_empty(0)
         self._additive = additive
         self._rotary = rotary
+        self._table = table if pad_B is None else None
         self._angles: dict[str | None, tuple[Tensor, Tensor]] = {}
         self._masks: dict[tuple[int | None, frozenset[int]], Tensor] = {}
 
@@ -76,7 +108,10 @@ class StepPlan:
         if self._rotary is None:
             return None
         if kind not in self._angles:
-            self._angles[kind] = self._rotary(self._like, self.positions_BT, kind)
+            if self._table is None:
+                self._angles[kind] = self._rotary(self._like, self.positions_BT, kind)
+            else:
+                self._angles[kind] = self._table.span(self._like, self.start, self.start + self.length, kind)
         return self._angles[kind]
 
     def first_key(self, window: int | None) -> int:
@@ -102,7 +137,10 @@ class StepPlan:
             return self._masks[key]
         device = self._like.device
         rows_T = torch.arange(self.start, self.start + self.length, device=device)
-        keys_K = torch.cat([torch.arange(self.first_key(window), self.past, device=device), rows_T])
+        if self.past == self.start:
+            keys_K = torch.arange(self.first_key(window), self.start + self.length, device=device)
+        else:
+            keys_K = torch.cat([torch.arange(self.first_key(window), self.past, device=device), rows_T])
         seen_TK = keys_K[None] <= rows_T[:, None]
         if window is not None:
             seen_TK &= keys_K[None] > rows_T[:, None] - window

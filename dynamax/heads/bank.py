@@ -85,8 +85,8 @@ class ExitBank(nn.Module):
     def select_gates(self, names: Collection[str] | None, *, depths: Collection[int] | None = None) -> ExitBank:
         """A bank of the same heads with the named gates alone, so that other recurrent gates are not run.
 
-        Names are those of classes; None keeps all. With ``depths``, only the exits there. A UserError if a gate is named
-        that no exit has.
+        Names are those of classes; None keeps all. With ``depths``, only the exits there are kept. A UserError if a
+        gate is named that no exit has.
         """
         kept_depths = self.depths if depths is None else [depth for depth in self.depths if depth in depths]
         if names is None and len(kept_depths) == len(self.depths):
