@@ -83,7 +83,8 @@ def test_the_choice_is_what_saves_most_without_more_errors_than_are_wanted() -> 
     assert (best.policy.depths, best.leaves) == ((9,), pytest.approx(0.4))
     assert choose(said, cost, 0.9)["MambaGate"].saves == pytest.approx(best.saves - 250)
     assert "LinearGate, CandidateProb" not in choose(said, cost, 1.0)  # its tokens are never right
-    assert everywhere(said, 0.9)["LinearGate, all exits"].threshold == pytest.approx(0.705, abs=0.01)
+    level = everywhere(said, 0.9)["LinearGate, all exits"].threshold  # exit 8 is asked first
+    assert level == pytest.approx(0.605, abs=0.01)
 
 
 def test_a_perfect_gate_leaves_where_exits_are_right() -> None:

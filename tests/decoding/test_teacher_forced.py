@@ -30,7 +30,7 @@ POLICIES: list[TerminationPolicy] = [
     GateConfidence(0.5, gate="LinearGate"),
     Decaying(MaxProb(0.2), temperature=4.0, horizon=20),
     AnyOf([MaxProb(0.3), GateConfidence(0.6, gate="LinearGate")]),
-    OnlyAt(Patience(2), [2, 5]),
+    OnlyAt(Patience(2), [2, 3]),
     OnlyAt(Saturation(0.8), [3, 5]),
     OnlyAt(GateConfidence(0.5, gate="MambaGate"), [3]),
 ]
