@@ -117,28 +117,28 @@ class OnlyAt(TerminationPolicy):
         if not depths:
             raise UserError("OnlyAt was given no depths. Name the exits where the policy is asked, or use Never.")
         self.policy = policy
-        self.depths = tuple(sorted(set(depths)))
+        self.depths = self._asked = tuple(sorted(set(depths)))
         self.threshold = policy.threshold
         self.gates = policy.gates
         self.recent = policy.recent
-        self.made_of = (policy.label, *map(str, self.depths))
+        self.made_of = (policy.label, *map(str, self._asked))
 
     def __call__(self, evidence: Evidence) -> Tensor:
         """What the policy says at its depths; elsewhere no row leaves, and nothing is read."""
-        if evidence.depth in self.depths:
+        if evidence.depth in self._asked:
             return self.policy(evidence)
         return evidence.hidden.new_zeros(len(evidence.hidden), dtype=torch.bool)
 
     def at(self, threshold: float) -> Self:
         """The inner policy at another threshold, at the same depths."""
-        return type(self)(self.policy.at(threshold), list(self.depths))
+        return type(self)(self.policy.at(threshold), list(self._asked))
 
     def validate(self, depths: Sequence[int]) -> None:
         """Refuse a depth at which there is no exit; check the inner policy against the depths here."""
-        missing = [depth for depth in self.depths if depth not in depths]
+        missing = [depth for depth in self._asked if depth not in depths]
         if missing:
             raise UserError(
-                f"OnlyAt was given the depths {list(self.depths)}, but the exits are at {sorted(depths)}. Name some of "
+                f"OnlyAt was given the depths {list(self._asked)}, but the exits are at {sorted(depths)}. Name some of "
                 f"these, or add an exit at {missing[0]}."
             )
-        self.policy.validate(self.depths)
+        self.policy.validate(self._asked)
