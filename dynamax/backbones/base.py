@@ -221,7 +221,9 @@ class Backbone(nn.Module, ABC):
         """
         if cache is None:
             return StepPlan(h_BTD, start, additive=self.additive_masks, rotary=self.rotary, past=past)
-        return cache.plan(h_BTD, start, past, additive=self.additive_masks, rotary=self.rotary)
+        return cache.plan(
+            h_BTD, start, past, additive=self.additive_masks, rotary=self.rotary, context=self.spec.context
+        )
 
     @final
     def site(self, depth: int, cache: AnyCache | None = None) -> Site:

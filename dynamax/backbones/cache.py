@@ -16,7 +16,7 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from dynamax.backbones.plan import Plan, Rotary, StepPlan
+from dynamax.backbones.plan import AngleTable, Plan, Rotary, StepPlan
 from dynamax.backbones.state import BlockState, CacheView, HeldView, Snapshot, StateKind
 from dynamax.types import Memory, Span, Work
 
@@ -114,8 +114,9 @@ class AnyCache(ABC):
         *,
         additive: bool,
         rotary: Rotary | None,
+        context: int,
     ) -> Plan:
-        """Positions and masks of a chunk; see ``Backbone.plan``."""
+        """Positions and masks of a chunk; see ``Backbone.plan``. ``context`` is the backbone's."""
 
     @abstractmethod
     def view(self, index: int, plan: Plan, window: int | None) -> HeldView:
@@ -189,6 +190,7 @@ class Cache(AnyCache):
         self.writes = [0] * span.stop
         self.memories: dict[tuple[int, str], Memory] = {}
         self._plan: StepPlan | None = None
+        self._angles: AngleTable | None = None
 
     @property
     def length(self) -> int:
@@ -211,13 +213,16 @@ class Cache(AnyCache):
         return self.length - count
 
     def plan(
-        self, like: Tensor, start: int, past: int | None = None, *, additive: bool, rotary: Rotary | None
+        self, like: Tensor, start: int, past: int | None = None, *, additive: bool, rotary: Rotary | None, context: int
     ) -> StepPlan:
         """A plan for all rows; the newest one is used again for a chunk like its own."""
         assert past is None or past <= start, f"of positions from {start} on, a block has been through {past - start}"
         key = (start, like.shape[1], start if past is None else past, like.dtype, like.device)
         if self._plan is None or self._plan.key != key:
-            self._plan = StepPlan(like, start, self.pad_B, additive=additive, rotary=rotary, past=past)
+            if self._angles is None and rotary is not None:
+                self._angles = AngleTable(rotary, context)
+            options: dict[str, Any] = {"additive": additive, "rotary": rotary, "past": past, "table": self._angles}
+            self._plan = StepPlan(like, start, self.pad_B, **options)
         return self._plan
 
     def view(self, index: int, plan: Plan, window: int | None) -> CacheView:

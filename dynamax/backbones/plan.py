@@ -17,6 +17,35 @@ from torch import Tensor
 Rotary = Callable[[Tensor, Tensor, str | None], tuple[Tensor, Tensor]]
 """``(h_BTD, positions_BT, kind) -> (cos, sin)``; only the dtype and the device of ``h_BTD`` matter."""
 
+AHEAD = 64
+"""Positions whose angles are worked out at once, at least."""
+
+
+@final
+class AngleTable:
+    """Rotary angles of the positions of one run without padding, worked out for many positions at once.
+
+    A chunk of one position takes as many operations for its angles as one of a hundred, and an owed position would
+    have its angles made again.
+
+    Args:
+        rotary: The model's.
+        context: Positions that it accepts; no angle is asked for beyond, since some models then change them all.
+    """
+
+    def __init__(self, rotary: Rotary, context: int) -> None:
+        self._rotary, self._context = rotary, context
+        self._known: dict[tuple[str | None, torch.dtype, torch.device], tuple[Tensor, Tensor]] = {}
+
+    def span(self, like: Tensor, start: int, stop: int, kind: str | None) -> tuple[Tensor, Tensor]:
+        """Cosine and sine of positions ``[start, stop)``, ``[1, T, R]``; dtype and device as for ``Rotary``."""
+        key = kind, like.dtype, like.device
+        if key not in self._known or self._known[key][0].shape[1] < stop:
+            size = max(stop, min(2 * stop, stop + 16 * AHEAD, self._context), min(AHEAD, self._context))
+            self._known[key] = self._rotary(like, torch.arange(size, device=like.device)[None], kind)
+        cos, sin = self._known[key]
+        return cos[:, start:stop], sin[:, start:stop]
+
 
 class Plan(ABC):
     """What the host prepares for one chunk; all blocks that the chunk passes share it.
@@ -65,8 +94,12 @@ class Plan(ABC):
         if self._rotary is None:
             return None
         if kind not in self._angles:
-            self._angles[kind] = self._rotary(self._like, self.positions_BT, kind)
+            self._angles[kind] = self.make_angles(self._rotary, kind)
         return self._angles[kind]
+
+    def make_angles(self, rotary: Rotary, kind: str | None) -> tuple[Tensor, Tensor]:
+        """See ``angles``."""
+        return rotary(self._like, self.positions_BT, kind)
 
     @final
     def as_mask(self, seen: Tensor) -> Tensor:
@@ -88,6 +121,7 @@ class StepPlan(Plan):
         additive: As for ``Plan``.
         rotary: As for ``Plan``.
         past: Keys held from before the chunk; ``start`` unless positions are owed.
+        table: Angles of a run without padding; None to work out those of this chunk alone.
 
     Attributes:
         key: Positions, dtype and device: two plans of one run with equal keys are the same.
@@ -102,11 +136,13 @@ class StepPlan(Plan):
         additive: bool = False,
         rotary: Rotary | None = None,
         past: int | None = None,
+        table: AngleTable | None = None,
     ) -> None:
         super().__init__(like, additive=additive, rotary=rotary)
         self.start = start
         self.past = self.place = start if past is None else past
         self.pad_B = pad_B
+        self._table = table if pad_B is None else None
         self.key = (self.start, self.length, self.past, like.dtype, like.device)
         self._masks: dict[tuple[int | None, frozenset[int]], Tensor] = {}
 
@@ -121,6 +157,12 @@ class StepPlan(Plan):
             return None
         rows_T = torch.arange(self.start, self.start + self.length, device=self._like.device)
         return rows_T >= self.pad_B[:, None]
+
+    def make_angles(self, rotary: Rotary, kind: str | None) -> tuple[Tensor, Tensor]:
+        """From the run's table, where there is one."""
+        if self._table is None:
+            return super().make_angles(rotary, kind)
+        return self._table.span(self._like, self.start, self.start + self.length, kind)
 
     def first_key(self, window: int | None) -> int:
         """The oldest position that a row of the chunk may attend to; of keys held, those from there on are read."""
@@ -145,7 +187,10 @@ class StepPlan(Plan):
             return self._masks[key]
         device = self._like.device
         rows_T = torch.arange(self.start, self.start + self.length, device=device)
-        keys_K = torch.cat([torch.arange(self.first_key(window), self.past, device=device), rows_T])
+        if self.past == self.start:
+            keys_K = torch.arange(self.first_key(window), self.start + self.length, device=device)
+        else:
+            keys_K = torch.cat([torch.arange(self.first_key(window), self.past, device=device), rows_T])
         seen_TK = keys_K[None] <= rows_T[:, None]
         if window is not None:
             seen_TK &= keys_K[None] > rows_T[:, None] - window

@@ -112,7 +112,14 @@ class SelectedRows(AnyCache):
         return tuple(row.length - count for row in self.rows)
 
     def plan(
-        self, like: Tensor, start: Place, past: Place | None = None, *, additive: bool, rotary: Rotary | None
+        self,
+        like: Tensor,
+        start: Place,
+        past: Place | None = None,
+        *,
+        additive: bool,
+        rotary: Rotary | None,
+        context: int,
     ) -> RaggedPlan:
         """A plan for these rows; the newest one is used again for a chunk like its own."""
         past = start if past is None else past

@@ -46,7 +46,7 @@ class Decoder(ABC):
     ) -> None:
         if exits is not None and policy is not None:
             policy.validate(exits.depths)
-            exits = exits.select_gates(policy.gates)
+            exits = exits.select_gates(policy.gates, depths=policy.depths)
         self.backbone = backbone
         self.exits = exits
         self.policy = policy

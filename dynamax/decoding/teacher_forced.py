@@ -7,7 +7,7 @@ last block is the exception: here it sees the exit's states of earlier positions
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple, final
 
@@ -20,7 +20,7 @@ from dynamax.decoding.history import most_likely
 from dynamax.errors import UserError
 from dynamax.heads.bank import ExitBank
 from dynamax.policies.base import TerminationPolicy
-from dynamax.types import Evidence, Past
+from dynamax.types import Evidence, Past, Site
 
 
 class PolicyPath(NamedTuple):
@@ -63,18 +63,28 @@ class TeacherForcedPass:
                 f"{backbone.spec.context}. Lower the task's window, or shorten its prompts."
             )
         self.total = backbone.spec.depth
-        self.exits: list[Evidence] = []
-        past = Past(partial(prefixes, tokens_1T, start), self._likely)
-        step_T = torch.arange(length - start, device=tokens_1T.device)
+        self._bank, self._start = exits, start
+        self._past = Past(partial(prefixes, tokens_1T, start), self._likely)
+        self._states: list[tuple[Site, Tensor]] = []
         depths = () if exits is None else exits.depths
         h_1TD = embedded_1TD = backbone.embed(tokens_1T)
         for depth, h_1TD in backbone.walk(embedded_1TD, [*depths, self.total]):
-            if exits is not None and depth < self.total:
-                site = backbone.site(depth)
-                pick: Callable[[Tensor], Tensor] = lambda x_1T: x_1T[0, start:]  # noqa: E731
-                evidence = exits.evidence(site, h_1TD, pick=pick, step=step_T, trail=self.exits, past=past)
-                self.exits.append(evidence)
+            if depth < self.total:
+                self._states.append((backbone.site(depth), h_1TD))
         self.logits_TV = backbone.unembed(h_1TD[:, start:])[0]
+        self.exits = self._evidence(depths)
+        self._some: dict[tuple[int, ...], list[Evidence]] = {}
+
+    def _evidence(self, depths: Sequence[int]) -> list[Evidence]:
+        """Evidence of the exits at some depths, as if there were no others."""
+        trail: list[Evidence] = []
+        step_T = torch.arange(len(self.logits_TV), device=self.logits_TV.device)
+        pick: Callable[[Tensor], Tensor] = lambda x_1T: x_1T[0, self._start :]  # noqa: E731
+        for site, h_1TD in self._states:
+            if self._bank is not None and site.depth in depths:
+                given = {"pick": pick, "step": step_T, "trail": trail, "past": self._past}
+                trail.append(self._bank.evidence(site, h_1TD, **given))
+        return trail
 
     def _likely(self, steps: int, count: int) -> list[list[int]]:
         """Of each position, what the top said at the positions before it."""
@@ -94,11 +104,15 @@ class TeacherForcedPass:
                     f"The policy {policy.label} was given, but there are no exits. Load the model with some."
                 )
             policy.validate([evidence.depth for evidence in self.exits])
+        read = self.exits
+        if policy is not None and policy.depths is not None:
+            depths = tuple(sorted(policy.depths))
+            read = self._some[depths] = self._some.get(depths) or self._evidence(depths)
         logits_TV = self.logits_TV.clone()
         depth_T = torch.full(logits_TV.shape[:1], self.total, device=logits_TV.device)
         stays_T = torch.ones_like(depth_T, dtype=torch.bool)
         stays_T[:1] = False
-        for evidence in self.exits if policy is not None else ():
+        for evidence in read if policy is not None else ():
             assert policy is not None
             leaves_T = policy(evidence) & stays_T
             if leaves_T.any():

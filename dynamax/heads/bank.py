@@ -62,15 +62,17 @@ class ExitBank(nn.Module):
         self._recordings = GateRecordings()
         self.recurrent_depths = tuple(d for d in self.depths if any(gate.recurrent for gate in self.gates(d).values()))
 
-    def select_gates(self, names: Collection[str] | None) -> ExitBank:
+    def select_gates(self, names: Collection[str] | None, *, depths: Collection[int] | None = None) -> ExitBank:
         """A bank of the same heads with the named gates alone, so that other recurrent gates are not run.
 
-        Names are those of classes; None keeps all. A UserError if a gate is named that no exit has.
+        Names are those of classes; None keeps all. With ``depths``, only the exits there are kept. A UserError if a
+        gate is named that no exit has.
         """
-        if names is None:
+        kept_depths = self.depths if depths is None else [depth for depth in self.depths if depth in depths]
+        if names is None and len(kept_depths) == len(self.depths):
             return self
-        known = sorted({name for depth in self.depths for name in self.gates(depth)})
-        for name in names:
+        known = sorted({name for depth in kept_depths for name in self.gates(depth)})
+        for name in names or ():
             if name not in known:
                 raise UserError(
                     f"The policy asks for the gate {name}, which no exit has; gates of the exits: "
@@ -78,8 +80,8 @@ class ExitBank(nn.Module):
                     f"such a gate."
                 )
         exits = {}
-        for depth in self.depths:
-            kept = [gate for name, gate in self.gates(depth).items() if name in names]
+        for depth in kept_depths:
+            kept = [gate for name, gate in self.gates(depth).items() if names is None or name in names]
             exits[depth] = Exit(partial(same_head, self.lens(depth)), [partial(same_head, gate) for gate in kept])
         bank = ExitBank(exits, self._sites)
         bank._recordings = self._recordings

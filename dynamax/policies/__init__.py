@@ -2,7 +2,7 @@
 
 from dynamax.policies.base import CountPolicy, ScorePolicy, TerminationPolicy
 from dynamax.policies.candidates import CandidateMargin, CandidateProb
-from dynamax.policies.combine import AllOf, AnyOf, Cascade
+from dynamax.policies.combine import AllOf, AnyOf, Cascade, OnlyAt
 from dynamax.policies.confidence import Entropy, GateConfidence, Margin, MaxProb, Patience, Saturation
 from dynamax.policies.schedule import AtDepth, Decaying, Never
 
@@ -20,6 +20,7 @@ __all__ = [
     "Margin",
     "MaxProb",
     "Never",
+    "OnlyAt",
     "Patience",
     "Saturation",
     "ScorePolicy",

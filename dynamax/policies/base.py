@@ -21,12 +21,15 @@ class TerminationPolicy(ABC):
         threshold: The number that a sweep changes; None for a policy that has none. A mapping gives each exit depth
             its own.
         gates: Names of the gates it may ask; None means any. Recurrent gates that it never asks are not run.
+        depths: Depths of the exits it asks; None means all. Decoding passes the other exits as if there were none:
+            they are not read, and stand in no trail.
         recent: Earlier steps whose logits it looks at. What it decides then depends on where those steps left.
         made_of: What its label names in brackets: a gate, or the policies it is made of.
     """
 
     threshold: float | Mapping[int, float] | None = None
     gates: Collection[str] | None = None
+    depths: Collection[int] | None = None
     recent: int = 0
     made_of: Sequence[str] = ()
 

@@ -129,7 +129,7 @@ def unique(parts: Iterable[Iterable[int]], limit: int) -> list[int]:
 
 def together(rows: list[list[int]], device: torch.device) -> Candidates:
     """All rows' tokens ``tokens_C``, and which are whose, ``own_BC``; None where one row has them all."""
-    tokens = list(dict.fromkeys(chain(*rows)))
+    tokens = rows[0] if len(rows) == 1 else list(dict.fromkeys(chain(*rows)))
     tokens_C = torch.tensor(tokens, device=device)
     if all(len(row) == len(tokens) for row in rows):
         return tokens_C, None

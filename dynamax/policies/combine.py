@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Self, final
 
+import torch
 from torch import Tensor
 
 from dynamax.errors import UserError
@@ -26,6 +27,8 @@ class _Combined(TerminationPolicy):
         self.threshold = policies[swept].threshold
         asked = [policy.gates for policy in policies]
         self.gates = None if None in asked else {name for names in asked for name in names or ()}
+        depths = [policy.depths for policy in policies]
+        self.depths = None if None in depths else {depth for some in depths for depth in some or ()}
         self.recent = max(policy.recent for policy in policies)
         self.made_of = [policy.label for policy in policies]
 
@@ -97,3 +100,45 @@ class Cascade(AllOf):
                 f"use the policy alone."
             )
         super().__init__(policies, swept=len(policies) - 1 if swept is None else swept)
+
+
+class OnlyAt(TerminationPolicy):
+    """Another policy, asked at some exits alone; no row leaves at the others.
+
+    While decoding, an exit that no policy asks costs nothing. This pays where an exit lets few rows leave, or saves
+    few blocks (``docs/performance.md``, "When exits pay").
+
+    Args:
+        policy: The policy. Thresholds by depth are given for the depths here.
+        depths: Depths of the exits where it is asked.
+    """
+
+    def __init__(self, policy: TerminationPolicy, depths: list[int]) -> None:
+        if not depths:
+            raise UserError("OnlyAt was given no depths. Name the exits where the policy is asked, or use Never.")
+        self.policy = policy
+        self.depths = self._asked = tuple(sorted(set(depths)))
+        self.threshold = policy.threshold
+        self.gates = policy.gates
+        self.recent = policy.recent
+        self.made_of = (policy.label, *map(str, self._asked))
+
+    def __call__(self, evidence: Evidence) -> Tensor:
+        """What the policy says at its depths; elsewhere no row leaves, and nothing is read."""
+        if evidence.depth in self._asked:
+            return self.policy(evidence)
+        return evidence.hidden.new_zeros(len(evidence.hidden), dtype=torch.bool)
+
+    def at(self, threshold: float) -> Self:
+        """The inner policy at another threshold, at the same depths."""
+        return type(self)(self.policy.at(threshold), list(self._asked))
+
+    def validate(self, depths: Sequence[int]) -> None:
+        """Refuse a depth at which there is no exit; check the inner policy against the depths here."""
+        missing = [depth for depth in self._asked if depth not in depths]
+        if missing:
+            raise UserError(
+                f"OnlyAt was given the depths {list(self._asked)}, but the exits are at {sorted(depths)}. Name some of "
+                f"these, or add an exit at {missing[0]}."
+            )
+        self.policy.validate(self._asked)

@@ -75,6 +75,7 @@ class Decaying(TerminationPolicy):
         self.horizon = horizon
         self.threshold = policy.threshold
         self.gates = policy.gates
+        self.depths = policy.depths
         self.recent = policy.recent
         self.made_of = (policy.label,)
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from dynamax.backbones.hf import HFBackbone
+from dynamax.backbones.plan import AngleTable
 from dynamax.types import Span
 from tests.states import same, state
 from tests.tiny import tiny
@@ -120,3 +121,39 @@ def test_debts_are_paid_up_to_the_top_only():
         backbone.settle(cache)
         assert list(backbone.walk(None, [4], cache)) == []
     assert cache.filled == [3] * DEPTH
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3_text"])
+def test_angles_from_a_table_are_those_of_the_positions(name):
+    backbone = HFBackbone(tiny(name))
+    cache, h_BTD = backbone.new_cache(), torch.zeros(1, 1, 4, dtype=torch.float64)
+    kinds = set(backbone._rotary_types)
+    for start, length in ((0, 3), (3, 1), (62, 4), (2, 1), (100, 1)):
+        here_BTD = h_BTD.expand(1, length, 4)
+        from_table, alone = backbone.plan(here_BTD, cache, start=start), backbone.plan(here_BTD, start=start)
+        for kind in kinds:
+            for mine, wanted in zip(from_table.angles(kind), alone.angles(kind), strict=True):
+                torch.testing.assert_close(mine, wanted, rtol=0, atol=0)
+
+
+def test_a_table_asks_for_many_positions_at_once_and_for_none_beyond_the_context():
+    asked = []
+
+    def rotary(like, positions_BT, kind):
+        asked.append(positions_BT[0].tolist())
+        return positions_BT[..., None] + 0.25, positions_BT[..., None] + 0.5
+
+    table = AngleTable(rotary, 300)
+    for place in range(300):
+        cos, sin = table.span(torch.zeros(1), place, place + 1, None)
+        assert (cos.tolist(), sin.tolist()) == ([[[place + 0.25]]], [[[place + 0.5]]])
+    assert len(asked) <= 4
+    assert all(places == list(range(len(places))) and len(places) <= 300 for places in asked)
+
+
+def test_padded_rows_have_angles_of_their_own():
+    backbone = HFBackbone(tiny("llama"))
+    cache = backbone.new_cache(pad_B=torch.tensor([0, 2]))
+    cos, _ = backbone.plan(torch.zeros(2, 1, 4, dtype=torch.float64), cache, start=5).angles()
+    assert not cos[0].equal(cos[-1])
+    assert cos[1].equal(backbone.plan(torch.zeros(1, 1, 4, dtype=torch.float64), start=3).angles()[0][0])

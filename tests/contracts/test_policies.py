@@ -20,6 +20,7 @@ from dynamax.policies import (
     Margin,
     MaxProb,
     Never,
+    OnlyAt,
     Patience,
     Saturation,
     ScorePolicy,
@@ -46,6 +47,8 @@ POLICIES = [
     (CandidateMargin(0.4, limit=3, recent=1), None),
     (Cascade([GateConfidence(0.4), CandidateProb(0.5), MaxProb(0.4)]), None),
     (Cascade([GateConfidence(0.4), MaxProb(0.5)], swept=0), None),
+    (OnlyAt(MaxProb({4: 0.6}), [4]), None),
+    (OnlyAt(Patience(2), [2, 6]), COUNTS),
     (Decaying(MaxProb(0.6), temperature=2.0, horizon=8), None),
     (Decaying(Saturation(0.7), temperature=0.0, horizon=1), None),
 ]

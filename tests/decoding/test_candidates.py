@@ -9,7 +9,7 @@ from dynamax.backbones.hf import HFBackbone
 from dynamax.decoding.cost import CostModel
 from dynamax.decoding.early_exit import EarlyExit
 from dynamax.decoding.full import Full
-from dynamax.decoding.history import History
+from dynamax.decoding.history import History, best_of_groups
 from dynamax.decoding.speculative import SelfSpeculative
 from dynamax.decoding.teacher_forced import TeacherForcedPass
 from dynamax.heads.bank import Exit, ExitBank
@@ -127,3 +127,29 @@ def test_history() -> None:
     assert history.past().likely(5, 1) == [[3, 2], [4, 3]]
     history.crop(4)
     assert history.past().texts == [[7, 8, 1], [4, 5, 6, 1]]
+
+
+def test_what_was_read_is_known_after_a_crop_and_on() -> None:
+    """Asked for between reads and crops, in every order, it is what was never asked for in between."""
+    asked, plain = (History(torch.tensor([[7, 8]]), None) for _ in range(2))
+    for history in (asked, plain):
+        for token in range(4):
+            history.read(torch.tensor([token]))
+            if history is asked:
+                assert history.past().texts == [[7, 8, *range(token + 1)]]
+        history.crop(3)
+        history.read(torch.tensor([9]))
+        assert history.past().texts == [[7, 8, 0, 9]]
+
+
+@pytest.mark.parametrize("vocab", [1, 63, 64, 60 * 64, 60 * 64 + 1])
+@pytest.mark.parametrize("count", [1, 16])
+def test_the_best_of_groups_are_the_best(vocab: int, count: int) -> None:
+    count = min(count, vocab)
+    logits_BV = torch.randn(3, vocab, generator=torch.Generator().manual_seed(vocab))
+    logits_BV[1, : vocab // 2 + 1] += 9  # many of the best are neighbours
+    logits_BV[2, vocab // 3 :] = -torch.inf
+    values, places = best_of_groups(logits_BV, count)
+    assert values.equal(logits_BV.topk(count, -1).values)
+    assert logits_BV.gather(1, places).equal(values)
+    assert all(len(set(row)) == count for row in places.tolist())

@@ -12,7 +12,7 @@ from dynamax.heads.bank import Exit, ExitBank
 from dynamax.heads.gates import AttentionGate, LinearGate, MambaGate
 from dynamax.heads.lenses import TunedLens
 from dynamax.policies.base import TerminationPolicy
-from dynamax.policies.combine import AnyOf
+from dynamax.policies.combine import AnyOf, OnlyAt
 from dynamax.policies.confidence import GateConfidence, Margin, MaxProb, Patience, Saturation
 from dynamax.policies.schedule import AtDepth, Decaying, Never
 from tests.float64 import upcast64
@@ -30,6 +30,9 @@ POLICIES: list[TerminationPolicy] = [
     GateConfidence(0.5, gate="LinearGate"),
     Decaying(MaxProb(0.2), temperature=4.0, horizon=20),
     AnyOf([MaxProb(0.3), GateConfidence(0.6, gate="LinearGate")]),
+    OnlyAt(Patience(2), [2, 3]),
+    OnlyAt(Saturation(0.8), [3, 5]),
+    OnlyAt(GateConfidence(0.5, gate="MambaGate"), [3]),
 ]
 
 

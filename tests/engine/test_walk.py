@@ -79,7 +79,7 @@ BACK = [
     "decoding.sampling.Greedy",
     "decoding.session.Session.step",
     "decoding.session.Session.told",
-    "stream.TextStream.add",
+    "stream.Transcript.add",
 ]
 
 

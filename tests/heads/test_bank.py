@@ -83,6 +83,11 @@ def test_asking_for_an_exit_that_is_not_there_names_those_that_are():
 def test_a_gate_that_no_exit_has_is_refused_with_those_there_are():
     bank = ExitBank({1: Exit(gates=[SMALL]), 3: Exit(gates=[LinearGate])}, site)
     assert list(bank.select_gates(["MambaGate"]).gates(1)) == ["MambaGate"]
+    few = bank.select_gates(None, depths=[3, 7])
+    assert (few.depths, list(few.gates(3)), few.lens(3) is bank.lens(3)) == ((3,), ["LinearGate"], True)
+    assert bank.select_gates(None, depths=[1, 3]) is bank
+    with pytest.raises(ValueError, match="MambaGate, which no exit has; gates of the exits: LinearGate"):
+        bank.select_gates(["MambaGate"], depths=[3])
     with pytest.raises(ValueError, match="AttentionGate, which no exit has; gates of the exits: LinearGate, MambaGate"):
         bank.select_gates(["AttentionGate"])
     with pytest.raises(ValueError, match="gates of the exits: none"):
