@@ -5,6 +5,7 @@ This holds for every family, since it is transformers' own code that is recorded
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from typing import final
 
@@ -14,6 +15,9 @@ from torch import Tensor, nn
 from dynamax.backbones.plan import Plan
 from dynamax.backbones.state import HeldView, LayerView, Recurrence, Tensors
 from dynamax.recording import MOST_POSITIONS, NotRecordableError, Programs, Recorder, held_by
+
+BEFORE_RECORDING = 12
+"""Steps of a kind that pass before one is recorded, if it has several rows: such a kind may never come again."""
 
 
 @final
@@ -56,6 +60,7 @@ class Recordings(Programs):
     def __init__(self, model: nn.Module) -> None:
         super().__init__("h, cos, sin, positions, mask, live, ends, view")
         self._weights = frozenset(held_by(model))
+        self._came: Counter[tuple[object, ...]] = Counter()
 
     def suits(self, plan: Plan) -> bool:
         """Whether a chunk is small enough, and nobody asks for gradients."""
@@ -86,6 +91,9 @@ class Recordings(Programs):
         if program is not None:
             return program(h_BTD, cos, sin, plan.positions_BT, view.mask, view.live_BT, view.ends_B, view)
         if index in self.given_up or self.recorded_at(key, plan.place):
+            return block(h_BTD, view)
+        if plan.rows > 1 and self._came[key] < BEFORE_RECORDING:
+            self._came[key] += 1
             return block(h_BTD, view)
         given = (h_BTD.clone(), cos, sin, plan.positions_BT, view.mask, view.live_BT, view.ends_B)
         names = ("h", "cos", "sin", "positions", "mask", "live", "ends")

@@ -18,9 +18,9 @@ from typing import Any, NamedTuple, final
 import torch
 from torch import Tensor
 
-from dynamax.data.along import KeepStates
 from dynamax.data.corpora import read_file, text_of
 from dynamax.data.text import Document, TextSource, derived_seed
+from dynamax.decoding.batching import Scheduler
 from dynamax.decoding.sampling import Sampled
 from dynamax.engine import Engine
 from dynamax.errors import UserError, at_least
@@ -243,35 +243,31 @@ class SelfGenerated(TextSource):
     def _answer(
         self, batch: Sequence[tuple[Prompt, list[int]]], engine: Engine, index: int, depths: Sequence[int]
     ) -> list[Answered]:
-        longest = max(len(tokens) for _, tokens in batch)
-        pads = [longest - len(tokens) for _, tokens in batch]
-        rows = [[0] * pad + tokens for pad, (_, tokens) in zip(pads, batch, strict=True)]
-        sampler = Sampled(self.temperature, top_k=self.top_k, top_p=self.top_p, seed=derived_seed(self.seed, index))
-        options = engine.options(sampler=sampler, max_new_tokens=self.max_new_tokens)
-        keeping = KeepStates(engine.backbone, depths, sampler) if depths else None
-        self.tell(f"reading {len(batch)} prompts")
-        steps = (keeping or engine.decoder(sampler=sampler)).decode(
-            torch.tensor(rows, device=engine.device),
-            max_new_tokens=self.max_new_tokens,
-            eos_token_id=options.eos_token_id,
-            pad_B=torch.tensor(pads, device=engine.device) if any(pads) else None,
-        )
-        ends = options.eos_token_id
-        columns = []
-        for number, step in enumerate(steps, 1):
-            columns.append(step.token_B)
-            self.tell(f"writing, token {number} of {self.max_new_tokens}")
-        answers = [until(tokens, ends) for tokens in torch.stack(columns, 1).tolist()]
-        states = {} if keeping is None else keeping.states()
-        return [
-            Answered(
-                prompt,
-                asked,
-                answer,
-                answer[-1] in ends,
-                {depth: h_BTD[row, pads[row] : longest + len(answer)] for depth, h_BTD in states.items()},
+        scheduler = Scheduler(engine.decoder(), len(batch), keep=depths)
+        ends = engine.options(max_new_tokens=self.max_new_tokens).eos_token_id
+        places = {}
+        for place, (_, asked) in enumerate(batch):
+            seed = derived_seed(derived_seed(self.seed, index), place)
+            ticket = scheduler.submit(
+                torch.tensor([asked], device=engine.device),
+                max_new_tokens=self.max_new_tokens,
+                eos_token_id=ends,
+                sampler=Sampled(self.temperature, top_k=self.top_k, top_p=self.top_p, seed=seed),
             )
-            for row, ((prompt, asked), answer) in enumerate(zip(batch, answers, strict=True))
+            places[ticket] = place
+        self.tell(f"reading {len(batch)} prompts")
+        answers: list[list[int]] = [[] for _ in batch]
+        states: list[dict[int, Tensor]] = [{} for _ in batch]
+        done = 0
+        while scheduler.busy:
+            for told in scheduler.step():
+                answers[places[told.ticket]].append(int(told.step.token_B))
+                states[places[told.ticket]] = {depth: h_1TD[0] for depth, h_1TD in told.states.items()}
+                done += told.ended
+            self.tell(f"writing, {done} of {len(batch)} answers done")
+        return [
+            Answered(prompt, asked, answer, answer[-1] in ends, hidden)
+            for (prompt, asked), answer, hidden in zip(batch, answers, states, strict=True)
         ]
 
 

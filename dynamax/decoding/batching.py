@@ -8,8 +8,9 @@ it would get alone, but for ties in the last digits of a sum.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import NamedTuple, final
 
 import torch
@@ -32,11 +33,13 @@ class Told(NamedTuple):
         ticket: The request's, as ``submit`` gave it.
         step: The token and what it cost; a batch of one row.
         ended: Whether it is the request's last.
+        states: With the last one, the states ``h_1TD`` of prompt and answer at the depths that are kept.
     """
 
     ticket: int
     step: Step
     ended: bool
+    states: Mapping[int, Tensor] = MappingProxyType({})
 
 
 @dataclass
@@ -51,6 +54,7 @@ class Row:
         token: The newest one.
         counted: Work of its run that earlier steps have accounted for.
         reads: (depth, positions) of logits that recurrent gates have read in the step under way.
+        last: Its last token, while that has not been read yet and its states are wanted.
     """
 
     ticket: int
@@ -60,11 +64,17 @@ class Row:
     token: int = 0
     counted: Work = NO_WORK
     reads: tuple[tuple[int, int], ...] = ()
+    last: Told | None = None
 
     def end(self, step: Step, token: int) -> Told:
         """Take note of a token; whether it was the last."""
         self.told, self.token = self.told + 1, token
         return Told(self.ticket, step, token in self.eos_token_id or self.told == self.session.max_new_tokens)
+
+    def with_states(self) -> Told:
+        """Its last token, now that it has been read."""
+        assert self.last is not None
+        return self.last._replace(states={depth: torch.cat(h, 1) for depth, h in self.session.watched.items()})
 
 
 @final
@@ -74,19 +84,24 @@ class Scheduler:
     Args:
         decoder: Says how each row decodes: Full, or EarlyExit with a rule for skipped state that any row can follow.
         rows: Most requests at a time.
+        keep: Depths at which the states of all positions are kept, those of the last token too; with Full alone. A
+            request's last token is told a step later then.
 
     Raises:
-        UserError: If the decoder's rows cannot go their own ways.
+        UserError: If the decoder's rows cannot go their own ways, or states are to be kept that it does not run.
     """
 
-    def __init__(self, decoder: Decoder, rows: int = 8) -> None:
+    def __init__(self, decoder: Decoder, rows: int = 8, *, keep: Sequence[int] = ()) -> None:
         if rows < 1:
             raise UserError(f"rows is {rows}; it must be at least 1.")
         reason = refusal(decoder)
         if reason is not None:
             raise UserError(f"{reason} Answer its prompts one after the other, or choose another decoder.")
+        if keep and not isinstance(decoder, Full):
+            raise UserError(f"{type(decoder).__name__} leaves early, so it has no states to keep. Decode with Full.")
         self.backbone = decoder.backbone
         self.rows = rows
+        self._keep = tuple(keep)
         self._decoder = decoder
         self._exits, self._policy = decoder.exits, decoder.policy
         self._rule = decoder.skipped_state if isinstance(decoder, EarlyExit) else None
@@ -142,18 +157,29 @@ class Scheduler:
 
         A request that joins gets its first token from its prompt's own pass. Without requests, nothing happens.
         """
+        read = [row for row in self._running if row.last is not None]
         told = self._step() if self._running else []
-        self._remove({each.ticket for each in told if each.ended})
+        self._remove({row.ticket for row in read})
+        told = self._hold_last(told) + [row.with_states() for row in read]
         while self._waiting and len(self._running) < self.rows:
-            first = self._begin(self._waiting.popleft())
-            told.append(first)
-            self._remove({first.ticket} if first.ended else set())
+            told += self._hold_last([self._begin(self._waiting.popleft())])
         return told
+
+    def _hold_last(self, told: list[Told]) -> list[Told]:
+        """Rows that have ended go; where states are kept, they stay for a step more, in which their token is read."""
+        last = {each.ticket: each for each in told if each.ended}
+        if not self._keep:
+            self._remove(set(last))
+            return told
+        for row in self._running:
+            row.last = last.get(row.ticket, row.last)
+        return [each for each in told if not each.ended]
 
     # -- joining and leaving ----------------------------------------------------------------------------
 
     def _begin(self, row: Row) -> Told:
         """Read a prompt at full depth; the run moves into a slot."""
+        row.session.watched = {depth: [] for depth in self._keep}
         step = row.session.prefill()
         row.counted = row.session.cache.work()
         row.session.history.keep = max(1, 0 if self._policy is None else self._policy.recent)
@@ -182,10 +208,18 @@ class Scheduler:
         read: list[Evidence] = []
         total = self.backbone.spec.depth
         start_R1D = self.backbone.embed(token_R[:, None], chosen)
-        for depth, h_R1D in self.backbone.walk(start_R1D, [*self._depths, total], chosen):
+        for depth, h_R1D in self.backbone.walk(start_R1D, sorted({*self._depths, *self._keep, total}), chosen):
+            if depth in self._keep:
+                for row, h_11D in zip(rows, h_R1D.split(1), strict=True):
+                    row.session.watched[depth].append(h_11D)
             if depth == total:
-                told += self._tell(rows, self.backbone.unembed(h_R1D)[:, 0], read, total)
+                on = [place for place, row in enumerate(rows) if row.last is None]
+                if on:
+                    logits_RV = self.backbone.unembed(h_R1D if len(on) == len(rows) else h_R1D[on])[:, 0]
+                    told += self._tell([rows[i] for i in on], logits_RV, read, total)
                 break
+            if depth not in self._depths:
+                continue
             evidence = self._evidence(depth, h_R1D, rows, chosen, trail)
             assert policy is not None, "exits come with a policy"
             leave = policy(evidence).tolist()

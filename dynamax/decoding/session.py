@@ -57,6 +57,7 @@ class Session:
         token_B: The token that each row goes on with.
         finished_B: Rows that have met an end token.
         steps: Steps told so far.
+        watched: States ``h_BTD`` that have gone by on the way to the top, at the depths that stand in it.
     """
 
     def __init__(
@@ -83,6 +84,7 @@ class Session:
         self.cache = backbone.new_cache(capacity, pad_B)
         self.history = History(prompt_BT, pad_B)
         self.steps = 0
+        self.watched: dict[int, list[Tensor]] = {}
         self.token_B = prompt_BT[:, -1]
         self.finished_B = torch.zeros(len(prompt_BT), dtype=torch.bool, device=prompt_BT.device)
         self._eos_S = torch.tensor(list(eos_token_id), device=prompt_BT.device, dtype=torch.long)
@@ -175,9 +177,12 @@ class Session:
 
     def _walk_to_top(self, arrival: Arrival) -> Tensor:
         h_BTD = arrival.h_BTD
-        depths = [*(depth for depth in self._recurrent if depth > arrival.depth), self.total]
+        stops = {*self._recurrent, *self.watched, self.total}
+        depths = sorted(depth for depth in stops if depth > arrival.depth)
         for depth, h_BTD in self.backbone.walk(arrival.h_BTD, depths, self.cache, start=arrival.depth):
             self._read_on(depth, h_BTD)
+            if depth in self.watched:
+                self.watched[depth].append(h_BTD)
         return h_BTD
 
     def run_chunk(self, tokens_BT: Tensor) -> tuple[Arrival, Tensor]:

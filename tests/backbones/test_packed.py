@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from dynamax.backbones.hf import HFBackbone
 from dynamax.backbones.packed import RMSNorm, norm_of, pack
+from dynamax.backbones.recorded import BEFORE_RECORDING
 from dynamax.kernels.products import Columns, Float16, Product, Rows
 from dynamax.recording import MOST_POSITIONS
 from dynamax.testing import check_backbone
@@ -76,9 +77,10 @@ def test_experts_in_one_product_are_recorded(name: str) -> None:
 def test_a_recorded_step_is_bit_for_bit_the_step_it_repeats(name: str, rows: int, length: int) -> None:
     _, backbone = packed(name, Rows, torch.float32)
     recordings, backbone.recordings = backbone.recordings, None
-    unrecorded = steps(backbone, 6, rows=rows, length=length)
+    count = 6 if rows == 1 else BEFORE_RECORDING + 6
+    unrecorded = steps(backbone, count, rows=rows, length=length)
     backbone.recordings = recordings
-    for recorded, other in zip(steps(backbone, 6, rows=rows, length=length), unrecorded, strict=True):
+    for recorded, other in zip(steps(backbone, count, rows=rows, length=length), unrecorded, strict=True):
         assert torch.equal(recorded, other)
     assert recordings is not None
     assert len(recordings.ready) >= 6
@@ -91,6 +93,15 @@ def test_modules_are_not_called_once_recorded() -> None:
     backbone._blocks[0].self_attn.register_forward_hook(lambda *_: calls.append(1))
     steps(backbone, 7)
     assert len(calls) == 1 + 2
+
+
+def test_batches_are_recorded_once_their_size_has_come_often() -> None:
+    _, backbone = packed("llama", Rows)
+    assert backbone.recordings is not None
+    steps(backbone, BEFORE_RECORDING, rows=3)
+    assert not backbone.recordings.ready
+    steps(backbone, BEFORE_RECORDING, rows=3)
+    assert backbone.recordings.ready
 
 
 def test_long_chunks_run_as_they_are() -> None:

@@ -191,6 +191,30 @@ def test_blocks_run_for_the_rows_that_want_them_alone() -> None:
         assert seen == [(0, 3), (1, 3), (2, 1), (3, 1), (4, 1), (5, 1)]
 
 
+@pytest.mark.parametrize("family", ["llama", "mamba2", "zamba2", "gpt2"])
+def test_states_that_are_kept_are_those_of_one_pass(family: str) -> None:
+    """Of prompt and answer, the last token included; rows that ended by an end token and by their limit."""
+    with upcast64():
+        backbone = pair(family)[1]
+        scheduler = Scheduler(Full(backbone), 3, keep=(2, 6))
+        asked = [prompt(n, seed=place) for place, n in enumerate(LENGTHS)]
+        end = int(list(Full(backbone).decode(asked[0], max_new_tokens=3))[-1].token_B)  # ends the first at its third
+        tickets = [scheduler.submit(each, max_new_tokens=5, eos_token_id=(end,)) for each in asked]
+        said: dict[int, list[int]] = {ticket: [] for ticket in tickets}
+        states = {}
+        while scheduler.busy:
+            for told in scheduler.step():
+                said[told.ticket].append(int(told.step.token_B))
+                assert bool(told.states) == told.ended
+                if told.ended:
+                    states[told.ticket] = told.states
+        assert {len(each) for each in said.values()} > {5}
+        for prompt_1T, ticket in zip(asked, tickets, strict=True):
+            whole_1T = torch.cat([prompt_1T, torch.tensor([said[ticket]])], 1)
+            for depth, h_1TD in backbone.walk(backbone.embed(whole_1T), [2, 6]):
+                torch.testing.assert_close(states[ticket][depth], h_1TD, rtol=1e-9, atol=1e-9)
+
+
 class FirstRowStays(TerminationPolicy):
     """The first row of a batch goes on, the others leave."""
 
@@ -211,6 +235,8 @@ def test_what_cannot_be_done_is_refused() -> None:
                 Scheduler(decoder)
         with pytest.raises(UserError, match="rows is 0"):
             Scheduler(Full(backbone), 0)
+        with pytest.raises(UserError, match="no states to keep"):
+            Scheduler(EarlyExit(backbone, bank, AtDepth(2)), keep=(2,))
         scheduler = Scheduler(Full(backbone))
         with pytest.raises(UserError, match="one prompt"):
             scheduler.submit(prompt(4, batch=2), max_new_tokens=3)
