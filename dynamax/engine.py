@@ -177,6 +177,8 @@ class Engine:
         """
         if not isinstance(prompt, list | tuple) or (prompt and isinstance(prompt[0], Mapping)):
             return self.stream(cast(Prompt, prompt), policy, **options).answer()
+        if rows is not None and rows < 1:
+            raise UserError(f"rows is {rows}; it must be at least 1.")
         prompts = cast(Sequence[Prompt], prompt)
         decoder = self.decoder(policy, options.get("decoder"), sampler=options.get("sampler"))
         reason = refusal(decoder)
@@ -190,7 +192,9 @@ class Engine:
         encoded = [self.encode(each, chat=options.get("chat")) for each in prompts]
         samplers = [self.options(**said).sampler for _ in prompts]
         assert self.tokenizer is not None, "the prompts have been encoded"
-        return answers_together(decoder, self.tokenizer, encoded, self.options(**said), samplers, rows or ROWS)
+        return answers_together(
+            decoder, self.tokenizer, encoded, self.options(**said), samplers, ROWS if rows is None else rows
+        )
 
     def stream(
         self,

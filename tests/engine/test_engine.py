@@ -12,7 +12,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import dynamax
 from dynamax import AtDepth, EarlyExit, Engine, Full, Greedy, MaxProb, Never, SelfSpeculative, UserError
+from dynamax.decoding.sampling import Sampled
 from dynamax.heads import LastBlockLens
+from dynamax.policies.base import TerminationPolicy
 from dynamax.policies.candidates import CandidateProb
 from dynamax.stream import TextStream
 from dynamax.types import Step, Work
@@ -82,6 +84,44 @@ def test_a_prompt_a_conversation_and_a_list_of_either(sibling: tuple[Engine, Ref
     assert [answer.tokens for answer in texts] == [one.tokens, other.tokens]
     assert [answer.tokens for answer in engine.generate([TURNS, TURNS], max_new_tokens=8)] == [one.tokens] * 2
     assert engine.generate([], max_new_tokens=8) == []
+
+
+@pytest.mark.parametrize("policy", [None, MaxProb(0.3)])
+def test_prompts_side_by_side_are_answered_as_alone(
+    sibling: tuple[Engine, Reference], policy: TerminationPolicy | None
+) -> None:
+    engine, _ = sibling
+    prompts = [FRANCE, "Who are you?", "Tell me about the sun. It is", "Name a river.", "What is a dog?"]
+    options: dict[str, Any] = {"max_new_tokens": 12, "stop_strings": ["."]}
+    alone = engine.generate(prompts, policy, rows=1, **options)
+    for together in (engine.generate(prompts, policy, **options), engine.generate(prompts, policy, rows=2, **options)):
+        for mine, other in zip(together, alone, strict=True):
+            assert (mine.text, mine.tokens, mine.depths) == (other.text, other.tokens, other.depths)
+            assert (mine.finish_reason, mine.cost) == (other.finish_reason, other.cost)
+            assert 0 < mine.first_token_seconds <= mine.seconds
+
+
+def test_each_prompt_draws_with_the_seed_anew(sibling: tuple[Engine, Reference]) -> None:
+    engine, _ = sibling
+    options: dict[str, Any] = {"max_new_tokens": 12, "temperature": 1.2, "seed": 3}
+    one = engine.generate(FRANCE, **options)
+    answers = engine.generate([FRANCE, "Who are you?", FRANCE], **options)
+    assert answers[0].tokens == answers[2].tokens == one.tokens
+    in_turn = engine.generate([FRANCE, FRANCE], sampler=Sampled(1.2, top_k=50, seed=3), max_new_tokens=12)
+    assert in_turn[0].tokens == one.tokens != in_turn[1].tokens, "a sampler goes on"
+
+
+def test_prompts_that_cannot_go_side_by_side(sibling: tuple[Engine, Reference]) -> None:
+    engine, _ = sibling
+    prompts = [FRANCE, "Who are you?"]
+    lossless = engine.generate(prompts, MaxProb(0.3), decoder=SelfSpeculative, max_new_tokens=6)
+    assert [each.tokens for each in lossless] == [each.tokens for each in engine.generate(prompts, max_new_tokens=6)]
+    with pytest.raises(UserError, match="in step.*rows is 2"):
+        engine.generate(prompts, MaxProb(0.3), decoder=SelfSpeculative, max_new_tokens=6, rows=2)
+    with pytest.raises(UserError, match="goes on drawing.*rows is 2"):
+        engine.generate(prompts, sampler=Sampled(), max_new_tokens=6, rows=2)
+    with pytest.raises(UserError, match="rows is 0"):
+        engine.generate(prompts, max_new_tokens=6, rows=0)
 
 
 def test_an_answer_tells_text_depths_cost_and_time(sibling: tuple[Engine, Reference]) -> None:
