@@ -157,44 +157,50 @@ class Engine:
         policy: TerminationPolicy | None = None,
         *,
         rows: int | None = None,
+        decoder: DecoderFactory | None = None,
+        chat: bool | None = None,
+        sampler: Sampler | None = None,
         **options: Any,  # noqa: ANN401
     ) -> Answer | list[Answer]:
         """Answer a prompt, or several, each as if it were alone.
 
         Several are answered side by side, ``rows`` at a time; one after the other if the decoder drafts, if its rule
         for skipped state wants rows in step, or if a ``sampler`` is given, which goes on drawing from one prompt to the
-        next. ``seed`` begins anew with each.
+        next. ``seed`` begins anew with each. A decoder that learns, such as Speculative, is one for all of them.
 
         Args:
             prompt: Text; the turns of a conversation, ``[{"role": "user", "content": ...}]``; or a list of either.
             policy: When to leave; left out, every token runs at full depth.
             rows: Most prompts at a time; left out, 8, or 1 where they are answered one after the other.
+            decoder: As for ``decoder``.
+            chat: As for ``stream``.
+            sampler: As for ``stream``.
             **options: As for ``stream``.
 
         Raises:
             UserError: If an option is unknown, or prompt and answer do not fit the context; if ``rows`` is above 1 and
                 they can only be answered one after the other.
         """
-        if not isinstance(prompt, list | tuple) or (prompt and isinstance(prompt[0], Mapping)):
-            return self.stream(cast(Prompt, prompt), policy, **options).answer()
         if rows is not None and rows < 1:
             raise UserError(f"rows is {rows}; it must be at least 1.")
-        prompts = cast(Sequence[Prompt], prompt)
-        decoder = self.decoder(policy, options.get("decoder"), sampler=options.get("sampler"))
-        reason = refusal(decoder)
-        if options.get("sampler") is not None:
+        if not isinstance(prompt, list | tuple) or (prompt and isinstance(prompt[0], Mapping)):
+            one = cast(Prompt, prompt)
+            return self.stream(one, policy, decoder=decoder, chat=chat, sampler=sampler, **options).answer()
+        said = [self.options(sampler=sampler, **options) for _ in prompt]  # a sampler each, if none is given
+        encoded = [self.encode(cast(Prompt, each), chat=chat) for each in prompt]
+        made = self.decoder(policy, decoder, sampler=sampler)
+        reason = refusal(made)
+        if sampler is not None:
             reason = "A sampler was given, which goes on drawing from one prompt to the next."
         if reason is not None and rows is not None and rows > 1:
             raise UserError(f"{reason} So prompts are answered one after the other, but rows is {rows}. Leave it out.")
-        if reason is not None or rows == 1 or len(prompts) < 2:
-            return [self.stream(each, policy, **options).answer() for each in prompts]
-        said = {name: value for name, value in options.items() if name not in ("decoder", "chat", "sampler")}
-        encoded = [self.encode(each, chat=options.get("chat")) for each in prompts]
-        samplers = [self.options(**said).sampler for _ in prompts]
-        assert self.tokenizer is not None, "the prompts have been encoded"
-        return answers_together(
-            decoder, self.tokenizer, encoded, self.options(**said), samplers, ROWS if rows is None else rows
-        )
+        if self.tokenizer is not None and reason is None and rows != 1 and len(encoded) > 1:
+            return answers_together(made, self.tokenizer, encoded, said, ROWS if rows is None else rows)
+        answers = []
+        for prompt_1T, own in zip(encoded, said, strict=True):
+            made.sampler = own.sampler
+            answers.append(self.answer(made, prompt_1T, own))
+        return answers
 
     def stream(
         self,

@@ -14,7 +14,6 @@ from transformers import PreTrainedTokenizerBase
 from dynamax.decoding.base import Decoder
 from dynamax.decoding.batching import Scheduler
 from dynamax.decoding.cost import FREE, Cost, CostModel
-from dynamax.decoding.sampling import Sampler
 from dynamax.errors import UserError
 from dynamax.generation import GenerationOptions
 from dynamax.types import Step
@@ -211,8 +210,7 @@ def answers_together(
     decoder: Decoder,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Tensor],
-    options: GenerationOptions,
-    samplers: Sequence[Sampler],
+    options: Sequence[GenerationOptions],
     rows: int,
 ) -> list[Answer]:
     """Answers to several prompts, side by side; see ``Scheduler``.
@@ -221,21 +219,21 @@ def answers_together(
         decoder: What decodes; one that a scheduler takes.
         tokenizer: The model's.
         prompts: Token ids ``[1, T]`` of each.
-        options: When an answer ends.
-        samplers: What draws the tokens of each.
+        options: When each answer ends, and what draws its tokens.
         rows: Most answers at a time.
     """
     scheduler = Scheduler(decoder, rows)
     growing: dict[int, Transcript] = {}
     context = decoder.backbone.spec.context
-    for prompt_1T, sampler in zip(prompts, samplers, strict=True):
+    for prompt_1T, own in zip(prompts, options, strict=True):
+        length = prompt_1T.shape[1]
         ticket = scheduler.submit(
             prompt_1T,
-            max_new_tokens=options.room(prompt_1T.shape[1], context),
-            eos_token_id=options.eos_token_id,
-            sampler=sampler,
+            max_new_tokens=own.room(length, context),
+            eos_token_id=own.eos_token_id,
+            sampler=own.sampler,
         )
-        growing[ticket] = Transcript(decoder, tokenizer, prompt_1T.shape[1], options)
+        growing[ticket] = Transcript(decoder, tokenizer, length, own)
     while scheduler.busy:
         began = time.perf_counter()
         for told in scheduler.step():

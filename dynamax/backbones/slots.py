@@ -44,14 +44,12 @@ class Slots:
         self.rows: list[Cache] = []
         self.states = [SlotState(kind, slots, capacity) for kind in kinds]
 
-    def add(self, cache: Cache) -> int:
-        """A run that has read its prompt moves in; its slot. From here on its own states are empty."""
-        slot = len(self.rows)
+    def add(self, cache: Cache) -> None:
+        """A run that has read its prompt moves in behind the others. From here on its own states are empty."""
         for index, state in enumerate(self.states):
-            state.adopt(slot, cache.states[index], cache.filled[index])
+            state.adopt(len(self.rows), cache.states[index], cache.filled[index])
         cache.states.clear()
         self.rows.append(cache)
-        return slot
 
     def remove(self, slot: int) -> None:
         """A row is done; the last row moves to its slot."""
@@ -83,7 +81,6 @@ class SelectedRows(AnyCache):
         self._all = slots
         self.slots = tuple(chosen)
         self.rows = [slots.rows[slot] for slot in chosen]
-        self._states = slots.states
         self._lengths: list[int] | None = None
         self._kept: list[int] | None = None
         self._plan: tuple[object, RaggedPlan] | None = None
@@ -134,7 +131,7 @@ class SelectedRows(AnyCache):
     def view(self, index: int, plan: Plan, window: int | None) -> SlotView:
         """A view of these rows' state."""
         assert isinstance(plan, RaggedPlan), "each row has a place of its own"
-        return SlotView(self._states[index], plan, window)
+        return SlotView(self._all.states[index], plan, window)
 
     def joins(self, span: Span) -> list[int]:
         """Depths inside the span where any of the rows owes positions."""

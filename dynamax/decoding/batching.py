@@ -207,6 +207,8 @@ class Scheduler:
         trail: list[Evidence] = []
         read: list[Evidence] = []
         total = self.backbone.spec.depth
+        pasts = [row.session.history.past() for row in rows]
+        past = joined(pasts)
         start_R1D = self.backbone.embed(token_R[:, None], chosen)
         for depth, h_R1D in self.backbone.walk(start_R1D, sorted({*self._depths, *self._keep, total}), chosen):
             if depth in self._keep:
@@ -220,7 +222,7 @@ class Scheduler:
                 break
             if depth not in self._depths:
                 continue
-            evidence = self._evidence(depth, h_R1D, rows, chosen, trail)
+            evidence = self._evidence(depth, h_R1D, rows, chosen, trail, past)
             assert policy is not None, "exits come with a policy"
             leave = policy(evidence).tolist()
             read, trail = [*read, evidence], [*trail, evidence]
@@ -232,10 +234,18 @@ class Scheduler:
                     break
                 chosen.keep(on)
                 rows, trail = [rows[i] for i in on], [earlier.select(on) for earlier in trail]
+                pasts = [pasts[i] for i in on]
+                past = joined(pasts)
         return told
 
     def _evidence(
-        self, depth: int, h_R1D: Tensor, rows: Sequence[Row], chosen: SelectedRows, trail: Sequence[Evidence]
+        self,
+        depth: int,
+        h_R1D: Tensor,
+        rows: Sequence[Row],
+        chosen: SelectedRows,
+        trail: Sequence[Evidence],
+        past: Past,
     ) -> Evidence:
         assert self._exits is not None
         site = self.backbone.site(depth, chosen)
@@ -243,11 +253,6 @@ class Scheduler:
         scores, reads = self._exits.catch_up(site, h_R1D, chosen.rows, step=step_R, recordings=self._gates)
         for row, own in zip(rows, reads, strict=True):
             row.reads += own
-        pasts = [row.session.history.past() for row in rows]
-        past = Past(
-            lambda: [each.texts[0] for each in pasts],
-            lambda steps, count: [each.likely(steps, count)[0] for each in pasts],
-        )
         return self._exits.evidence(
             site,
             h_R1D,
@@ -317,3 +322,11 @@ def refusal(decoder: Decoder) -> str | None:
     if isinstance(decoder, EarlyExit) and not decoder.skipped_state.any_row:
         return f"The rule {type(decoder.skipped_state).__name__} for skipped state works on rows in step."
     return None
+
+
+def joined(pasts: Sequence[Past]) -> Past:
+    """What rows of their own have read and said, as one."""
+    return Past(
+        lambda: [each.texts[0] for each in pasts],
+        lambda steps, count: [each.likely(steps, count)[0] for each in pasts],
+    )

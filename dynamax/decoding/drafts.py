@@ -226,7 +226,7 @@ def stored_texts(place: Path) -> Iterator[tuple[list[int], int]]:
         try:
             with safe_open(file, "pt") as held:
                 tokens, stops, prompts = (held.get_tensor(name).tolist() for name in ("tokens", "stops", "prompts"))
-        except SafetensorError as error:
+        except (SafetensorError, OSError) as error:
             raise UserError(
                 f"{file} holds no texts ({error}). Wanted: a safetensors file with the tensors tokens, stops and "
                 f"prompts, as dynamax cache writes it."

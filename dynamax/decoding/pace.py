@@ -83,7 +83,7 @@ class Pace:
 
     def begin(self, kind: Hashable, right: int, wrong: int) -> None:
         """So many drafts of a kind were right and wrong elsewhere; they count for a quarter of the memory at most."""
-        share = min(1.0, MEMORY / 4 / (right + wrong))
+        share = min(1.0, MEMORY / 4 / max(1, right + wrong))
         self._tries[kind] = Tries(1 + share * right, 1 + share * wrong)
 
     def cost(self, length: int) -> float:

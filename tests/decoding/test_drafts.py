@@ -135,6 +135,13 @@ def test_the_table_knows_the_texts_of_a_store_and_how_often_they_would_have_born
 def test_texts_that_are_none_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no texts in .*nowhere; wanted: a store's folder"):
         TokenTable(tmp_path / "nowhere")
+    (tmp_path / "cut").mkdir()
+    save_file({"tokens": torch.arange(90)}, tmp_path / "cut" / "whole.safetensors")
+    for size in (0, 5, 60, 200):  # cut at every part of the file
+        cut = tmp_path / "cut" / "whole.safetensors"
+        cut.write_bytes(cut.read_bytes()[:size] if size < 200 else b"text" * 50)
+        with pytest.raises(UserError, match="holds no texts"):
+            TokenTable(tmp_path / "cut")
     save_file({"weight": torch.zeros(2)}, tmp_path / "heads.safetensors")
     with pytest.raises(UserError, match=r"heads.safetensors holds no texts .* as dynamax cache writes it"):
         TokenTable(tmp_path)

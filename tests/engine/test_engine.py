@@ -12,6 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import dynamax
 from dynamax import AtDepth, EarlyExit, Engine, Full, Greedy, MaxProb, Never, SelfSpeculative, UserError
+from dynamax.decoding.drafting import Speculative
+from dynamax.decoding.drafts import TokenTable
 from dynamax.decoding.sampling import Sampled
 from dynamax.heads import LastBlockLens
 from dynamax.policies.base import TerminationPolicy
@@ -109,6 +111,21 @@ def test_each_prompt_draws_with_the_seed_anew(sibling: tuple[Engine, Reference])
     assert answers[0].tokens == answers[2].tokens == one.tokens
     in_turn = engine.generate([FRANCE, FRANCE], sampler=Sampled(1.2, top_k=50, seed=3), max_new_tokens=12)
     assert in_turn[0].tokens == one.tokens != in_turn[1].tokens, "a sampler goes on"
+
+
+def test_a_decoder_that_learns_is_one_for_all_prompts(sibling: tuple[Engine, Reference]) -> None:
+    engine, _ = sibling
+    made: list[Speculative] = []
+
+    def factory(*parts: Any) -> Speculative:
+        made.append(Speculative(*parts, sources=[TokenTable()]))
+        return made[-1]
+
+    prompts = [FRANCE, "Who are you?", FRANCE]
+    answers = engine.generate(prompts, decoder=factory, max_new_tokens=12)
+    assert len(made) == 1
+    assert [each.tokens for each in answers] == [each.tokens for each in engine.generate(prompts, max_new_tokens=12)]
+    assert any(step.accepted for step in answers[2].steps), "the table knows the first answer"
 
 
 def test_prompts_that_cannot_go_side_by_side(sibling: tuple[Engine, Reference]) -> None:
