@@ -68,7 +68,7 @@ def test_other_exits_are_as_if_they_were_not_there(kind: type, policy: Terminati
 
 def test_neither_gates_nor_logits_of_other_exits_are_read_and_the_walk_does_not_stop_there() -> None:
     backbone, whole, _ = banks()
-    policy = AnyOf([OnlyAt(GateConfidence(0.99, gate="MambaGate"), [5]), OnlyAt(MaxProb(0.9), [3])])
+    policy = AnyOf([OnlyAt(GateConfidence(1.0, gate="MambaGate"), [5]), OnlyAt(MaxProb(0.9), [3])])
     decoder, stops = EarlyExit(backbone, whole, policy), Stops()
     steps = list(decoder.decode(PROMPT_1T, max_new_tokens=5, probe=stops))[1:]
     assert decoder.exits is not None
