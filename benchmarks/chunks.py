@@ -1,7 +1,7 @@
 """What a chunk of a few positions costs, which is what paying debts takes, beside transformers' own, interleaved.
 
     python -m benchmarks.chunks [--model mamba2-130m] [--rounds 20] [--device cpu] [--dtype float32]
-                                [--precision float16] [--threads N] [--out FILE]
+                                [--precision float16] [--compile] [--threads N] [--out FILE]
 
 Each contender takes the same rows through all blocks behind a prompt of 16, on a cache that is put back in between, and
 gives the logits of all of them, as a verification needs.
@@ -113,13 +113,16 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--precision", default=None, help="of our weights, such as float16; as loaded if left out")
+    parser.add_argument("--compile", action="store_true", help="our steps by inductor; needs a precision")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--out", type=Path, default=None)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     backbone, (prompt_1T,) = load(args.model, dtype=args.dtype, device=args.device, prompts=1)
     plain = copy.deepcopy(backbone)
-    precision = None if args.precision is None else set_precision(backbone, args.precision)
+    precision = None
+    if args.precision is not None:
+        precision = set_precision(backbone, args.precision, compiled=args.compile)
     found = measure(backbone, prompt_1T[:, :16], rounds=args.rounds, device=args.device, plain=plain)
     print(table(found))
     if args.out is not None:

@@ -1,7 +1,8 @@
 """Decode speed at forced depths beside transformers' generate, interleaved in one process.
 
     python -m benchmarks.decode [--model smollm2] [--prompts 6] [--tokens 32] [--rounds 3] [--device cpu]
-                                [--dtype float32] [--precision float16] [--depths 10 20] [--threads N] [--out FILE]
+                                [--dtype float32] [--precision float16] [--compile] [--depths 10 20] [--threads N]
+                                [--out FILE]
 
 Greedy, batch 1. Each contender decodes each prompt in turn, round after round; the tokens of full depth are compared.
 The floor of a depth is the matrix products of its blocks and of the output matrix, nothing else. Below it lies the time
@@ -222,6 +223,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--precision", default=None, help="of our weights, such as float16; as loaded if left out")
+    parser.add_argument("--compile", action="store_true", help="our steps by inductor; needs a precision")
     parser.add_argument("--out", type=Path, default=None)
     parser.add_argument("--depths", type=int, nargs="*", default=None, help="exits to force; the model's if left out")
     args = parser.parse_args()
@@ -239,7 +241,9 @@ def measured(args: argparse.Namespace) -> dict[str, Any]:
     """Load the model and measure; the report with all that the figures must come with."""
     backbone, prompts = load(args.model, dtype=args.dtype, device=args.device, prompts=args.prompts)
     depths, plain, said = args.depths, copy.deepcopy(backbone), {}
-    precision = None if args.precision is None else set_precision(backbone, args.precision)
+    precision = None
+    if args.precision is not None:
+        precision = set_precision(backbone, args.precision, compiled=args.compile)
     rate = bandwidth(torch.device(args.device))
     return {
         "environment": environment(args.device, dtype=args.dtype, batch=1, precision=precision),

@@ -337,6 +337,7 @@ def load(
     exits: Exits | None = None,
     dtype: str = "float32",
     precision: str | None = None,
+    compile: bool = False,
     device: Literal["auto", "cpu", "cuda"] | str = "auto",
 ) -> Engine:
     """Load a model with its exits.
@@ -349,6 +350,8 @@ def load(
         dtype: What the model computes in, such as float32 or bfloat16.
         precision: How its weights are held for fast decoding: float32, float16, bfloat16, int8 or int4; ``auto`` takes
             the faster of float32 and float16 here. Left out, transformers' modules run as they are.
+        compile: Whether inductor compiles the steps of one sequence, on a CPU, which takes seconds and needs a C++
+            compiler; what it made is kept on disk. Needs a precision.
         device: Where it runs; ``auto`` is a GPU where there is one.
 
     Raises:
@@ -366,7 +369,12 @@ def load(
         read_record(Path(heads))  # before the model, which takes longer
     place = chosen(device)
     backbone = source.load(dtype=dtype, device=place)
-    choice = None if precision is None else set_precision(backbone, precision)
+    if precision is None and compile:
+        raise UserError(
+            "load was given compile without a precision, whose recorded steps are what it compiles. Give "
+            "one, such as precision='auto'."
+        )
+    choice = None if precision is None else set_precision(backbone, precision, compiled=compile)
     bank: ExitBank | None = None
     if heads is not None:
         bank = ExitBank.load(heads, backbone.site)

@@ -1,4 +1,4 @@
-"""Files and folders that are there as a whole or not at all. Knows nothing of what they hold."""
+"""Files and folders that are there as a whole or not at all, and where the user's cache is."""
 
 from __future__ import annotations
 
@@ -7,6 +7,14 @@ import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+
+
+def cache_folder() -> Path:
+    """``$DYNAMAX_CACHE``, else ``$XDG_CACHE_HOME/dynamax``, else ``~/.cache/dynamax``; made if need be."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    folder = Path(os.environ.get("DYNAMAX_CACHE") or Path(base) / "dynamax")
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 def write_atomically(file: Path, content: bytes) -> None:

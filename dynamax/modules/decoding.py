@@ -62,6 +62,7 @@ class DecodingModule(LightningModule):
         dtype: Of the backbone, such as float32 or bfloat16.
         precision: How its weights are held: float32, float16, bfloat16, int8 or int4; auto takes the faster of the
             first two here. Left out, transformers' modules run as they are. On a CPU.
+        compile: Whether inductor compiles the steps of one sequence; needs a precision and a C++ compiler.
         timed: Examples on which ``test`` takes time and cost, policy by policy, beside the full model; 8 if left out.
             On the others it takes agreement and depth alone. Only for tasks that generate, as ``sampler`` and ``chat``.
             ``predict`` takes no times and does not read it.
@@ -87,6 +88,7 @@ class DecodingModule(LightningModule):
         chat: bool | None = None,
         dtype: str = "float32",
         precision: str | None = None,
+        compile: bool = False,
         timed: int | None = None,
     ) -> None:
         super().__init__()
@@ -109,7 +111,7 @@ class DecodingModule(LightningModule):
         self.source, self.exits = backbone, exits
         self.heads = None if heads is None else str(heads)
         self.decoder, self.sampler, self.chat, self.timed = decoder, sampler, chat, timed
-        self.dtype_name, self.precision = dtype, precision
+        self.dtype_name, self.precision, self.compile_steps = dtype, precision, compile
         self.probes: list[Probe] = []
         self._evaluation: Evaluation | None = None
 
@@ -144,6 +146,7 @@ class DecodingModule(LightningModule):
                 exits=self.exits,
                 dtype=self.dtype_name,
                 precision=self.precision,
+                compile=self.compile_steps,
                 device="cpu",
             )
             for policy in self.policies:

@@ -8,9 +8,9 @@ import zipfile
 import pytest
 
 from dynamax.backbones import downloads
-from dynamax.backbones.downloads import cache_folder, made_once
+from dynamax.backbones.downloads import made_once
 from dynamax.backbones.sources import SmolLM2
-from dynamax.files import whole_folder
+from dynamax.files import cache_folder, whole_folder
 
 
 @pytest.fixture(autouse=True)
