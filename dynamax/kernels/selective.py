@@ -17,8 +17,8 @@ from dynamax.kernels import backend, kernel
 CHUNK = 16
 """Positions scanned at once; more cost more passes over the states, fewer more calls."""
 
-FEW = 5
-"""Positions up to which one by one takes fewer operations."""
+FEW = 16
+"""Positions up to which one by one is faster on a CPU: half of what a chunk takes at 16 positions."""
 
 
 def scan(
