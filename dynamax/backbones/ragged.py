@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dynamax.backbones.plan import Plan, Rotary
-from dynamax.backbones.state import BlockState, HeldView, Recurrence, StateKind, Tensors
+from dynamax.backbones.state import HeldView, Recurrence, StateKind, Tensors
 
 
 @final
@@ -33,6 +33,7 @@ class RaggedPlan(Plan):
 
     Attributes:
         held: Keys that attention is given for each row, its own and padding included.
+        fresh: Whether the rows' blocks have been through nothing yet.
         whole: Whether the rows are those of the first slots, in their order: then no state need be gathered.
         slots_B: The slots, as a tensor.
     """
@@ -50,6 +51,7 @@ class RaggedPlan(Plan):
         super().__init__(like, additive=True, rotary=rotary)  # a mask of booleans would be changed in every block
         self.place = (*slots, *past)
         self.held = max(past) + self.length
+        self.fresh = not any(past)
         self.whole = list(slots) == list(range(self.rows))
         self._oldest = [min(pair) for pair in zip(starts, past, strict=True)]
         self._ragged = any(length < self.length for length in lengths)
@@ -118,21 +120,6 @@ class SlotState:
         self.keys: Tensors = ()
         self.recurrent: Tensors = ()
 
-    def adopt(self, slot: int, state: BlockState, filled: int) -> None:
-        """Take over the state of a run of one row; the slot's is written over."""
-        if state.keys is not None:
-            self.reserve(filled)
-            rows = [held.transpose(1, 2) for held in state.keys.read(0, filled)]
-            self.keys = self.keys or tuple(x.new_zeros(self.slots, self.capacity, *x.shape[2:]) for x in rows)
-            for buffer, x in zip(self.keys, rows, strict=True):
-                buffer[slot, :filled] = x[0]
-        if state.recurrent is not None:
-            assert state.recurrent.tensors is not None, "the run has read its prompt"
-            rows = state.recurrent.tensors
-            self.recurrent = self.recurrent or tuple(x.new_zeros(self.slots, *x.shape[1:]) for x in rows)
-            for buffer, x in zip(self.recurrent, rows, strict=True):
-                buffer[slot] = x[0]
-
     def move(self, source: int, target: int, filled: int) -> None:
         """Move one row's state to another slot."""
         for buffer in self.keys:
@@ -169,9 +156,12 @@ class SlotView(HeldView):
 
     def update(self, k_BHTD: Tensor, v_BHTD: Tensor, *_: object, **__: object) -> tuple[Tensor, Tensor]:
         """Write the chunk's keys and values behind those held; what each row may see, and more that the mask hides."""
-        plan, cells = self._plan, self._plan.cells(self._state.capacity)
+        state, plan, cells = self._state, self._plan, self._plan.cells(self._state.capacity)
+        if not state.keys:
+            shapes = ((state.slots, state.capacity, x.shape[1], x.shape[3]) for x in (k_BHTD, v_BHTD))
+            state.keys = tuple(k_BHTD.new_zeros(shape) for shape in shapes)
         seen = []
-        for buffer, x_BHTD in zip(self._state.keys, (k_BHTD, v_BHTD), strict=True):
+        for buffer, x_BHTD in zip(state.keys, (k_BHTD, v_BHTD), strict=True):
             buffer.flatten(0, 1).index_copy_(0, cells, x_BHTD.transpose(1, 2).flatten(0, 1))
             read = buffer[:, self._first : plan.held]
             read = read[: plan.rows] if plan.whole else read.index_select(0, plan.slots_B)
@@ -180,12 +170,14 @@ class SlotView(HeldView):
 
     @property
     def fresh(self) -> bool:
-        """False: every row has read its prompt."""
-        return False
+        """Whether the rows read their prompts, behind nothing."""
+        return self._plan.fresh
 
     def past(self) -> Tensors | None:
-        """The recurrent state of the rows."""
+        """The recurrent state of the rows; None before their first position."""
         plan = self._plan
+        if plan.fresh:
+            return None
         return tuple(
             held[: plan.rows] if plan.whole else held.index_select(0, plan.slots_B) for held in self._state.recurrent
         )
@@ -196,13 +188,14 @@ class SlotView(HeldView):
 
     def commit(self) -> None:
         """Make the chunk part of the recurrent state."""
-        plan = self._plan
+        state, plan = self._state, self._plan
         if self._taken is None:
             return
-        if plan.whole and plan.rows == self._state.slots:
-            self._state.recurrent = self._taken
+        if plan.whole and plan.rows == state.slots:
+            state.recurrent = self._taken
             return
-        for held, new in zip(self._state.recurrent, self._taken, strict=True):
+        state.recurrent = state.recurrent or tuple(x.new_zeros(state.slots, *x.shape[1:]) for x in self._taken)
+        for held, new in zip(state.recurrent, self._taken, strict=True):
             if plan.whole:
                 held[: plan.rows] = new
             else:

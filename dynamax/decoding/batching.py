@@ -15,6 +15,7 @@ from typing import NamedTuple, final
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from dynamax.backbones.slots import SelectedRows, Slots
 from dynamax.decoding.base import Decoder
@@ -23,7 +24,10 @@ from dynamax.decoding.full import Full
 from dynamax.decoding.sampling import Greedy, Sampler
 from dynamax.decoding.session import Session, newest
 from dynamax.errors import UserError
-from dynamax.types import NO_WORK, Evidence, Past, Span, Step, Work
+from dynamax.types import Evidence, Past, Span, Step, Work
+
+PROMPT_POSITIONS = 256
+"""Positions of prompts that are read at once, padding included; a longer prompt is read alone."""
 
 
 class Told(NamedTuple):
@@ -50,9 +54,9 @@ class Row:
         ticket: Its number.
         session: Its run.
         eos_token_id: Tokens that end it.
+        counted: Work of its run that earlier steps have accounted for.
         told: Tokens it has got.
         token: The newest one.
-        counted: Work of its run that earlier steps have accounted for.
         reads: (depth, positions) of logits that recurrent gates have read in the step under way.
         last: Its last token, while that has not been read yet and its states are wanted.
     """
@@ -60,9 +64,9 @@ class Row:
     ticket: int
     session: Session
     eos_token_id: Collection[int]
+    counted: Work
     told: int = 0
     token: int = 0
-    counted: Work = NO_WORK
     reads: tuple[tuple[int, int], ...] = ()
     last: Told | None = None
 
@@ -137,7 +141,7 @@ class Scheduler:
         if len(prompt_1T) != 1:
             raise UserError(f"A request has one prompt; {len(prompt_1T)} were given. Submit them one by one.")
         self._tickets += 1
-        self._waiting.append(Row(self._tickets, session, frozenset(eos_token_id)))
+        self._waiting.append(Row(self._tickets, session, frozenset(eos_token_id), session.cache.work()))
         return self._tickets
 
     @torch.inference_mode()
@@ -155,15 +159,14 @@ class Scheduler:
     def step(self) -> list[Told]:
         """Let waiting requests join where rows are free, and give every running one its next token.
 
-        A request that joins gets its first token from its prompt's own pass. Without requests, nothing happens.
+        Those that join get their first token from their prompts' own pass, which is one chunk of ``PROMPT_POSITIONS``
+        at most: the others of those that wait join in later steps. Without requests, nothing happens.
         """
         read = [row for row in self._running if row.last is not None]
         told = self._step() if self._running else []
         self._remove({row.ticket for row in read})
         told = self._hold_last(told) + [row.with_states() for row in read]
-        while self._waiting and len(self._running) < self.rows:
-            told += self._hold_last([self._begin(self._waiting.popleft())])
-        return told
+        return told + self._hold_last(self._join())
 
     def _hold_last(self, told: list[Told]) -> list[Told]:
         """Rows that have ended go; where states are kept, they stay for a step more, in which their token is read."""
@@ -177,15 +180,38 @@ class Scheduler:
 
     # -- joining and leaving ----------------------------------------------------------------------------
 
-    def _begin(self, row: Row) -> Told:
-        """Read a prompt at full depth; the run moves into a slot."""
-        row.session.watched = {depth: [] for depth in self._keep}
-        step = row.session.prefill()
-        row.counted = row.session.cache.work()
-        row.session.history.keep = max(1, 0 if self._policy is None else self._policy.recent)
-        self._slots.add(row.session.cache)
-        self._running.append(row)
-        return row.end(step, int(step.token_B))
+    def _join(self) -> list[Told]:
+        """Requests that have waited move into free slots; their prompts are read at full depth, in one chunk."""
+        rows: list[Row] = []
+        longest = 0
+        while self._waiting and len(self._running) < self.rows:
+            longest = max(longest, self._waiting[0].session.prompt_BT.shape[1])
+            if rows and (len(rows) + 1) * longest > PROMPT_POSITIONS:
+                break
+            row = self._waiting.popleft()
+            row.session.watched = {depth: [] for depth in self._keep}
+            row.session.history.keep = max(1, 0 if self._policy is None else self._policy.recent)
+            self._slots.add(row.session.cache)
+            self._running.append(row)
+            rows.append(row)
+        if not rows:
+            return []
+        prompts = [row.session.prompt_BT[0] for row in rows]
+        lengths = [len(prompt_T) for prompt_T in prompts]
+        chosen = self._slots.select(range(len(self._running) - len(rows), len(self._running)), lengths)
+        recurrent = () if self._exits is None else self._exits.recurrent_depths
+        depths = sorted({*recurrent, *self._keep, self.backbone.spec.depth})
+        h_RTD = self.backbone.embed(pad_sequence(prompts, batch_first=True), chosen)
+        for depth, h_RTD in self.backbone.walk(h_RTD, depths, chosen):
+            for row, h_TD, length in zip(rows, h_RTD, lengths, strict=True):
+                h_1TD, cache = h_TD[None, :length], row.session.cache
+                if depth in self._keep:
+                    row.session.watched[depth].append(h_1TD)
+                if self._exits is not None and depth in recurrent:
+                    site = self.backbone.site(depth, chosen)
+                    row.reads += self._exits.catch_up(site, h_1TD, [cache], recordings=self._gates)[1][0]
+        newest_R1D = torch.stack([h_TD[length - 1 : length] for h_TD, length in zip(h_RTD, lengths, strict=True)])
+        return self._tell(rows, self.backbone.unembed(newest_R1D)[:, 0], (), self.backbone.spec.depth, prefill=True)
 
     def _remove(self, tickets: set[int]) -> None:
         """Rows end; their slots are free."""
@@ -290,7 +316,15 @@ class Scheduler:
                         self._exits.advance(self.backbone.site(above, chosen), h_1TD, row.session.cache)
         return self._tell(rows, logits_RV, read, depth)
 
-    def _tell(self, rows: Sequence[Row], logits_RV: Tensor, read: Sequence[Evidence], depth: int) -> list[Told]:
+    def _tell(
+        self,
+        rows: Sequence[Row],
+        logits_RV: Tensor,
+        read: Sequence[Evidence],
+        depth: int,
+        *,
+        prefill: bool = False,
+    ) -> list[Told]:
         """Draw the next token of rows that have come to the same depth, and account for it."""
         total = self.backbone.spec.depth
         token_R = logits_RV.argmax(-1)
@@ -309,7 +343,8 @@ class Scheduler:
         ):
             work, before = row.session.cache.work(), row.counted
             row.session.history.say(logits_1V)
-            step = Step(token_1, depth_1, logits_1V, reads + row.reads + top, gates, work - before, rows_read=few)
+            reads_1 = reads + row.reads + top
+            step = Step(token_1, depth_1, logits_1V, reads_1, gates, work - before, prefill, rows_read=few)
             row.counted, row.reads = work, ()
             told.append(row.end(step, token))
         return told
