@@ -8,6 +8,7 @@ S counts the slots: places for one row's state each.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Collection, Sequence
 from typing import final
 
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dynamax.backbones.plan import Plan, Rotary
+from dynamax.backbones.plan import AngleTable, Plan, Rotary
 from dynamax.backbones.state import HeldView, Recurrence, StateKind, Tensors
 
 
@@ -30,6 +31,7 @@ class RaggedPlan(Plan):
         lengths: Positions of each row; the chunk is as long as the longest.
         slots: The slot of each row's state.
         rotary: As for ``Plan``.
+        table: Its angles; None only where there are none.
 
     Attributes:
         held: Keys that attention is given for each row, its own and padding included.
@@ -47,12 +49,14 @@ class RaggedPlan(Plan):
         slots: Sequence[int],
         *,
         rotary: Rotary | None,
+        table: AngleTable | None,
     ) -> None:
         super().__init__(like, additive=True, rotary=rotary)  # a mask of booleans would be changed in every block
         self.place = (*slots, *past)
         self.held = max(past) + self.length
         self.fresh = not any(past)
         self.whole = list(slots) == list(range(self.rows))
+        self._table, self._end = table, max(map(operator.add, starts, lengths))
         self._oldest = [min(pair) for pair in zip(starts, past, strict=True)]
         self._ragged = any(length < self.length for length in lengths)
         table_4B = torch.tensor([starts, past, lengths, slots], device=like.device)
@@ -65,6 +69,12 @@ class RaggedPlan(Plan):
     def make_positions(self) -> Tensor:
         """Padding repeats the row's last position."""
         return self._starts_B1 + torch.minimum(self._columns_T, self._lengths_B1 - 1)
+
+    def make_angles(self, rotary: Rotary, kind: str | None) -> tuple[Tensor, Tensor]:
+        """From the table."""
+        assert self._table is not None, "a model with angles comes with their table"
+        cos_1KR, sin_1KR = self._table.span(self._like, 0, self._end, kind)
+        return cos_1KR[0, self.positions_BT], sin_1KR[0, self.positions_BT]
 
     def make_live(self) -> Tensor | None:
         """False on padding behind a row's own positions."""

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from dynamax.backbones.cache import AnyCache, Cache
-from dynamax.backbones.plan import Plan, Rotary
+from dynamax.backbones.plan import AngleTable, Plan, Rotary
 from dynamax.backbones.ragged import RaggedPlan, SlotState, SlotView
 from dynamax.backbones.state import StateKind
 from dynamax.types import Span
@@ -36,11 +36,13 @@ class Slots:
 
     Attributes:
         rows: The run of each row, by slot.
+        angles: Rotary angles; None before any were asked for.
     """
 
     def __init__(self, span: Span, kinds: Sequence[Collection[StateKind]], slots: int, capacity: int = 256) -> None:
         self.span = span
         self.rows: list[Cache] = []
+        self.angles: AngleTable | None = None
         self.states = [SlotState(kind, slots, capacity) for kind in kinds]
 
     def add(self, cache: Cache) -> None:
@@ -123,7 +125,9 @@ class SelectedRows(AnyCache):
         assert all(map(operator.le, past, start)), f"of positions from {start} on, blocks have been through {past}"
         key = (like.shape[1], tuple(lengths), start, past, self.slots)
         if self._plan is None or self._plan[0] != key:
-            made = RaggedPlan(like, start, past, lengths, self.slots, rotary=rotary)
+            if self._all.angles is None and rotary is not None:
+                self._all.angles = AngleTable(rotary, context)
+            made = RaggedPlan(like, start, past, lengths, self.slots, rotary=rotary, table=self._all.angles)
             self._plan = key, made
         return self._plan[1]
 
@@ -172,11 +176,12 @@ class SelectedRows(AnyCache):
     def passed(self, span: Span, plan: Plan) -> None:
         """The chunk has been through these blocks."""
         lengths = self._lengths or [plan.length] * len(self.rows)
+        blocks = slice(*span)
         for row, length in zip(self.rows, lengths, strict=True):
-            for index in range(*span):
-                row.group.filled[index] += length
-                row.calls[index] += 1
-                row.rows[index] += length
+            filled = row.group.filled
+            filled[blocks] = [positions + length for positions in filled[blocks]]
+            row.calls[blocks] = [calls + 1 for calls in row.calls[blocks]]
+            row.rows[blocks] = [positions + length for positions in row.rows[blocks]]
 
     def peeked(self, index: int, plan: Plan) -> None:
         """The chunk has been through a block that keeps nothing of it."""

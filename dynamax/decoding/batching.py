@@ -24,7 +24,7 @@ from dynamax.decoding.full import Full
 from dynamax.decoding.sampling import Greedy, Sampler
 from dynamax.decoding.session import Session, newest
 from dynamax.errors import UserError
-from dynamax.types import Evidence, Past, Span, Step, Work
+from dynamax.types import Evidence, Past, Span, Step
 
 PROMPT_POSITIONS = 256
 """Positions of prompts that are read at once, padding included; a longer prompt is read alone."""
@@ -54,7 +54,6 @@ class Row:
         ticket: Its number.
         session: Its run.
         eos_token_id: Tokens that end it.
-        counted: Work of its run that earlier steps have accounted for.
         told: Tokens it has got.
         token: The newest one.
         reads: (depth, positions) of logits that recurrent gates have read in the step under way.
@@ -64,7 +63,6 @@ class Row:
     ticket: int
     session: Session
     eos_token_id: Collection[int]
-    counted: Work
     told: int = 0
     token: int = 0
     reads: tuple[tuple[int, int], ...] = ()
@@ -141,7 +139,7 @@ class Scheduler:
         if len(prompt_1T) != 1:
             raise UserError(f"A request has one prompt; {len(prompt_1T)} were given. Submit them one by one.")
         self._tickets += 1
-        self._waiting.append(Row(self._tickets, session, frozenset(eos_token_id), session.cache.work()))
+        self._waiting.append(Row(self._tickets, session, frozenset(eos_token_id)))
         return self._tickets
 
     @torch.inference_mode()
@@ -225,7 +223,7 @@ class Scheduler:
     # -- a step -------------------------------------------------------------------------------------------
 
     def _step(self) -> list[Told]:
-        rows, told, policy = list(self._running), [], self._policy
+        rows, told, policy, past = list(self._running), [], self._policy, None
         token_R = torch.tensor([row.token for row in rows], device=rows[0].session.prompt_BT.device)
         for row, token_1 in zip(rows, token_R.split(1), strict=True):
             row.session.history.read(token_1)
@@ -233,8 +231,6 @@ class Scheduler:
         trail: list[Evidence] = []
         read: list[Evidence] = []
         total = self.backbone.spec.depth
-        pasts = [row.session.history.past() for row in rows]
-        past = joined(pasts)
         start_R1D = self.backbone.embed(token_R[:, None], chosen)
         for depth, h_R1D in self.backbone.walk(start_R1D, sorted({*self._depths, *self._keep, total}), chosen):
             if depth in self._keep:
@@ -248,6 +244,7 @@ class Scheduler:
                 break
             if depth not in self._depths:
                 continue
+            past = past or joined([row.session.history.past() for row in rows])
             evidence = self._evidence(depth, h_R1D, rows, chosen, trail, past)
             assert policy is not None, "exits come with a policy"
             leave = policy(evidence).tolist()
@@ -260,8 +257,7 @@ class Scheduler:
                     break
                 chosen.keep(on)
                 rows, trail = [rows[i] for i in on], [earlier.select(on) for earlier in trail]
-                pasts = [pasts[i] for i in on]
-                past = joined(pasts)
+                past = None
         return told
 
     def _evidence(
@@ -341,11 +337,10 @@ class Scheduler:
         for row, token_1, token, logits_1V in zip(
             rows, token_R.split(1), token_R.tolist(), logits_RV.split(1), strict=True
         ):
-            work, before = row.session.cache.work(), row.counted
             row.session.history.say(logits_1V)
-            reads_1 = reads + row.reads + top
-            step = Step(token_1, depth_1, logits_1V, reads_1, gates, work - before, prefill, rows_read=few)
-            row.counted, row.reads = work, ()
+            work, own = row.session.cache.count_anew(), reads + row.reads + top
+            step = Step(token_1, depth_1, logits_1V, own, gates, work, prefill, rows_read=few)
+            row.reads = ()
             told.append(row.end(step, token))
         return told
 
