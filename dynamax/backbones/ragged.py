@@ -56,6 +56,7 @@ class RaggedPlan(Plan):
         self.held = max(past) + self.length
         self.fresh = not any(past)
         self.whole = list(slots) == list(range(self.rows))
+        self._owed = list(starts) != list(past)
         self._table, self._end = table, max(map(operator.add, starts, lengths))
         self._oldest = [min(pair) for pair in zip(starts, past, strict=True)]
         self._ragged = any(length < self.length for length in lengths)
@@ -93,8 +94,10 @@ class RaggedPlan(Plan):
         """Attention mask ``[B, 1, T, K]`` over the keys from ``first_key(window)`` to ``held``; see ``as_mask``."""
         if window not in self._masks:
             keys_K = torch.arange(self.first_key(window), self.held, device=self._like.device)
-            own = keys_K >= self._past_B1
-            keys_BK = torch.where(own, keys_K - self._past_B1 + self._starts_B1, keys_K)  # owed positions have no key
+            keys_BK = keys_K.expand(self.rows, -1)
+            if self._owed:  # positions between have no key
+                own = keys_K >= self._past_B1
+                keys_BK = torch.where(own, keys_K - self._past_B1 + self._starts_B1, keys_K)
             rows_BT1 = (self._starts_B1 + self._columns_T)[..., None]
             seen_BTK = keys_BK[:, None] <= rows_BT1
             if window is not None:
@@ -173,8 +176,10 @@ class SlotView(HeldView):
         seen = []
         for buffer, x_BHTD in zip(state.keys, (k_BHTD, v_BHTD), strict=True):
             buffer.flatten(0, 1).index_copy_(0, cells, x_BHTD.transpose(1, 2).flatten(0, 1))
-            read = buffer[:, self._first : plan.held]
-            read = read[: plan.rows] if plan.whole else read.index_select(0, plan.slots_B)
+            if plan.whole:
+                read = buffer[: plan.rows, self._first : plan.held]
+            else:
+                read = buffer[:, self._first : plan.held].index_select(0, plan.slots_B)
             seen.append(read.transpose(1, 2))
         return seen[0], seen[1]
 

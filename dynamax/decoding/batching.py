@@ -26,8 +26,13 @@ from dynamax.decoding.session import Session, newest
 from dynamax.errors import UserError
 from dynamax.types import Evidence, Past, Span, Step
 
-PROMPT_POSITIONS = 256
-"""Positions of prompts that are read at once, padding included; a longer prompt is read alone."""
+PROMPT_POSITIONS = 512
+"""Positions of prompts that are read at once, padding included; a longer prompt is read alone.
+
+A position costs least from there on in a small model, and from 128 on in a larger one (docs/performance.md).
+"""
+TOGETHER = 8
+"""Where more requests wait than rows are free, this part of the rows is free before they join: an eighth."""
 
 
 class Told(NamedTuple):
@@ -103,6 +108,7 @@ class Scheduler:
             raise UserError(f"{type(decoder).__name__} leaves early, so it has no states to keep. Decode with Full.")
         self.backbone = decoder.backbone
         self.rows = rows
+        self._together = max(1, rows // TOGETHER)
         self._keep = tuple(keep)
         self._decoder = decoder
         self._exits, self._policy = decoder.exits, decoder.policy
@@ -157,14 +163,21 @@ class Scheduler:
     def step(self) -> list[Told]:
         """Let waiting requests join where rows are free, and give every running one its next token.
 
-        Those that join get their first token from their prompts' own pass, which is one chunk of ``PROMPT_POSITIONS``
-        at most: the others of those that wait join in later steps. Without requests, nothing happens.
+        Those that join get their first token from their prompts' own pass. It is one chunk of ``PROMPT_POSITIONS`` at
+        most, so that running rows do not wait long; if none are running, all rows are filled. Where more requests wait
+        than rows are free, an eighth of the rows must be free, since prompts read together cost less. Without requests,
+        nothing happens.
         """
         read = [row for row in self._running if row.last is not None]
         told = self._step() if self._running else []
         self._remove({row.ticket for row in read})
         told = self._hold_last(told) + [row.with_states() for row in read]
-        return told + self._hold_last(self._join())
+        running = len(self._running)
+        while self._waiting and self.rows - len(self._running) >= min(len(self._waiting), self._together):
+            told += self._hold_last(self._join())
+            if running:  # they would wait for the next chunk
+                break
+        return told
 
     def _hold_last(self, told: list[Told]) -> list[Told]:
         """Rows that have ended go; where states are kept, they stay for a step more, in which their token is read."""
@@ -192,24 +205,23 @@ class Scheduler:
             self._slots.add(row.session.cache)
             self._running.append(row)
             rows.append(row)
-        if not rows:
-            return []
         prompts = [row.session.prompt_BT[0] for row in rows]
         lengths = [len(prompt_T) for prompt_T in prompts]
         chosen = self._slots.select(range(len(self._running) - len(rows), len(self._running)), lengths)
         recurrent = () if self._exits is None else self._exits.recurrent_depths
         depths = sorted({*recurrent, *self._keep, self.backbone.spec.depth})
-        h_RTD = self.backbone.embed(pad_sequence(prompts, batch_first=True), chosen)
-        for depth, h_RTD in self.backbone.walk(h_RTD, depths, chosen):
-            for row, h_TD, length in zip(rows, h_RTD, lengths, strict=True):
-                h_1TD, cache = h_TD[None, :length], row.session.cache
+        start_RTD = self.backbone.embed(pad_sequence(prompts, batch_first=True), chosen)
+        parts: list[Tensor] = []
+        for depth, h_RTD in self.backbone.walk(start_RTD, depths, chosen):
+            parts = [h_1TD[:, :length] for h_1TD, length in zip(h_RTD.split(1), lengths, strict=True)]
+            for row, h_1TD in zip(rows, parts, strict=True):
                 if depth in self._keep:
                     row.session.watched[depth].append(h_1TD)
                 if self._exits is not None and depth in recurrent:
                     site = self.backbone.site(depth, chosen)
-                    row.reads += self._exits.catch_up(site, h_1TD, [cache], recordings=self._gates)[1][0]
-        newest_R1D = torch.stack([h_TD[length - 1 : length] for h_TD, length in zip(h_RTD, lengths, strict=True)])
-        return self._tell(rows, self.backbone.unembed(newest_R1D)[:, 0], (), self.backbone.spec.depth, prefill=True)
+                    row.reads += self._exits.catch_up(site, h_1TD, [row.session.cache], recordings=self._gates)[1][0]
+        logits_RV = self.backbone.unembed(torch.cat([h_1TD[:, -1:] for h_1TD in parts]))[:, 0]
+        return self._tell(rows, logits_RV, (), self.backbone.spec.depth, prefill=True)
 
     def _remove(self, tickets: set[int]) -> None:
         """Rows end; their slots are free."""
@@ -334,9 +346,8 @@ class Scheduler:
         top = () if depth < total else ((total, 1),)
         depth_1 = torch.tensor([depth])
         told = []
-        for row, token_1, token, logits_1V in zip(
-            rows, token_R.split(1), token_R.tolist(), logits_RV.split(1), strict=True
-        ):
+        parts = zip(rows, token_R.split(1), token_R.tolist(), logits_RV.split(1), strict=True)
+        for row, token_1, token, logits_1V in parts:
             row.session.history.say(logits_1V)
             work, own = row.session.cache.count_anew(), reads + row.reads + top
             step = Step(token_1, depth_1, logits_1V, own, gates, work, prefill, rows_read=few)
