@@ -246,7 +246,7 @@ class Evidence:
     def select(self, rows: Sequence[int]) -> Evidence:
         """The evidence of some rows; what they ask for is computed for all, and recorded here. For a trail."""
         step = self.step if isinstance(self.step, int) else self.step[list(rows)]
-        return Evidence(
+        some = Evidence(
             self.depth,
             self.total,
             step,
@@ -255,6 +255,9 @@ class Evidence:
             gates={name: lambda _, name=name: self.score(name)[list(rows)] for name in self._gates},
             vocab=self._vocab,
         )
+        if self.logits_read:
+            some.__dict__["logits"] = self.logits[list(rows)]
+        return some
 
     def score(self, gate: str | None = None) -> Tensor:
         """Log-odds of a gate of this exit that leaving is right, ``[...]``.

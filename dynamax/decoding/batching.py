@@ -268,8 +268,8 @@ class Scheduler:
                 if not on:
                     break
                 chosen.keep(on)
-                rows, trail = [rows[i] for i in on], [earlier.select(on) for earlier in trail]
-                past = None
+                rows, past = [rows[i] for i in on], None
+                trail = [earlier.select(on) for earlier in trail if depth < self._depths[-1]]  # copies logits
         return told
 
     def _evidence(
