@@ -29,7 +29,7 @@ from dynamax.types import Evidence, Past, Span, Step
 PROMPT_POSITIONS = 512
 """Positions of prompts that are read at once, padding included; a longer prompt is read alone.
 
-A position costs least from there on in a small model, and from 128 on in a larger one (docs/performance.md).
+A position costs least from there on in a small model, and from 128 on in a larger one (docs/decisions.md).
 """
 TOGETHER = 8
 """Where more requests wait than rows are free, this part of the rows is free before they join: an eighth."""
