@@ -269,7 +269,7 @@ class Scheduler:
                     break
                 chosen.keep(on)
                 rows, past = [rows[i] for i in on], None
-                trail = [earlier.select(on) for earlier in trail if depth < self._depths[-1]]  # copies logits
+                trail = [earlier.select(on) for earlier in trail if depth < max(self._depths)]  # copies logits
         return told
 
     def _evidence(
