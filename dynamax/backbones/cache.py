@@ -58,6 +58,8 @@ class RowGroup:
     def balance(self) -> None:
         """Law 4: every position is either through a block or owed below it."""
         owed, length = 0, self.filled[self.span.start]
+        if not self._debts and self.filled.count(length) == len(self.filled):
+            return
         for depth in range(*self.span):
             debt_BTD = self._debts.get(depth)
             owed += 0 if debt_BTD is None else debt_BTD.shape[1]
@@ -277,6 +279,12 @@ class Cache(AnyCache):
     def work(self) -> Work:
         """All that has been counted so far."""
         return Work(tuple(self.calls), tuple(self.rows), tuple(self.writes))
+
+    def count_anew(self) -> Work:
+        """All that has been counted since the last call; from here on the count begins at zero."""
+        work = self.work()
+        self.calls, self.rows, self.writes = ([0] * self.span.stop for _ in range(3))
+        return work
 
     def snapshot(self) -> CacheSnapshot:
         """Where a later ``rollback`` can return to. Copies no keys and no states."""

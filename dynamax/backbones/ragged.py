@@ -8,6 +8,7 @@ S counts the slots: places for one row's state each.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Collection, Sequence
 from typing import final
 
@@ -15,8 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dynamax.backbones.plan import Plan, Rotary
-from dynamax.backbones.state import BlockState, HeldView, Recurrence, StateKind, Tensors
+from dynamax.backbones.plan import AngleTable, Plan, Rotary
+from dynamax.backbones.state import HeldView, Recurrence, StateKind, Tensors
 
 
 @final
@@ -30,9 +31,11 @@ class RaggedPlan(Plan):
         lengths: Positions of each row; the chunk is as long as the longest.
         slots: The slot of each row's state.
         rotary: As for ``Plan``.
+        table: Its angles; None only where there are none.
 
     Attributes:
         held: Keys that attention is given for each row, its own and padding included.
+        fresh: Whether the rows' blocks have been through nothing yet.
         whole: Whether the rows are those of the first slots, in their order: then no state need be gathered.
         slots_B: The slots, as a tensor.
     """
@@ -46,11 +49,15 @@ class RaggedPlan(Plan):
         slots: Sequence[int],
         *,
         rotary: Rotary | None,
+        table: AngleTable | None,
     ) -> None:
         super().__init__(like, additive=True, rotary=rotary)  # a mask of booleans would be changed in every block
         self.place = (*slots, *past)
         self.held = max(past) + self.length
+        self.fresh = not any(past)
         self.whole = list(slots) == list(range(self.rows))
+        self._owed = list(starts) != list(past)
+        self._table, self._end = table, max(map(operator.add, starts, lengths))
         self._oldest = [min(pair) for pair in zip(starts, past, strict=True)]
         self._ragged = any(length < self.length for length in lengths)
         table_4B = torch.tensor([starts, past, lengths, slots], device=like.device)
@@ -63,6 +70,12 @@ class RaggedPlan(Plan):
     def make_positions(self) -> Tensor:
         """Padding repeats the row's last position."""
         return self._starts_B1 + torch.minimum(self._columns_T, self._lengths_B1 - 1)
+
+    def make_angles(self, rotary: Rotary, kind: str | None) -> tuple[Tensor, Tensor]:
+        """From the table."""
+        assert self._table is not None, "a model with angles comes with their table"
+        cos_1KR, sin_1KR = self._table.span(self._like, 0, self._end, kind)
+        return cos_1KR[0, self.positions_BT], sin_1KR[0, self.positions_BT]
 
     def make_live(self) -> Tensor | None:
         """False on padding behind a row's own positions."""
@@ -81,8 +94,10 @@ class RaggedPlan(Plan):
         """Attention mask ``[B, 1, T, K]`` over the keys from ``first_key(window)`` to ``held``; see ``as_mask``."""
         if window not in self._masks:
             keys_K = torch.arange(self.first_key(window), self.held, device=self._like.device)
-            own = keys_K >= self._past_B1
-            keys_BK = torch.where(own, keys_K - self._past_B1 + self._starts_B1, keys_K)  # owed positions have no key
+            keys_BK = keys_K.expand(self.rows, -1)
+            if self._owed:  # positions between have no key
+                own = keys_K >= self._past_B1
+                keys_BK = torch.where(own, keys_K - self._past_B1 + self._starts_B1, keys_K)
             rows_BT1 = (self._starts_B1 + self._columns_T)[..., None]
             seen_BTK = keys_BK[:, None] <= rows_BT1
             if window is not None:
@@ -117,21 +132,6 @@ class SlotState:
         self.slots, self.capacity = slots, capacity
         self.keys: Tensors = ()
         self.recurrent: Tensors = ()
-
-    def adopt(self, slot: int, state: BlockState, filled: int) -> None:
-        """Take over the state of a run of one row; the slot's is written over."""
-        if state.keys is not None:
-            self.reserve(filled)
-            rows = [held.transpose(1, 2) for held in state.keys.read(0, filled)]
-            self.keys = self.keys or tuple(x.new_zeros(self.slots, self.capacity, *x.shape[2:]) for x in rows)
-            for buffer, x in zip(self.keys, rows, strict=True):
-                buffer[slot, :filled] = x[0]
-        if state.recurrent is not None:
-            assert state.recurrent.tensors is not None, "the run has read its prompt"
-            rows = state.recurrent.tensors
-            self.recurrent = self.recurrent or tuple(x.new_zeros(self.slots, *x.shape[1:]) for x in rows)
-            for buffer, x in zip(self.recurrent, rows, strict=True):
-                buffer[slot] = x[0]
 
     def move(self, source: int, target: int, filled: int) -> None:
         """Move one row's state to another slot."""
@@ -169,23 +169,30 @@ class SlotView(HeldView):
 
     def update(self, k_BHTD: Tensor, v_BHTD: Tensor, *_: object, **__: object) -> tuple[Tensor, Tensor]:
         """Write the chunk's keys and values behind those held; what each row may see, and more that the mask hides."""
-        plan, cells = self._plan, self._plan.cells(self._state.capacity)
+        state, plan, cells = self._state, self._plan, self._plan.cells(self._state.capacity)
+        if not state.keys:
+            shapes = ((state.slots, state.capacity, x.shape[1], x.shape[3]) for x in (k_BHTD, v_BHTD))
+            state.keys = tuple(k_BHTD.new_zeros(shape) for shape in shapes)
         seen = []
-        for buffer, x_BHTD in zip(self._state.keys, (k_BHTD, v_BHTD), strict=True):
+        for buffer, x_BHTD in zip(state.keys, (k_BHTD, v_BHTD), strict=True):
             buffer.flatten(0, 1).index_copy_(0, cells, x_BHTD.transpose(1, 2).flatten(0, 1))
-            read = buffer[:, self._first : plan.held]
-            read = read[: plan.rows] if plan.whole else read.index_select(0, plan.slots_B)
+            if plan.whole:
+                read = buffer[: plan.rows, self._first : plan.held]
+            else:
+                read = buffer[:, self._first : plan.held].index_select(0, plan.slots_B)
             seen.append(read.transpose(1, 2))
         return seen[0], seen[1]
 
     @property
     def fresh(self) -> bool:
-        """False: every row has read its prompt."""
-        return False
+        """Whether the rows read their prompts, behind nothing."""
+        return self._plan.fresh
 
     def past(self) -> Tensors | None:
-        """The recurrent state of the rows."""
+        """The recurrent state of the rows; None before their first position."""
         plan = self._plan
+        if plan.fresh:
+            return None
         return tuple(
             held[: plan.rows] if plan.whole else held.index_select(0, plan.slots_B) for held in self._state.recurrent
         )
@@ -196,13 +203,14 @@ class SlotView(HeldView):
 
     def commit(self) -> None:
         """Make the chunk part of the recurrent state."""
-        plan = self._plan
+        state, plan = self._state, self._plan
         if self._taken is None:
             return
-        if plan.whole and plan.rows == self._state.slots:
-            self._state.recurrent = self._taken
+        if plan.whole and plan.rows == state.slots:
+            state.recurrent = self._taken
             return
-        for held, new in zip(self._state.recurrent, self._taken, strict=True):
+        state.recurrent = state.recurrent or tuple(x.new_zeros(state.slots, *x.shape[1:]) for x in self._taken)
+        for held, new in zip(state.recurrent, self._taken, strict=True):
             if plan.whole:
                 held[: plan.rows] = new
             else:

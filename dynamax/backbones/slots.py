@@ -1,8 +1,7 @@
 """The state of many runs of one row each, side by side, so that any of them can share a chunk.
 
 Each row has fill levels and debts of its own: a position is owed by its row alone, and is run when that row goes on.
-Rows begin as runs of their own (``Cache``), which read their prompts; a slot takes over what they keep, and their
-fill levels, debts, memories and counts stay where they are.
+They are those of a run of its own (``Cache``), as are its memories and counts; the state of its blocks is in a slot.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from dynamax.backbones.cache import AnyCache, Cache
-from dynamax.backbones.plan import Plan, Rotary
+from dynamax.backbones.plan import AngleTable, Plan, Rotary
 from dynamax.backbones.ragged import RaggedPlan, SlotState, SlotView
 from dynamax.backbones.state import StateKind
 from dynamax.types import Span
@@ -37,17 +36,17 @@ class Slots:
 
     Attributes:
         rows: The run of each row, by slot.
+        angles: Rotary angles; None before any were asked for.
     """
 
     def __init__(self, span: Span, kinds: Sequence[Collection[StateKind]], slots: int, capacity: int = 256) -> None:
         self.span = span
         self.rows: list[Cache] = []
+        self.angles: AngleTable | None = None
         self.states = [SlotState(kind, slots, capacity) for kind in kinds]
 
     def add(self, cache: Cache) -> None:
-        """A run that has read its prompt moves in behind the others. From here on its own states are empty."""
-        for index, state in enumerate(self.states):
-            state.adopt(len(self.rows), cache.states[index], cache.filled[index])
+        """A run that has read nothing yet moves in behind the others. It has no states of its own from here on."""
         cache.states.clear()
         self.rows.append(cache)
 
@@ -59,9 +58,9 @@ class Slots:
             for index, state in enumerate(self.states):
                 state.move(len(self.rows), slot, last.filled[index])
 
-    def select(self, slots: Sequence[int]) -> SelectedRows:
-        """Some of the rows, to run a chunk with."""
-        return SelectedRows(self, slots)
+    def select(self, slots: Sequence[int], lengths: Sequence[int] | None = None) -> SelectedRows:
+        """Some of the rows, to run a chunk with; see ``SelectedRows``."""
+        return SelectedRows(self, slots, lengths)
 
 
 @final
@@ -74,14 +73,16 @@ class SelectedRows(AnyCache):
     Args:
         slots: All rows.
         chosen: The slots of those that are meant.
+        lengths: Positions of each row in the chunk, if they differ: then it is padded from the beginning, and no row
+            may owe anything.
     """
 
-    def __init__(self, slots: Slots, chosen: Sequence[int]) -> None:
+    def __init__(self, slots: Slots, chosen: Sequence[int], lengths: Sequence[int] | None = None) -> None:
         self.span = slots.span
         self._all = slots
         self.slots = tuple(chosen)
         self.rows = [slots.rows[slot] for slot in chosen]
-        self._lengths: list[int] | None = None
+        self._given = self._lengths = lengths
         self._kept: list[int] | None = None
         self._plan: tuple[object, RaggedPlan] | None = None
 
@@ -124,7 +125,9 @@ class SelectedRows(AnyCache):
         assert all(map(operator.le, past, start)), f"of positions from {start} on, blocks have been through {past}"
         key = (like.shape[1], tuple(lengths), start, past, self.slots)
         if self._plan is None or self._plan[0] != key:
-            made = RaggedPlan(like, start, past, lengths, self.slots, rotary=rotary)
+            if self._all.angles is None and rotary is not None:
+                self._all.angles = AngleTable(rotary, context)
+            made = RaggedPlan(like, start, past, lengths, self.slots, rotary=rotary, table=self._all.angles)
             self._plan = key, made
         return self._plan[1]
 
@@ -154,8 +157,8 @@ class SelectedRows(AnyCache):
 
     def part(self, depth: int, h_BTD: Tensor, count: int) -> Tensor:
         """Each row's newest ``count`` positions; the others are owed before block ``depth``, if that is here."""
-        lengths, self._lengths = self._lengths, None
-        if lengths is None:
+        lengths, self._lengths = self._lengths, self._given
+        if lengths is self._given or lengths is None:
             return h_BTD
         newest = []
         for row, h_TD, length in zip(self.rows, h_BTD, lengths, strict=True):
@@ -173,11 +176,12 @@ class SelectedRows(AnyCache):
     def passed(self, span: Span, plan: Plan) -> None:
         """The chunk has been through these blocks."""
         lengths = self._lengths or [plan.length] * len(self.rows)
+        blocks = slice(*span)
         for row, length in zip(self.rows, lengths, strict=True):
-            for index in range(*span):
-                row.group.filled[index] += length
-                row.calls[index] += 1
-                row.rows[index] += length
+            filled = row.group.filled
+            filled[blocks] = [positions + length for positions in filled[blocks]]
+            row.calls[blocks] = [calls + 1 for calls in row.calls[blocks]]
+            row.rows[blocks] = [positions + length for positions in row.rows[blocks]]
 
     def peeked(self, index: int, plan: Plan) -> None:
         """The chunk has been through a block that keeps nothing of it."""

@@ -15,6 +15,7 @@ from typing import NamedTuple, final
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from dynamax.backbones.slots import SelectedRows, Slots
 from dynamax.decoding.base import Decoder
@@ -23,7 +24,15 @@ from dynamax.decoding.full import Full
 from dynamax.decoding.sampling import Greedy, Sampler
 from dynamax.decoding.session import Session, newest
 from dynamax.errors import UserError
-from dynamax.types import NO_WORK, Evidence, Past, Span, Step, Work
+from dynamax.types import Evidence, Past, Span, Step
+
+PROMPT_POSITIONS = 512
+"""Positions of prompts that are read at once, padding included; a longer prompt is read alone.
+
+A position costs least from there on in a small model, and from 128 on in a larger one (docs/decisions.md).
+"""
+TOGETHER = 8
+"""Where more requests wait than rows are free, this part of the rows is free before they join: an eighth."""
 
 
 class Told(NamedTuple):
@@ -52,7 +61,6 @@ class Row:
         eos_token_id: Tokens that end it.
         told: Tokens it has got.
         token: The newest one.
-        counted: Work of its run that earlier steps have accounted for.
         reads: (depth, positions) of logits that recurrent gates have read in the step under way.
         last: Its last token, while that has not been read yet and its states are wanted.
     """
@@ -62,7 +70,6 @@ class Row:
     eos_token_id: Collection[int]
     told: int = 0
     token: int = 0
-    counted: Work = NO_WORK
     reads: tuple[tuple[int, int], ...] = ()
     last: Told | None = None
 
@@ -101,6 +108,7 @@ class Scheduler:
             raise UserError(f"{type(decoder).__name__} leaves early, so it has no states to keep. Decode with Full.")
         self.backbone = decoder.backbone
         self.rows = rows
+        self._together = max(1, rows // TOGETHER)
         self._keep = tuple(keep)
         self._decoder = decoder
         self._exits, self._policy = decoder.exits, decoder.policy
@@ -155,14 +163,20 @@ class Scheduler:
     def step(self) -> list[Told]:
         """Let waiting requests join where rows are free, and give every running one its next token.
 
-        A request that joins gets its first token from its prompt's own pass. Without requests, nothing happens.
+        Those that join get their first token from their prompts' own pass. It is one chunk of ``PROMPT_POSITIONS`` at
+        most, so that running rows do not wait long; if none are running, all rows are filled. Where more requests wait
+        than rows are free, an eighth of the rows must be free, since prompts read together cost less. Without requests,
+        nothing happens.
         """
         read = [row for row in self._running if row.last is not None]
         told = self._step() if self._running else []
         self._remove({row.ticket for row in read})
         told = self._hold_last(told) + [row.with_states() for row in read]
-        while self._waiting and len(self._running) < self.rows:
-            told += self._hold_last([self._begin(self._waiting.popleft())])
+        running = len(self._running)
+        while self._waiting and self.rows - len(self._running) >= min(len(self._waiting), self._together):
+            told += self._hold_last(self._join())
+            if running:  # they would wait for the next chunk
+                break
         return told
 
     def _hold_last(self, told: list[Told]) -> list[Told]:
@@ -177,15 +191,37 @@ class Scheduler:
 
     # -- joining and leaving ----------------------------------------------------------------------------
 
-    def _begin(self, row: Row) -> Told:
-        """Read a prompt at full depth; the run moves into a slot."""
-        row.session.watched = {depth: [] for depth in self._keep}
-        step = row.session.prefill()
-        row.counted = row.session.cache.work()
-        row.session.history.keep = max(1, 0 if self._policy is None else self._policy.recent)
-        self._slots.add(row.session.cache)
-        self._running.append(row)
-        return row.end(step, int(step.token_B))
+    def _join(self) -> list[Told]:
+        """Requests that have waited move into free slots; their prompts are read at full depth, in one chunk."""
+        rows: list[Row] = []
+        longest = 0
+        while self._waiting and len(self._running) < self.rows:
+            longest = max(longest, self._waiting[0].session.prompt_BT.shape[1])
+            if rows and (len(rows) + 1) * longest > PROMPT_POSITIONS:
+                break
+            row = self._waiting.popleft()
+            row.session.watched = {depth: [] for depth in self._keep}
+            row.session.history.keep = max(1, 0 if self._policy is None else self._policy.recent)
+            self._slots.add(row.session.cache)
+            self._running.append(row)
+            rows.append(row)
+        prompts = [row.session.prompt_BT[0] for row in rows]
+        lengths = [len(prompt_T) for prompt_T in prompts]
+        chosen = self._slots.select(range(len(self._running) - len(rows), len(self._running)), lengths)
+        recurrent = () if self._exits is None else self._exits.recurrent_depths
+        depths = sorted({*recurrent, *self._keep, self.backbone.spec.depth})
+        start_RTD = self.backbone.embed(pad_sequence(prompts, batch_first=True), chosen)
+        parts: list[Tensor] = []
+        for depth, h_RTD in self.backbone.walk(start_RTD, depths, chosen):
+            parts = [h_1TD[:, :length] for h_1TD, length in zip(h_RTD.split(1), lengths, strict=True)]
+            for row, h_1TD in zip(rows, parts, strict=True):
+                if depth in self._keep:
+                    row.session.watched[depth].append(h_1TD)
+                if self._exits is not None and depth in recurrent:
+                    site = self.backbone.site(depth, chosen)
+                    row.reads += self._exits.catch_up(site, h_1TD, [row.session.cache], recordings=self._gates)[1][0]
+        logits_RV = self.backbone.unembed(torch.cat([h_1TD[:, -1:] for h_1TD in parts]))[:, 0]
+        return self._tell(rows, logits_RV, (), self.backbone.spec.depth, prefill=True)
 
     def _remove(self, tickets: set[int]) -> None:
         """Rows end; their slots are free."""
@@ -199,7 +235,7 @@ class Scheduler:
     # -- a step -------------------------------------------------------------------------------------------
 
     def _step(self) -> list[Told]:
-        rows, told, policy = list(self._running), [], self._policy
+        rows, told, policy, past = list(self._running), [], self._policy, None
         token_R = torch.tensor([row.token for row in rows], device=rows[0].session.prompt_BT.device)
         for row, token_1 in zip(rows, token_R.split(1), strict=True):
             row.session.history.read(token_1)
@@ -207,8 +243,6 @@ class Scheduler:
         trail: list[Evidence] = []
         read: list[Evidence] = []
         total = self.backbone.spec.depth
-        pasts = [row.session.history.past() for row in rows]
-        past = joined(pasts)
         start_R1D = self.backbone.embed(token_R[:, None], chosen)
         for depth, h_R1D in self.backbone.walk(start_R1D, sorted({*self._depths, *self._keep, total}), chosen):
             if depth in self._keep:
@@ -222,6 +256,7 @@ class Scheduler:
                 break
             if depth not in self._depths:
                 continue
+            past = past or joined([row.session.history.past() for row in rows])
             evidence = self._evidence(depth, h_R1D, rows, chosen, trail, past)
             assert policy is not None, "exits come with a policy"
             leave = policy(evidence).tolist()
@@ -233,9 +268,8 @@ class Scheduler:
                 if not on:
                     break
                 chosen.keep(on)
-                rows, trail = [rows[i] for i in on], [earlier.select(on) for earlier in trail]
-                pasts = [pasts[i] for i in on]
-                past = joined(pasts)
+                rows, past = [rows[i] for i in on], None
+                trail = [earlier.select(on) for earlier in trail if depth < max(self._depths)]  # copies logits
         return told
 
     def _evidence(
@@ -290,7 +324,15 @@ class Scheduler:
                         self._exits.advance(self.backbone.site(above, chosen), h_1TD, row.session.cache)
         return self._tell(rows, logits_RV, read, depth)
 
-    def _tell(self, rows: Sequence[Row], logits_RV: Tensor, read: Sequence[Evidence], depth: int) -> list[Told]:
+    def _tell(
+        self,
+        rows: Sequence[Row],
+        logits_RV: Tensor,
+        read: Sequence[Evidence],
+        depth: int,
+        *,
+        prefill: bool = False,
+    ) -> list[Told]:
         """Draw the next token of rows that have come to the same depth, and account for it."""
         total = self.backbone.spec.depth
         token_R = logits_RV.argmax(-1)
@@ -304,13 +346,12 @@ class Scheduler:
         top = () if depth < total else ((total, 1),)
         depth_1 = torch.tensor([depth])
         told = []
-        for row, token_1, token, logits_1V in zip(
-            rows, token_R.split(1), token_R.tolist(), logits_RV.split(1), strict=True
-        ):
-            work, before = row.session.cache.work(), row.counted
+        parts = zip(rows, token_R.split(1), token_R.tolist(), logits_RV.split(1), strict=True)
+        for row, token_1, token, logits_1V in parts:
             row.session.history.say(logits_1V)
-            step = Step(token_1, depth_1, logits_1V, reads + row.reads + top, gates, work - before, rows_read=few)
-            row.counted, row.reads = work, ()
+            work, own = row.session.cache.count_anew(), reads + row.reads + top
+            step = Step(token_1, depth_1, logits_1V, own, gates, work, prefill, rows_read=few)
+            row.reads = ()
             told.append(row.end(step, token))
         return told
 

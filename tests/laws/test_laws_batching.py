@@ -9,6 +9,7 @@ from torch import Tensor
 from dynamax.backbones.hf import HFBackbone
 from dynamax.backbones.packed import pack
 from dynamax.backbones.skipped_state import CopyToken, Exact, Propagate, Skip, SkippedState
+from dynamax.decoding import batching
 from dynamax.decoding.base import Decoder
 from dynamax.decoding.batching import Scheduler
 from dynamax.decoding.early_exit import EarlyExit
@@ -189,6 +190,38 @@ def test_blocks_run_for_the_rows_that_want_them_alone() -> None:
             layer.register_forward_pre_hook(lambda _, args, index=index: seen.append((index, len(args[0]))))
         scheduler.step()
         assert seen == [(0, 3), (1, 3), (2, 1), (3, 1), (4, 1), (5, 1)]
+
+
+def test_prompts_are_read_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In chunks of 20 positions at most; one chunk a step where rows are running, which wait for it."""
+    monkeypatch.setattr(batching, "PROMPT_POSITIONS", 20)
+    with upcast64():
+        model, backbone = pair("llama")
+        seen: list[tuple[int, ...]] = []
+        model.model.layers[0].register_forward_pre_hook(lambda _, args: seen.append(tuple(args[0].shape[:2])))
+        scheduler = Scheduler(Full(backbone), 16)
+        for length in (9, 4, 1, 5, 12):
+            scheduler.submit(prompt(length), max_new_tokens=20)
+        assert len(scheduler.step()) == 5
+        assert seen == [(2, 9), (2, 5), (1, 12)]
+        for length in (25, 3, 4):
+            scheduler.submit(prompt(length), max_new_tokens=20)
+        assert [len(scheduler.step()) for _ in range(3)] == [5 + 1, 6 + 2, 8]
+        assert seen[3:] == [(5, 1), (1, 25), (6, 1), (2, 4), (8, 1)]
+
+
+def test_where_more_wait_than_rows_are_free_some_join_together() -> None:
+    with upcast64():
+        scheduler = Scheduler(Full(pair("llama")[1]), 16)
+        tickets = [scheduler.submit(prompt(3), max_new_tokens=20) for _ in range(18)]
+        assert len(scheduler.step()) == 16
+        scheduler.cancel(tickets[0])
+        assert len(scheduler.step()) == 15, "an eighth of the rows is two"
+        scheduler.cancel(tickets[3])
+        assert len(scheduler.step()) == 14 + 2
+        scheduler.cancel(tickets[4])
+        last = scheduler.submit(prompt(3), max_new_tokens=20)
+        assert last in [each.ticket for each in scheduler.step()], "no other waits for it to be read with"
 
 
 @pytest.mark.parametrize("family", ["llama", "mamba2", "zamba2", "gpt2"])
