@@ -350,8 +350,8 @@ def load(
         dtype: What the model computes in, such as float32 or bfloat16.
         precision: How its weights are held for fast decoding: float32, float16, bfloat16, int8 or int4; ``auto`` takes
             the faster of float32 and float16 here. Left out, transformers' modules run as they are.
-        compile: Whether inductor compiles the steps of one sequence, on a CPU, which takes seconds and needs a C++
-            compiler; what it made is kept on disk. Needs a precision.
+        compile: Whether inductor compiles the steps of one sequence, of up to 4 positions, on a CPU. It needs a
+            precision and a C++ compiler, and takes half a minute the first time; what it made is kept on disk.
         device: Where it runs; ``auto`` is a GPU where there is one.
 
     Raises:

@@ -274,15 +274,16 @@ class Programs:
 
     Args:
         arguments: What every program is called with.
-        build: Makes the function of a program that was recorded at several places; ``Program.function`` if left out.
 
     Attributes:
+        build: Makes the function of a program that was recorded at several places; None for ``Program.function``.
         ready: Programs in use, by kind of step; a kind begins with the part.
         given_up: Parts that are not recorded, and why.
     """
 
-    def __init__(self, arguments: str, build: Build | None = None) -> None:
-        self._arguments, self._build = arguments, build
+    def __init__(self, arguments: str) -> None:
+        self._arguments = arguments
+        self.build: Build | None = None
         self._seen: dict[tuple[Any, ...], list[tuple[Hashable, Program]]] = {}
         self.ready: dict[tuple[Any, ...], Callable[..., Tensor]] = {}
         self.given_up: dict[Any, str] = {}
@@ -294,8 +295,7 @@ class Programs:
         if len(seen) == STEPS_TO_SEE:
             del self._seen[kind]
             if all(program.same(other) for _, other in seen):
-                recorded = [other for _, other in seen]
-                build = self._build
+                build, recorded = self.build, [other for _, other in seen]
                 self.ready[kind] = build(recorded, self._arguments) if build else program.function(self._arguments)
             else:
                 self.given_up[kind[0]] = "what it does differs from step to step"

@@ -22,7 +22,6 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from dynamax.backbones.hf import HFBackbone
 from dynamax.backbones.linear import as_product
 from dynamax.backbones.recorded import Recordings
-from dynamax.compiling import Compiler
 from dynamax.kernels import at_least_float32
 from dynamax.kernels.attention import attend
 from dynamax.kernels.products import Product
@@ -57,7 +56,7 @@ class RMSNorm(nn.Module):
         return y.to(x.dtype) * self.weight
 
 
-def pack(backbone: HFBackbone, kind: type[Product], compiler: Compiler | None = None) -> None:
+def pack(backbone: HFBackbone, kind: type[Product]) -> None:
     """Make a backbone faster, in place. Weights that nothing else holds are freed.
 
     Layers of other kinds, such as experts that hold all their matrices in one tensor, stay as they are.
@@ -65,7 +64,6 @@ def pack(backbone: HFBackbone, kind: type[Product], compiler: Compiler | None = 
     Args:
         backbone: The model. Afterwards it cannot be trained, and stays on its device.
         kind: What takes the place of a linear layer.
-        compiler: Compiles the steps of one row; None to run them as they were recorded.
 
     Raises:
         UserError: If weights cannot be held so.
@@ -77,7 +75,7 @@ def pack(backbone: HFBackbone, kind: type[Product], compiler: Compiler | None = 
         ALL_ATTENTION_FUNCTIONS.register(ATTENTION, attend)
         backbone.model.set_attn_implementation(ATTENTION)
         backbone.additive_masks = False
-    backbone.recordings = Recordings(backbone.model, compiler)
+    backbone.recordings = Recordings(backbone.model)
     keep_freed_memory()
 
 

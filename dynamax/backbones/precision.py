@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-import warnings
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -18,7 +17,7 @@ from dynamax.backbones.base import Backbone
 from dynamax.backbones.hf import HFBackbone
 from dynamax.backbones.linear import weight_of
 from dynamax.backbones.packed import pack
-from dynamax.compiling import Compiler
+from dynamax.compiling import Compiler, NotCompilableError
 from dynamax.device import processor
 from dynamax.errors import UserError
 from dynamax.files import cache_folder, write_atomically
@@ -43,6 +42,9 @@ SAMPLE = 48 << 20
 """Bytes of float32 weights that a measurement reads: more than most processors keep in their caches."""
 
 ROUNDS = 5
+
+COMPILED = 4
+"""Most positions of a step that is compiled: every length is compiled on its own."""
 
 
 @dataclass(frozen=True)
@@ -74,8 +76,7 @@ def set_precision(backbone: Backbone, precision: str, *, compiled: bool = False)
     Args:
         backbone: The model, on the device where it will run.
         precision: A name of ``PRECISIONS``; or ``auto``, which takes what suits the model and the machine.
-        compiled: Whether inductor compiles the steps of one row. Those of one position are compiled at once, those of
-            more when they first come.
+        compiled: Whether inductor compiles the steps of one row, of up to ``COMPILED`` positions.
 
     Returns:
         What was chosen; None if ``auto`` left the model as it is: on a GPU, or if it is none of transformers'.
@@ -104,33 +105,39 @@ def set_precision(backbone: Backbone, precision: str, *, compiled: bool = False)
             f" Load it in float32, or leave precision out."
         )
     begin = time.perf_counter()
-    compiler = Compiler() if compiled else None
-    choice = _choose(backbone, precision, compiler)
+    compiler = Compiler() if compiled else None  # which refuses a machine that cannot compile, before anything is done
+    choice = _choose(backbone, precision, compiled=compiled)
     if compiler is None:
         return choice
-    compile_steps(backbone)
+    compile_steps(backbone, compiler)
     return replace(choice, compiling=time.perf_counter() - begin)
 
 
 @torch.inference_mode()
-def compile_steps(backbone: HFBackbone) -> None:
-    """Compile the steps of one position, by taking some.
+def compile_steps(backbone: HFBackbone, compiler: Compiler) -> None:
+    """Compile the steps of one row, by taking some of each length. Others stay as they are recorded.
+
+    So nobody waits for a compiler in the middle of an answer.
 
     Raises:
         UserError: If a block cannot be recorded or compiled.
     """
-    cache, recordings = backbone.new_cache(2 * MOST_POSITIONS), backbone.recordings
+    recordings, span, device = backbone.recordings, Span(0, backbone.spec.depth), next(backbone.parameters()).device
     assert recordings is not None, "a packed backbone has recordings"
-    depth, like = backbone.spec.depth, next(backbone.parameters())
-    with warnings.catch_warnings(record=True) as told:
-        warnings.simplefilter("always")
-        for length in (MOST_POSITIONS + 3, *[1] * STEPS_TO_SEE):  # as many keys as nothing else has channels
-            tokens_1T = torch.zeros(1, length, dtype=torch.long, device=like.device)
-            backbone.run(backbone.embed(tokens_1T, cache), Span(0, depth), cache)
-    reasons = [f"block {index}: {reason}" for index, reason in recordings.given_up.items()]
-    reasons += [str(each.message) for each in told if each.category is UserWarning]
-    if reasons:
-        raise UserError(f"This model cannot be compiled; {reasons[0]} Leave compile out.")
+    recordings.build = compiler
+    for length in range(1, COMPILED + 1):
+        cache, reason = backbone.new_cache(2 * MOST_POSITIONS), ""
+        try:
+            for count in (MOST_POSITIONS + 3, *[length] * STEPS_TO_SEE):  # as many keys as nothing else has channels
+                tokens_1T = torch.zeros(1, count, dtype=torch.long, device=device)
+                backbone.run(backbone.embed(tokens_1T, cache), span, cache)
+        except NotCompilableError as error:
+            reason = f"a step of {length} positions: {error}"
+        for index, cause in recordings.given_up.items():
+            reason = reason or f"block {index}: {cause}"
+        if reason:
+            raise UserError(f"This model cannot be compiled; {reason}. Leave compile out.")
+    recordings.build = None
 
 
 def experts_in(model: nn.Module) -> bool:
@@ -138,7 +145,7 @@ def experts_in(model: nn.Module) -> bool:
     return any(p.ndim == 3 and "conv" not in name for name, p in model.named_parameters())
 
 
-def _choose(backbone: HFBackbone, precision: str, compiler: Compiler | None) -> Choice:
+def _choose(backbone: HFBackbone, precision: str, *, compiled: bool) -> Choice:
     names = FAITHFUL if precision == AUTO else (precision,)
     weights = list(linear_weights(backbone.model))
     possible = {kind: name for name in names for kind in PRECISIONS[name] if refusal(kind, weights) is None}
@@ -157,11 +164,11 @@ def _choose(backbone: HFBackbone, precision: str, compiler: Compiler | None) -> 
     times = {} if len(possible) == 1 else measured(list(possible), sample(weights))
     kind = min(possible, key=lambda kind: times.get(kind.__name__, 0.0))
     own = str(weights[0].dtype).removeprefix("torch.")
-    if kind is Float16 and compiler is not None:
+    if kind is Float16 and compiled:
         load_operators()
-        pack(backbone, Float16Operator, compiler)
+        pack(backbone, Float16Operator)
     else:
-        pack(backbone, kind, compiler)
+        pack(backbone, kind)
     return Choice(own if kind.bytes is None else possible[kind], kind.__name__, times)
 
 

@@ -5,9 +5,8 @@ This holds for every family, since it is transformers' own code that is recorded
 
 from __future__ import annotations
 
-import warnings
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import final
 
 import torch
@@ -15,8 +14,7 @@ from torch import Tensor, nn
 
 from dynamax.backbones.plan import Plan
 from dynamax.backbones.state import HeldView, LayerView, Recurrence, Tensors
-from dynamax.compiling import Compiler, NotCompilableError
-from dynamax.recording import MOST_POSITIONS, NotRecordableError, Program, Programs, Recorder, held_by
+from dynamax.recording import MOST_POSITIONS, NotRecordableError, Programs, Recorder, held_by
 
 BEFORE_RECORDING = 12
 """Steps of a kind that pass before one is recorded, if it has several rows: such a kind may never come again."""
@@ -53,32 +51,20 @@ class Recordings(Programs):
 
     Args:
         model: Its weights are what stays.
-        compiler: Compiles the programs of one row; None for programs as they were recorded.
 
     Attributes:
         ready: Programs in use, by block, rows, positions, and what the step has (mask, padding, state).
         given_up: Blocks that are not recorded, and why.
     """
 
-    def __init__(self, model: nn.Module, compiler: Compiler | None = None) -> None:
-        super().__init__("h, cos, sin, positions, mask, live, ends, view", self._function)
-        self._compiler = compiler
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__("h, cos, sin, positions, mask, live, ends, view")
         self._weights = frozenset(held_by(model))
         self._came: Counter[tuple[object, ...]] = Counter()
 
     def suits(self, plan: Plan) -> bool:
         """Whether a chunk is small enough, and nobody asks for gradients."""
         return plan.length <= MOST_POSITIONS and not torch.is_grad_enabled()
-
-    def _function(self, recordings: Sequence[Program], arguments: str) -> Callable[..., Tensor]:
-        program = recordings[-1]
-        if self._compiler is not None and len(program.values["h"]) == 1:
-            try:
-                return self._compiler(recordings, arguments)
-            except NotCompilableError as reason:
-                shape = tuple(program.values["h"].shape)
-                warnings.warn(f"A block's step of shape {shape} runs without being compiled: {reason}", stacklevel=2)
-        return program.function(arguments)
 
     def run(
         self,
