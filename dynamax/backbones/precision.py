@@ -23,6 +23,7 @@ from dynamax.errors import UserError
 from dynamax.files import cache_folder, write_atomically
 from dynamax.kernels.operators import Float16Operator, load_operators
 from dynamax.kernels.products import BFloat16, Columns, Float16, Int4, Int8, Product, Rows
+from dynamax.kernels.torchao import Int8Torchao
 from dynamax.recording import MOST_POSITIONS, STEPS_TO_SEE
 from dynamax.types import Span
 
@@ -30,10 +31,13 @@ PRECISIONS: dict[str, tuple[type[Product], ...]] = {
     "float32": (Rows, Columns),
     "float16": (Float16,),
     "bfloat16": (BFloat16,),
-    "int8": (Int8,),
+    "int8": (Int8, Int8Torchao),
     "int4": (Int4,),
 }
 """The formats of each precision; the fastest on the machine is taken."""
+
+ON_GPU = ("int8",)
+"""Precisions that a GPU can have too."""
 
 AUTO, FAITHFUL = "auto", ("float32", "float16")
 """``auto`` takes the fastest of those whose tokens are float32's, but for ties in the last digits."""
@@ -86,20 +90,21 @@ def set_precision(backbone: Backbone, precision: str, *, compiled: bool = False)
     """
     check_precision(precision)
     like = next(backbone.parameters())
-    if not isinstance(backbone, HFBackbone) or like.device.type != "cpu":
-        if compiled:
-            raise UserError(
-                f"compile was asked of a model on {like.device} of the class {type(backbone).__name__}; it is there "
-                f"for models of transformers on a CPU. Leave it out."
-            )
+    on_cpu = like.device.type == "cpu"
+    if compiled and not (on_cpu and isinstance(backbone, HFBackbone)):
+        raise UserError(
+            f"compile was asked of a model of the class {type(backbone).__name__} on {like.device}; it is there for "
+            f"models of transformers on a CPU. Leave it out."
+        )
+    if not isinstance(backbone, HFBackbone) or not (on_cpu or precision in ON_GPU):
         if precision == AUTO:
             return None
         what = f"on {like.device}" if isinstance(backbone, HFBackbone) else f"of the class {type(backbone).__name__}"
         raise UserError(
-            f"The precision {precision} was asked of a model {what}; wanted: a model of transformers on a CPU. Leave "
-            f"precision out, and choose a dtype."
+            f"The precision {precision} was asked of a model {what}; wanted: a model of transformers on a CPU, or "
+            f"{' or '.join(ON_GPU)} on a GPU. Leave precision out, and choose a dtype."
         )
-    if like.dtype != torch.float32 and precision != AUTO:
+    if on_cpu and like.dtype != torch.float32 and precision != AUTO:
         raise UserError(
             f"The precision {precision} was asked of a model that computes in {str(like.dtype).removeprefix('torch.')}."
             f" Load it in float32, or leave precision out."
@@ -157,9 +162,11 @@ def _choose(backbone: HFBackbone, precision: str, *, compiled: bool) -> Choice:
                 f"float32 or auto, or leave it out."
             )
     if not possible:
+        kinds = PRECISIONS[precision]
+        reason = refusal(kinds[0] if weights[0].device.type == "cpu" else kinds[-1], weights)
         raise UserError(
-            f"The precision {precision} cannot be had here: {refusal(PRECISIONS[precision][0], weights)}. Choose "
-            f"another of {', '.join(PRECISIONS)}, or leave it out."
+            f"The precision {precision} cannot be had here: {reason}. Choose another of {', '.join(PRECISIONS)}, or "
+            f"leave it out."
         )
     times = {} if len(possible) == 1 else measured(list(possible), sample(weights))
     kind = min(possible, key=lambda kind: times.get(kind.__name__, 0.0))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,8 +14,11 @@ from dynamax import UserError
 from dynamax.backbones import precision as precisions
 from dynamax.backbones.base import Backbone
 from dynamax.backbones.hf import HFBackbone
+from dynamax.backbones.packed import pack
 from dynamax.backbones.precision import PRECISIONS, set_precision
 from dynamax.kernels.products import Columns, Product, Rows
+from dynamax.kernels.torchao import Int8Torchao
+from dynamax.types import Span
 from tests.folders import model_folder
 from tests.tiny import tiny
 
@@ -109,6 +113,29 @@ def test_a_backbone_of_ones_own() -> None:
     assert set_precision(Own(), "auto") is None
     with pytest.raises(UserError, match="of the class Own; wanted: a model of transformers on a CPU"):
         set_precision(Own(), "float16")
+
+
+def test_int8_on_a_gpu_is_torchaos(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Multiplied on a CPU here, against float64; a GPU's own tests are in tests/gpu."""
+    monkeypatch.setattr(Int8Torchao, "refusal", classmethod(lambda *_: None))
+    generator = torch.Generator().manual_seed(0)
+    weight_OI, x = torch.randn(48, 64, generator=generator), torch.randn(1, 3, 64, generator=generator)
+    product, exact = Int8Torchao(weight_OI, torch.ones(48)), x.double() @ weight_OI.double().t() + 1
+    assert 1e-4 < (product(x) - exact).norm() / exact.norm() < 1e-2
+    assert (product.part(x, (3, 9)) - exact[..., 3:9]).norm() / exact[..., 3:9].norm() < 2e-2
+    model = HFBackbone(tiny("llama", dtype=torch.float32))
+    pack(model, Int8Torchao)
+    plain, tokens_1T = HFBackbone(tiny("llama", dtype=torch.float32)), torch.arange(12)[None]
+    with torch.no_grad():
+        logits, wanted = (m.unembed(m.run(m.embed(tokens_1T), Span(0, 6))) for m in (model, plain))
+    assert 0 < (logits - wanted).norm() < 0.05 * wanted.norm()
+
+
+def test_int8_on_a_gpu_without_torchao(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dynamax.kernels.torchao.find_spec", lambda _: None)
+    weight_OI = SimpleNamespace(device=torch.device("cuda"))
+    assert "pip install" in str(Int8Torchao.refusal(weight_OI))  # type: ignore[arg-type]
+    assert "is for a GPU" in str(Int8Torchao.refusal(torch.ones(2, 2)))
 
 
 @X86

@@ -1,14 +1,19 @@
 """The kernels of mamba_ssm and causal_conv1d against plain PyTorch in float64, on a GPU."""
 
+from importlib.util import find_spec
+
 import pytest
 import torch
 
+from dynamax.backbones.hf import HFBackbone
+from dynamax.backbones.precision import set_precision
 from dynamax.heads import MambaGate
 from dynamax.kernels import backend, selective, ssd
 from dynamax.kernels.convolution import convolve
 from dynamax.testing import stir, toy_evidence, toy_site
-from dynamax.types import Memory
+from dynamax.types import Memory, Span
 from tests.devices import DEVICE, missing
+from tests.tiny import tiny
 
 pytestmark = [pytest.mark.gpu, missing]
 kernel = pytest.mark.skipif(backend("mamba_ssm", DEVICE) == "torch", reason="mamba_ssm is not installed")
@@ -90,3 +95,18 @@ def test_gate_on_the_gpu_is_the_gate_on_the_cpu(dtype):
         memory.read += chunk_BTD.shape[1]
     bound = 1e-9 if dtype == torch.float64 else BOUNDS[dtype]
     torch.testing.assert_close(torch.cat(parts, 1).cpu(), wanted, rtol=bound, atol=bound)
+
+
+@pytest.mark.skipif(find_spec("torchao") is None, reason="torchao is not installed")
+def test_int8_weights_of_a_model():
+    """Logits near those of the model in bfloat16; a byte a weight is counted."""
+    plain = HFBackbone(tiny("llama", dtype=torch.bfloat16)).to(DEVICE)
+    model = HFBackbone(tiny("llama", dtype=torch.bfloat16)).to(DEVICE)
+    choice = set_precision(model, "int8")
+    assert choice is not None
+    assert choice.format == "Int8Torchao"
+    assert model.weight_bytes == 1
+    tokens = torch.arange(12, device=DEVICE)[None]
+    with torch.no_grad():
+        given, wanted = (m.unembed(m.run(m.embed(tokens), Span(0, 6))) for m in (model, plain))
+    assert 0 < (given - wanted).norm() < 0.05 * wanted.norm()
