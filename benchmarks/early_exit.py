@@ -1,7 +1,7 @@
 """When exits pay: what reading an exit costs, what leaving there saves, and the policies that are fastest.
 
-    python -m benchmarks.early_exit --heads FOLDER [--precision float16] [--threads N] [--agreement 0.985] [--rounds 2]
-                                    [--calibrate 40] [--questions 12] [--tokens 48] [--skip 240] [--out FILE]
+    python -m benchmarks.early_exit --heads FOLDER [--precision float16] [--compile] [--threads N] [--agreement 0.985]
+                                    [--rounds 2] [--calibrate 40] [--questions 12] [--tokens 48] [--skip 240] [--out FILE]
 
 1. Costs. Decoders that differ in one thing take their steps in turn: full decoding; an exit that is passed and not
    read; one whose gates, candidates or output matrix are read; one where every second token leaves.
@@ -142,7 +142,8 @@ def said_of(policy: TerminationPolicy) -> str:
 
 def measured(args: argparse.Namespace) -> dict[str, Any]:
     """The report."""
-    engine, plain = load(args.heads, precision=args.precision, device="cpu"), load(args.heads, device="cpu")
+    engine = load(args.heads, precision=args.precision, compile=args.compile, device="cpu")
+    plain = load(args.heads, device="cpu")
     asked = [each.question for each in questions()[args.skip :]]
     random.Random(0).shuffle(asked)
     calibration = answered(engine, asked[args.questions :][: args.calibrate], args.tokens)
@@ -179,6 +180,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--heads", type=Path, required=True)
     parser.add_argument("--precision", default="float16")
+    parser.add_argument("--compile", action="store_true")
     parser.add_argument("--agreement", type=float, default=0.985)
     parser.add_argument("--out", type=Path, default=None)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())

@@ -1,7 +1,7 @@
 """Lossless decoding with drafts from earlier text beside our own full decoding, question by question, in turn.
 
     python -m benchmarks.lossless [--model SmolLM2] [--questions 20] [--first 0] [--tokens 64] [--precision float16]
-                                  [--texts STORE] [--prompts FILE] [--threads N] [--out FILE]
+                                  [--compile] [--texts STORE] [--prompts FILE] [--threads N] [--out FILE]
 
 The questions come with the project, or from a file (json lines with a field ``question``, or csv with ``Question``);
 ``--first`` leaves out those before it. ``--texts`` is what the table of successors knows before the first answer: name
@@ -88,11 +88,12 @@ def main() -> None:
     parser.add_argument("--texts", type=Path, default=None)
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--precision", default="float16")
+    parser.add_argument("--compile", action="store_true")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--out", type=Path, default=None)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    engine = load(args.model, precision=args.precision, device="cpu")
+    engine = load(args.model, precision=args.precision, compile=args.compile, device="cpu")
     found = measure(engine, asked(args.prompts, args.first, args.questions), args.tokens, args.texts)
     print(found)
     if args.out is not None:

@@ -117,6 +117,7 @@ def test_a_backbone_of_ones_own() -> None:
 
 def test_int8_on_a_gpu_is_torchaos(monkeypatch: pytest.MonkeyPatch) -> None:
     """Multiplied on a CPU here, against float64; a GPU's own tests are in tests/gpu."""
+    pytest.importorskip("torchao", reason="the extra quant is not installed")  # transformers would import it too
     monkeypatch.setattr(Int8Torchao, "refusal", classmethod(lambda *_: None))
     generator = torch.Generator().manual_seed(0)
     weight_OI, x = torch.randn(48, 64, generator=generator), torch.randn(1, 3, 64, generator=generator)
