@@ -1,7 +1,8 @@
 """When exits pay: what reading an exit costs, what leaving there saves, and the policies that are fastest.
 
     python -m benchmarks.early_exit --heads FOLDER [--precision float16] [--compile] [--threads N] [--agreement 0.985]
-                                    [--rounds 2] [--calibrate 40] [--questions 12] [--tokens 48] [--skip 240] [--out FILE]
+                                    [--rounds 2] [--calibrate 40] [--questions 12] [--tokens 48] [--skip 240]
+                                    [--out FILE]
 
 1. Costs. Decoders that differ in one thing take their steps in turn: full decoding; an exit that is passed and not
    read; one whose gates, candidates or output matrix are read; one where every second token leaves.
