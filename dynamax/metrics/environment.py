@@ -33,7 +33,7 @@ def environment(
         "dtype": dtype,
         "precision": None if precision is None else precision.precision,
         "weights": None if precision is None else precision.format,
-        "seconds to compile": None if precision is None else precision.compiling,
+        "compile_seconds": None if precision is None else precision.compiling,
         "batch": batch,
         "system": platform.platform(terse=True),
         "python": platform.python_version(),
