@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from statistics import median
 
 import torch
@@ -45,7 +46,10 @@ AUTO, FAITHFUL = "auto", ("float32", "float16")
 SAMPLE = 48 << 20
 """Bytes of float32 weights that a measurement reads: more than most processors keep in their caches."""
 
-ROUNDS = 5
+ROUNDS = 15
+
+QUIET = 2.0
+"""How many times the best the median of a measurement may take for it to be kept."""
 
 COMPILED = 4
 """Most positions of a step that is compiled: every length is compiled on its own."""
@@ -204,27 +208,41 @@ def sample(weights: Sequence[Tensor]) -> list[Tensor]:
 
 
 def measured(kinds: Sequence[type[Product]], weights: Sequence[Tensor]) -> dict[str, float]:
-    """Milliseconds of the products with one position, by format; measured once for each machine and kept on disk."""
+    """Milliseconds of the products with one position, by format; measured once for each machine and kept on disk.
+
+    What was measured while the machine was busy is not kept.
+    """
     key = [processor(weights[0].device), torch.__version__, torch.get_num_threads(), [list(w.shape) for w in weights]]
     digest = hashlib.sha256(json.dumps([key, sorted(kind.__name__ for kind in kinds)]).encode()).hexdigest()[:16]
     file = cache_folder() / "precision" / f"{digest}.json"
     with suppress(OSError, ValueError):
         return json.loads(file.read_text())
-    times = timed({kind.__name__: [kind(weight_OI) for weight_OI in weights] for kind in kinds})
-    file.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(file, json.dumps(times).encode())
+    times, quiet = timed({kind.__name__: [kind(weight_OI) for weight_OI in weights] for kind in kinds})
+    if quiet:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(file, json.dumps(times).encode())
     return times
 
 
 @torch.inference_mode()
-def timed(products: dict[str, list[Product]]) -> dict[str, float]:
-    """Milliseconds for one position, formats in turn, the median of some rounds behind one to warm up."""
-    spent: dict[str, list[float]] = {name: [] for name in products}
+def timed(products: dict[str, list[Product]]) -> tuple[dict[str, float], bool]:
+    """Milliseconds for one position, formats in turn: each product's best of some rounds behind one to warm up.
+
+    The best, since a product that several threads share waits for the slowest, and on a busy machine for a turn of the
+    scheduler, a hundred times as long as it takes.
+
+    Returns:
+        The times, and whether the machine was quiet: whether the median round was near the best.
+    """
+    spent: dict[str, list[list[float]]] = {name: [] for name in products}
     for _ in range(ROUNDS + 1):
         for name, parts in products.items():
             rows = [torch.ones(1, part.in_features, dtype=part.dtype) for part in parts]
-            begin = time.perf_counter()
+            ends = [time.perf_counter()]
             for part, row in zip(parts, rows, strict=True):
                 part(row)
-            spent[name].append(1000 * (time.perf_counter() - begin))
-    return {name: median(times[1:]) for name, times in spent.items()}
+                ends.append(time.perf_counter())
+            spent[name].append([1000 * (end - begin) for begin, end in pairwise(ends)])
+    best = {name: sum(map(min, zip(*rounds[1:], strict=True)), 0.0) for name, rounds in spent.items()}
+    usual = {name: median(map(sum, rounds[1:])) for name, rounds in spent.items()}
+    return best, all(usual[name] <= QUIET * best[name] for name in products)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from types import SimpleNamespace
+from typing import ClassVar
 
 import pytest
 import torch
@@ -43,7 +45,9 @@ def kinds_in(model: HFBackbone) -> set[type[Product]]:
 @X86
 def test_auto_takes_the_fastest_of_the_faithful(fastest: str, monkeypatch: pytest.MonkeyPatch) -> None:
     names = ["Rows", "Columns", "Float16"]
-    monkeypatch.setattr(precisions, "timed", lambda products: {name: 1.0 + (name != fastest) for name in products})
+    monkeypatch.setattr(
+        precisions, "timed", lambda products: ({name: 1.0 + (name != fastest) for name in products}, True)
+    )
     model = backbone()
     choice = set_precision(model, "auto")
     assert choice is not None
@@ -56,7 +60,7 @@ def test_a_measurement_is_made_once_and_kept(cache: Path, monkeypatch: pytest.Mo
     """Kept for the machine, its threads and the shapes; a damaged file is measured anew."""
     runs = []
     times = precisions.timed
-    monkeypatch.setattr(precisions, "timed", lambda products: runs.append(1) or times(products))
+    monkeypatch.setattr(precisions, "timed", lambda products: runs.append(1) or (times(products)[0], True))
     first, second = set_precision(backbone(), "float32"), set_precision(backbone(), "float32")
     assert first == second
     assert len(runs) == 1
@@ -67,6 +71,36 @@ def test_a_measurement_is_made_once_and_kept(cache: Path, monkeypatch: pytest.Mo
     file.write_text("{")
     assert set_precision(backbone(), "float32") is not None
     assert len(runs) == 2
+
+
+class Stalls(Product):
+    """Takes 5 milliseconds at the rounds that are named, as a thread that waits for its turn, and else half of one."""
+
+    rounds: ClassVar[set[int]] = set()
+
+    def __init__(self, weight_OI: torch.Tensor, bias_O: torch.Tensor | None = None) -> None:
+        super().__init__(weight_OI, bias_O)
+        self.calls = 0
+
+    @classmethod
+    def refusal(cls, weight_OI: torch.Tensor) -> str | None:
+        return None
+
+    def multiply(self, x: torch.Tensor, bias_O: torch.Tensor | None) -> torch.Tensor:
+        self.calls += 1
+        end = time.perf_counter() + (0.005 if self.calls in self.rounds else 0.0005)
+        while time.perf_counter() < end:
+            pass
+        return x
+
+
+@pytest.mark.parametrize(("stalled", "kept"), [(set(), True), ({3, 4}, True), (set(range(3, 14)), False)])
+def test_a_busy_machine_is_noticed(stalled: set[int], kept: bool, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Most rounds stall: the time told is that of the others, and nothing is kept."""
+    monkeypatch.setattr(Stalls, "rounds", stalled)
+    times = precisions.measured([Stalls, Rows], [torch.ones(32, 64)])
+    assert 0.5 <= times["Stalls"] < 5
+    assert (cache / "precision").is_dir() == kept
 
 
 @pytest.mark.parametrize("name", [*PRECISIONS, "auto"])
