@@ -37,7 +37,7 @@ COMMANDS = {
     "validate": Command(RUNS, "score trained heads on the store's held-out documents"),
     "test": Command(RUNS, "decode a task with policies over thresholds; report and picture"),
     "predict": Command(RUNS, "answer a task's examples"),
-    "cache": Command(RUNS, "fill the hidden-state store only, or write the text of tune; goes on where it was stopped"),
+    "cache": Command(RUNS, "fill the hidden-state store, or write the text of tune; goes on where it was stopped"),
     "train": Command(RUNS, "train a small language model from the start, with exits built in"),
     "tune": Command(RUNS, "tune a pretrained model so that it can be read early"),
     "distill": Command(RUNS, "train a Mamba-2 student of a Transformer, or a hybrid"),

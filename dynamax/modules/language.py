@@ -160,7 +160,7 @@ class LanguageModule(LightningModule, ABC):
         self._built = True
 
     @property
-    def data(self) -> LanguageData:
+    def data(self) -> Any:  # noqa: ANN401 - what ``check_data`` accepts
         """The text; ``check_data`` has looked at it."""
         return cast(Any, self.trainer).datamodule
 

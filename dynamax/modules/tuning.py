@@ -115,11 +115,6 @@ class TuningModule(LanguageModule):
         """The model as it was, frozen; with an adapter, its tensors are those of the model in training."""
         return self._loaded[0]
 
-    @property
-    def data(self) -> WrittenText:
-        """The text."""
-        return cast(Any, self.trainer).datamodule
-
     def check(self, trainer: Trainer) -> None:
         """Load the model too, so that mistakes in what is asked of it show before text is written.
 
@@ -245,7 +240,9 @@ class TuningModule(LanguageModule):
     def on_train_start(self) -> None:
         """Measure the model before its first step."""
         if not self.record.scores:
-            self.record.scores[0] = self.measure(self.backbone)
+            self.record.scores[0] = found = self.measure(self.backbone)
+            shown = ", ".join(f"{score['agreement']:.3f} at {depth}" for depth, score in found.items())
+            self.print(f"Before tuning, agreement with the top on held-out answers: {shown}")
         super().on_train_start()
 
     def on_validation_epoch_end(self) -> None:
