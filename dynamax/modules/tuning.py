@@ -3,53 +3,32 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
 import tempfile
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from itertools import chain
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, ClassVar, cast, final
 
 import torch
 from lightning.pytorch import Trainer
-from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from dynamax.backbones.hf import HFBackbone
 from dynamax.backbones.sources import Folder, Source
-from dynamax.backbones.tuned import PREFIX, TUNED, WEIGHTS, Tuned
+from dynamax.backbones.tuned import TUNED, Tuned
 from dynamax.data.batch import AnswerBatch
 from dynamax.data.written import WrittenText
 from dynamax.errors import UserError, at_least
 from dynamax.metrics.environment import environment
 from dynamax.metrics.language import DepthScores
-from dynamax.modules.checks import all_finite
+from dynamax.modules.adapter import LowRank
 from dynamax.modules.export import in_float16, put
 from dynamax.modules.language import LanguageModule, described
 from dynamax.modules.pretraining import check_exits
 from dynamax.modules.schedule import Optimiser
 from dynamax.objectives.tuning import TuningLoss, counted_logits
 from dynamax.types import Span
-
-
-@dataclass(frozen=True)
-class LowRank:
-    """A low-rank adapter: W + alpha / rank x B A, of which A and B are trained.
-
-    Source: LoRA, https://arxiv.org/abs/2106.09685.
-
-    Attributes:
-        rank: Rows of A and columns of B.
-        alpha: Scale of what is added, times the rank.
-        modules: Names of the linear layers that get one, such as ``q_proj``; left out, all linear layers of the blocks.
-    """
-
-    rank: int = 16
-    alpha: float = 32.0
-    modules: list[str] | None = None
 
 
 @final
@@ -144,67 +123,15 @@ class TuningModule(LanguageModule):
         self.exits = check_exits(self.exits, loaded.spec.depth)
         self._loaded, self.context = (loaded,), loaded.spec.context
         if self.adapter is not None:
-            self._config(self.adapter)
-
-    def _config(self, adapter: LowRank) -> Any:  # noqa: ANN401 - PEFT's
-        """PEFT's description of the adapter."""
-        try:
-            from peft import LoraConfig
-        except ImportError as error:
-            raise UserError(
-                f"A low-rank adapter needs PEFT, which is not installed ({error}). Install it: pip install "
-                f"'dynamax-exits[tune]'; or train every weight, with model.adapter: null."
-            ) from error
-        blocks = getattr(self.original.model.base_model, self.original.row.blocks)
-        linear = {name.rpartition(".")[2]: each for name, each in blocks.named_modules() if is_linear(each)}
-        named = sorted(linear) if adapter.modules is None else adapter.modules
-        if unknown := sorted(set(named) - set(linear)):
-            raise UserError(
-                f"The adapter names the modules {unknown}; the linear layers of this model's blocks are "
-                f"{', '.join(sorted(linear))}. Name some of these."
-            )
-        if not named:
-            raise UserError("The adapter names no modules. Name some, or leave modules out, for all linear layers.")
-        transposed = {isinstance(linear[name], Conv1D) for name in named}
-        return LoraConfig(
-            r=adapter.rank,
-            lora_alpha=cast(int, adapter.alpha),
-            target_modules=named,
-            fan_in_fan_out=True in transposed,
-            task_type="CAUSAL_LM",
-        )
+            self.adapter.config(loaded)
 
     def build(self) -> HFBackbone:
-        """The model with an adapter that changes nothing yet; or a copy of it, if every weight is trained.
-
-        Raises:
-            UserError: If some module's adapter is never asked.
-        """
+        """The model with an adapter that changes nothing yet; or a copy of it, if every weight is trained."""
         self._load(self.trainer)
-        original, fingerprint = self.original, self.original.spec.fingerprint
-        if self.adapter is None:
-            return HFBackbone(copy.deepcopy(original.model), fingerprint=fingerprint).requires_grad_(True)
-        from peft import inject_adapter_in_model
-
-        kept = {id(each): each for each in chain(original.model.parameters(), original.model.buffers())}
-        model = copy.deepcopy(original.model, kept)  # other modules around the same tensors
-        blocks = getattr(model.base_model, original.row.blocks)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.seed)
-            inject_adapter_in_model(self._config(self.adapter), blocks)
-        tuned = HFBackbone(model, fingerprint=fingerprint)
-        for name, parameter in tuned.named_parameters():
-            parameter.requires_grad_(".lora_" in name)
-        tokens_BT = torch.arange(8, device=tuned.output_matrix.device)[None] % tuned.spec.vocab
-        tuned.run(tuned.embed(tokens_BT), Span(0, tuned.spec.depth)).square().sum().backward()
-        silent = [name for name, each in tuned.named_parameters() if ".lora_B." in name and each.grad is None]
-        if silent:
-            raise UserError(
-                f"An adapter at {silent[0].split('.lora_B.')[0]} would change nothing, since this model takes that "
-                f"layer's weights without calling it. Name other layers in model.adapter.modules."
-            )
-        tuned.zero_grad()
-        return tuned
+        if self.adapter is not None:
+            return self.adapter.around(self.original, self.seed)
+        model, fingerprint = copy.deepcopy(self.original.model), self.original.spec.fingerprint
+        return HFBackbone(model, fingerprint=fingerprint).requires_grad_(True)
 
     def trained(self) -> dict[str, nn.Parameter]:
         """What is trained, by its name in this module."""
@@ -349,35 +276,11 @@ class TuningModule(LanguageModule):
                 half.save_pretrained(fresh)
                 self.source.tokenizer().save_pretrained(fresh)
             else:
-                inside = f"{PREFIX}{self._blocks_name}."
-                blocks = getattr(self.backbone.model.base_model, self.backbone.row.blocks)
-                held = {n: each for n, each in blocks.named_parameters() if each.requires_grad}
-                tensors = {inside + n.replace(".default.", "."): each.half().cpu() for n, each in held.items()}
-                if not all_finite(tensors.values()):
-                    raise UserError(
-                        "The adapter was not written: a weight is too large for float16, or not a number. Lower "
-                        "model.learning_rate, or set trainer.gradient_clip_val: 1, and tune anew."
-                    )
-                save_file(tensors, fresh / WEIGHTS, {"format": "pt"})
-                config = self._config(self.adapter)
-                config.base_model_name_or_path, config.inference_mode = json.dumps(self.source.recipe), True
-                config.save_pretrained(fresh)
-                report["adapter_sha256"] = hashlib.sha256((fresh / WEIGHTS).read_bytes()).hexdigest()
+                report["adapter_sha256"] = self.adapter.write(fresh, self.backbone, self.original, self.source.recipe)
             report["files"] = sorted([*(path.name for path in fresh.iterdir()), TUNED])
             (fresh / TUNED).write_text(json.dumps(report, indent=1), "utf-8")
             put(fresh, folder, Path(scratch) / "before", TUNED)
         return json.loads(json.dumps(report))
-
-    @property
-    def _blocks_name(self) -> str:
-        model = self.backbone.model
-        blocks = getattr(model.base_model, self.backbone.row.blocks)
-        return next(name for name, each in model.named_modules() if each is blocks)
-
-
-def is_linear(module: nn.Module) -> bool:
-    """Whether a module is a product with a weight."""
-    return isinstance(module, nn.Linear | Conv1D)
 
 
 def with_loss(scores: Mapping[int, dict[str, float]]) -> dict[str, dict[str, float]]:

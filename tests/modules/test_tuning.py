@@ -18,7 +18,8 @@ from dynamax.backbones.sources import Folder, source_from
 from dynamax.backbones.tuned import Tuned
 from dynamax.data.generated import SelfGenerated
 from dynamax.data.written import WrittenText
-from dynamax.modules.tuning import LowRank, TuningModule
+from dynamax.modules.adapter import LowRank
+from dynamax.modules.tuning import TuningModule
 from dynamax.objectives.tuning import ExitTuning
 from tests.folders import model_folder
 from tests.modules.languages import WARNINGS, Start, Stop, StopAt, data, trainer, weights
