@@ -45,15 +45,23 @@ class Pieces:
         writer: Which model writes.
         texts: What it is asked, and how its answers are sampled, in whole batches.
         folder: Where pieces lie; those of each set in a folder of their own, named after all they depend on.
-        precision: How the writer's weights are held.
+        dtype: What the writer computes in.
+        precision: How its weights are held.
         device: Where it runs.
     """
 
     def __init__(
-        self, writer: Source, texts: Sequence[SelfGenerated], folder: Path, *, precision: str | None, device: str
+        self,
+        writer: Source,
+        texts: Sequence[SelfGenerated],
+        folder: Path,
+        *,
+        dtype: str,
+        precision: str | None,
+        device: str,
     ) -> None:
         self.writer, self.texts, self.folder = writer, texts, folder
-        self.precision, self.device = precision, device
+        self.dtype, self.precision, self.device = dtype, precision, device
         counts = [int(text.count() or 0) for text in texts]
         self.plan = [(text, group) for group in range(max(counts)) for text, n in enumerate(counts) if group < n]
 
@@ -68,13 +76,14 @@ class Pieces:
     def identities(self) -> list[dict[str, Any]]:
         """All that each set of answers depends on, as JSON values; the writer's weights are read once."""
         model = {"writer": self.writer.output_stage().spec.fingerprint}
-        model |= {"tokenizer": tokenizer_hash(self.writer.tokenizer()), "precision": self.precision}
+        model |= {"tokenizer": tokenizer_hash(self.writer.tokenizer()), "dtype": self.dtype}
+        model |= {"precision": self.precision}
         return [{"format": FORMAT, **model, "text": text.identity()} for text in self.texts]
 
     @cached_property
     def engine(self) -> Engine:
         """The writer, loaded when there is something to write."""
-        return load(self.writer, precision=self.precision, device=self.device)
+        return load(self.writer, dtype=self.dtype, precision=self.precision, device=self.device)
 
     def file(self, number: int) -> Path:
         """Where a piece lies, or will."""
@@ -136,7 +145,8 @@ class WrittenText(LightningDataModule):
         texts: What it is asked, and how its answers are sampled; sets of prompts take turns, a batch of answers each.
             Their ``documents`` are rounded up to whole batches. Training that outlasts them begins anew.
         folder: Where pieces of text lie.
-        precision: How the writer's weights are held; see ``dynamax generate``.
+        dtype: What the writer computes in; many answers at a time are written fastest in bfloat16.
+        precision: How the writer's weights are held, if its steps are to be recorded; see ``dynamax generate``.
         device: Where it runs; ``auto`` takes a GPU if there is one.
         rows: Documents of a training batch.
         validation: Part of the prompts, in (0, 1), that is kept for validation.
@@ -153,7 +163,8 @@ class WrittenText(LightningDataModule):
         texts: list[SelfGenerated],
         *,
         folder: str = "runs/written",
-        precision: str | None = "auto",
+        dtype: str = "float32",
+        precision: str | None = None,
         device: str = "auto",
         rows: int = 8,
         validation: float = 0.1,
@@ -168,7 +179,7 @@ class WrittenText(LightningDataModule):
         if parted := [text.part for text in texts if text.part != (0.0, 1.0)]:
             raise UserError(f"A text was given part={parted[0]}; validation decides it here. Leave part out.")
         self.writer, self.folder, self.rows, self.validation = writer, folder, rows, validation
-        options = {"precision": precision, "device": chosen(device)}
+        options = {"dtype": dtype, "precision": precision, "device": chosen(device)}
         held = [text.parted((0.0, validation), documents=validation_documents) for text in texts]
         whole = [text.parted((validation, 1.0), documents=(text.count() or 1) * text.batch) for text in texts]
         self.train = Pieces(writer, whole, Path(folder), **options)

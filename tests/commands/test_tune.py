@@ -41,7 +41,6 @@ data:
   init_args:
     writer: parts/backbone.yaml
     folder: written
-    precision: null
     validation_documents: 4
     validation: 0.5
     texts:
