@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from dynamax.backbones.hf import HFBackbone
     from dynamax.backbones.skipped_state import CopyLayer, CopyToken, Exact, Propagate, Skip
     from dynamax.backbones.sources import GGUF, Folder, Hub, SmolLM2
+    from dynamax.backbones.tuned import Tuned
     from dynamax.decoding.drafting import Speculative
     from dynamax.decoding.drafts import PromptLookup, TokenTable
     from dynamax.decoding.early_exit import EarlyExit
@@ -49,6 +50,7 @@ _PLACES = {
     **dict.fromkeys(("Engine", "load"), "dynamax.engine"),
     **dict.fromkeys(("Answer", "Stream"), "dynamax.stream"),
     **dict.fromkeys(("Folder", "GGUF", "Hub", "SmolLM2"), "dynamax.backbones.sources"),
+    "Tuned": "dynamax.backbones.tuned",
     **dict.fromkeys(("CopyLayer", "CopyToken", "Exact", "Propagate", "Skip"), "dynamax.backbones.skipped_state"),
     **dict.fromkeys(("Exit", "ExitBank"), "dynamax.heads.bank"),
     **dict.fromkeys(("Greedy", "Sampled"), "dynamax.decoding.sampling"),
@@ -111,6 +113,7 @@ __all__ = [
     "Speculative",
     "Stream",
     "TokenTable",
+    "Tuned",
     "UserError",
     "load",
 ]

@@ -22,6 +22,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from dynamax.backbones.base import Backbone
 from dynamax.backbones.precision import Choice, set_precision
 from dynamax.backbones.sources import GGUF, Folder, Hub, Source, source_from
+from dynamax.backbones.tuned import ADAPTER, TUNED, Tuned
 from dynamax.decoding.base import Decoder, DecoderFactory
 from dynamax.decoding.batching import refusal
 from dynamax.decoding.cost import CostModel
@@ -343,7 +344,8 @@ def load(
     """Load a model with its exits.
 
     Args:
-        model: A folder of heads, as ``dynamax fit`` writes it, which knows its model; a model folder; a GGUF file; the
+        model: A folder of heads, as ``dynamax fit`` writes it, which knows its model; a folder of ``dynamax tune``,
+            which knows its base; a model folder; a GGUF file; the
             name of a source without options, such as ``SmolLM2``; a name on the Hugging Face Hub; or a source object.
         heads: Folder of heads for the model.
         exits: Untrained exits in place of heads, by depth; depths alone get the logit lens.
@@ -408,6 +410,8 @@ def find_source(model: str | Path | Source) -> tuple[Source, Path | None]:
                 f"dynamax.load(MODEL, heads={str(path)!r})."
             )
         return source_from(recipe), path
+    if (path / TUNED).is_file() and (path / ADAPTER).is_file():
+        return Tuned(path), None
     if path.is_dir():
         return Folder(str(path)), None
     if path.suffix == ".gguf":

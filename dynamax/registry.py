@@ -107,6 +107,7 @@ OBJECTIVES = Registry(
     "dynamax.objectives.base:Objective",
     "dynamax.objectives.early_exit:LanguageObjective",
     "dynamax.objectives.distillation:DistillationLoss",
+    "dynamax.objectives.tuning:TuningLoss",
 )
 TASKS = Registry("dynamax.tasks", "task", "dynamax.tasks.base:Task")
 TEXT_SOURCES = Registry(

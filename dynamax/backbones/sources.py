@@ -71,7 +71,8 @@ class Source(ABC):
         Raises:
             UserError: If an option cannot be written as JSON.
         """
-        for name, value in self._given.items():
+        given = {name: value.recipe if isinstance(value, Source) else value for name, value in self._given.items()}
+        for name, value in given.items():
             try:
                 json.dumps(value)
             except TypeError:
@@ -82,7 +83,7 @@ class Source(ABC):
                 ) from None
         kind, name = type(self), type(self).__name__
         registered = name in SOURCES.names() and SOURCES.get(name) is kind
-        return {"class": name if registered else f"{kind.__module__}.{kind.__qualname__}", "options": dict(self._given)}
+        return {"class": name if registered else f"{kind.__module__}.{kind.__qualname__}", "options": given}
 
     @abstractmethod
     def load(self, *, dtype: str = "float32", device: str = "cpu") -> Backbone:
@@ -121,7 +122,10 @@ def source_from(recipe: Mapping[str, Any]) -> Source:
     Raises:
         UserError: If the class is unknown, is no source, or does not take the options.
     """
-    name, options = recipe["class"], recipe["options"]
+    name, options = recipe["class"], dict(recipe["options"])
+    for option, value in options.items():
+        if isinstance(value, Mapping) and set(value) == {"class", "options"}:  # a source that was built on another
+            options[option] = source_from(value)
     try:
         kind = pkgutil.resolve_name(name) if "." in name else SOURCES.get(name)
     except (ImportError, AttributeError) as error:

@@ -51,6 +51,10 @@ PARTS = {
     "test": (DECODING, TASK),
     "predict": (DECODING, TASK),
     "train": (Part("model", "dynamax.modules.pretraining", "PretrainingModule"), TEXT),
+    "tune": (
+        Part("model", "dynamax.modules.tuning", "TuningModule"),
+        Part("data", "dynamax.data.written", "WrittenText"),
+    ),
     "distill": (Part("model", "dynamax.modules.distilling", "DistillationModule"), TEXT),
 }
 EXAMPLES = {
@@ -60,6 +64,7 @@ EXAMPLES = {
     "test": "-c configs/demo/test.yaml",
     "predict": "-c configs/demo/test.yaml",
     "train": "-c configs/siblings/llama.yaml",
+    "tune": "-c configs/tune/smollm2.yaml",
     "distill": "-c configs/distill/smollm2-to-mamba2.yaml",
     "generate": '"What is the capital of France?"',
     "bench": "SmolLM2",
@@ -117,7 +122,7 @@ def page(command: str, purpose: str) -> str:
         found = [each for each in options(part.module, part.name) if part is not STORE or each.name not in LINKED]
         lines += ["", f"Options of --{part.prefix} {part.name}", *_entries(f"--{part.prefix}.", found)]
     if command in PARTS:
-        training = TRAINING if command in ("fit", "train", "distill") else []
+        training = TRAINING if command in ("fit", "train", "tune", "distill") else []
         lines += [
             "",
             "Options of Lightning's Trainer that are needed most",

@@ -38,7 +38,7 @@ KINDS: dict[str, Registry] = {
     **dict.fromkeys(("lens", "gates"), registered.HEADS),
     **dict.fromkeys(("policy", "policies"), registered.POLICIES),
     **dict.fromkeys(("objective", "loss"), registered.OBJECTIVES),
-    **dict.fromkeys(("text", "corpus"), registered.TEXT_SOURCES),
+    **dict.fromkeys(("text", "texts", "corpus"), registered.TEXT_SOURCES),
     **dict.fromkeys(("rule", "skipped_state"), registered.SKIPPED_STATE),
     "decoder": registered.DECODERS,
     "sources": registered.DRAFTS,

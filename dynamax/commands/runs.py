@@ -1,4 +1,4 @@
-"""``fit validate test predict cache train distill``: LightningCLI over our modules. Knows parsers, not models."""
+"""``fit validate test predict cache train tune distill``: LightningCLI over our modules. Knows parsers, not models."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from dynamax.commands.parsing import Rules, prepare
 from dynamax.data.hidden import HiddenStates
 from dynamax.data.language import LanguageData
 from dynamax.data.tasks import TaskData
+from dynamax.data.written import WrittenText
 from dynamax.errors import UserError
 from dynamax.heads.saved import RECORD
 from dynamax.modules.bars import RunBars
@@ -31,19 +32,28 @@ from dynamax.modules.distilling import DistillationModule
 from dynamax.modules.heads import HeadsModule
 from dynamax.modules.language import LanguageModule
 from dynamax.modules.pretraining import PretrainingModule
+from dynamax.modules.tuning import TuningModule
 from dynamax.registry import CALLBACKS
 
-LANGUAGE: dict[str, type[LanguageModule]] = {"train": PretrainingModule, "distill": DistillationModule}
+LANGUAGE: dict[str, type[LanguageModule]] = {
+    "train": PretrainingModule,
+    "tune": TuningModule,
+    "distill": DistillationModule,
+}
 """Commands that train a whole model, and what they train."""
 MEANT: dict[str, type[LightningModule]] = {"fit": HeadsModule, "test": DecodingModule, **LANGUAGE}
 """Our models, by the command that each is meant for."""
 TAKES: dict[str, tuple[str, tuple[type[LightningModule], ...]]] = {
     "fit": ("trains exit heads", (HeadsModule,)),
-    "cache": ("fills the store that exit heads are trained on", (HeadsModule,)),
+    "cache": (
+        "fills the store that exit heads are trained on, or writes the text of tune",
+        (HeadsModule, TuningModule),
+    ),
     "validate": ("scores what was trained", (HeadsModule, LanguageModule)),
     "test": ("decodes a task", (DecodingModule,)),
     "predict": ("decodes a task", (DecodingModule,)),
     "train": ("trains a language model from the start", (PretrainingModule,)),
+    "tune": ("tunes a pretrained model", (TuningModule,)),
     "distill": ("trains a student of a Transformer", (DistillationModule,)),
 }
 """What commands do, and those of our models that they can do it with."""
@@ -63,7 +73,7 @@ class RunParser(Rules, LightningArgumentParser):
 
     classes: ClassVar[dict[str, Sequence[type]]] = {
         "model": tuple(MEANT.values()),
-        "data": (HiddenStates, TaskData, LanguageData),
+        "data": (HiddenStates, TaskData, LanguageData, WrittenText),
         "callbacks": tuple(getattr(callbacks, name) for name in callbacks.__all__),
     }
 
@@ -99,13 +109,16 @@ class StoreTrainer(Trainer):
     """A trainer that can also stop once the data has been prepared."""
 
     def cache(self, model: LightningModule, datamodule: LightningDataModule) -> None:
-        """Fill the hidden-state store only; a run that was stopped goes on."""
-        datamodule.prepare_data()
+        """Fill the hidden-state store only, or write all text of ``tune``; a run that was stopped goes on."""
+        if isinstance(datamodule, WrittenText):
+            datamodule.write_all()
+        else:
+            datamodule.prepare_data()
 
     def train(
         self, model: LightningModule, datamodule: LightningDataModule, ckpt_path: str | Path | None = None
     ) -> None:
-        """Train a whole language model, from the start or as a student of another.
+        """Train a whole language model: from the start, as a student of another, or a pretrained one.
 
         Args:
             model: The model; of a student, its teacher too.
@@ -114,11 +127,11 @@ class StoreTrainer(Trainer):
         """
         self.fit(model, datamodule=datamodule, ckpt_path=ckpt_path)
 
-    distill = train  # what differs is the model
+    tune = distill = train  # what differs is the model
 
 
 class DynamaxCLI(LightningCLI):
-    """LightningCLI with ``cache``, ``train`` and ``distill``; a store of hidden states follows the heads it is for."""
+    """LightningCLI with commands of our own; a store of hidden states follows the heads it is for."""
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -168,7 +181,7 @@ class DynamaxCLI(LightningCLI):
             return ["Nothing had to be kept. Run the same command again."]
         if command == "predict":
             return ["The answers that were printed are whole; run the same command again for all."]
-        if isinstance(self.datamodule, HiddenStates | LanguageData):
+        if isinstance(self.datamodule, HiddenStates | LanguageData | WrittenText):
             lines.append(f"What lies in {self.datamodule.folder} is kept: the same command goes on behind it.")
         if command == "cache":
             return lines
@@ -214,6 +227,10 @@ class DynamaxCLI(LightningCLI):
 
     def before_cache(self) -> None:
         """Build the heads before the store is filled: a mistake in them is found now, not minutes later."""
+        if isinstance(self.model, TuningModule):
+            if not isinstance(self.datamodule, WrittenText):
+                self.model.check_data(self.datamodule)
+            return
         self.model.configure_model()
         if isinstance(self.model, HeadsModule):
             self.model.check_data(self.datamodule)
@@ -249,7 +266,7 @@ class DynamaxCLI(LightningCLI):
         model.check(self.trainer)
         model.check_data(self.datamodule)
 
-    before_distill = before_train
+    before_tune = before_distill = before_train
 
     def predict(self, **options: Any) -> None:  # noqa: ANN401 - those of Trainer.predict
         """Print each answer as a line of JSON as soon as it is there. All else, such as progress, goes to stderr."""
@@ -260,7 +277,7 @@ class DynamaxCLI(LightningCLI):
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Run one of Lightning's commands, or ``cache``, ``train`` or ``distill``."""
+    """Run one of Lightning's commands, or ``cache``, ``train``, ``tune`` or ``distill``."""
     prepare()
     for message in NOISE:
         warnings.filterwarnings("ignore", message)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
-from typing import final
+from typing import NamedTuple, final
 
 import torch
 from torch import Tensor
@@ -124,3 +124,20 @@ class LengthBuckets(Sampler[list[int]]):
             turns = torch.randperm(len(batches), generator=generator).tolist()
         for index in turns[self.skipped :]:
             yield batches[index].tolist()
+
+
+class AnswerBatch(NamedTuple):
+    """Documents side by side, padded at their ends.
+
+    Attributes:
+        tokens_BT: Token ids; behind a document's end anything.
+        counted_BT: Where the next token of the row is one of the answer: the positions that losses and scores count.
+    """
+
+    tokens_BT: Tensor
+    counted_BT: Tensor
+
+    @property
+    def next_N(self) -> Tensor:  # noqa: N802 - a shape
+        """The text's next token at each counted position, row after row."""
+        return self.tokens_BT.roll(-1, 1)[self.counted_BT]

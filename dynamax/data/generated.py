@@ -7,6 +7,7 @@ passages with turns of questions and answers.
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import random
 from collections.abc import Iterator, Sequence
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor
 
 from dynamax.data.corpora import read_file, text_of
-from dynamax.data.text import Document, TextSource, derived_seed
+from dynamax.data.text import Document, TextSource, derived_seed, held_out, origin_hash
 from dynamax.decoding.batching import Scheduler
 from dynamax.decoding.sampling import Sampled
 from dynamax.engine import Engine
@@ -142,6 +143,8 @@ class SelfGenerated(TextSource):
         field: Column of the file with the prompt; a txt file has the one column ``text``.
         questions: Use only so many of the shipped questions, from the first on; the rest stays unseen.
         passages: Use only so many of the shipped passages, from the first on.
+        part: Use only the prompts whose origin's hash lies between these two numbers in [0, 1], the first one counted.
+            A part that begins with 0 is what a validation of that size holds back.
         chat: Ask through the tokenizer's chat template; else in plain text.
         temperature: Of the sampling.
         top_k: Sample among the k most likely tokens only.
@@ -159,6 +162,7 @@ class SelfGenerated(TextSource):
         field: str = "prompt",
         questions: int | None = None,
         passages: int | None = None,
+        part: tuple[float, float] = (0.0, 1.0),
         chat: bool = True,
         temperature: float = 0.7,
         top_k: int | None = None,
@@ -174,12 +178,19 @@ class SelfGenerated(TextSource):
                 f"prompts={prompts!r} was given together with questions={questions} and passages={passages}, which "
                 f"count shipped prompts. Leave out one or the other."
             )
+        if not 0 <= part[0] < part[1] <= 1:
+            raise UserError(f"part={tuple(part)} was given; wanted two numbers in [0, 1], the smaller one first.")
         Sampled(temperature, top_k=top_k, top_p=top_p)  # refuses what it cannot sample with, before a model is loaded
         self.prompts = None if prompts is None else str(prompts)
-        self.field, self.questions, self.passages = field, questions, passages
+        self.field, self.questions, self.passages, self.part = field, questions, passages, tuple(part)
         self.chat = chat
         self.temperature, self.top_k, self.top_p = temperature, top_k, top_p
         self.documents, self.max_new_tokens, self.batch, self.seed = documents, max_new_tokens, batch, seed
+
+    def parted(self, part: tuple[float, float], *, documents: int) -> SelfGenerated:
+        """The same over a part of the prompts, and so many documents of it."""
+        options = {name: getattr(self, name) for name in inspect.signature(SelfGenerated).parameters}
+        return SelfGenerated(**{**options, "part": part, "documents": documents})
 
     def identity(self) -> dict[str, Any]:
         """The prompts' contents and all options."""
@@ -227,6 +238,17 @@ class SelfGenerated(TextSource):
 
     @cached_property
     def _prompts(self) -> list[Prompt]:
+        everyone = self._all_prompts()
+        if self.part == (0.0, 1.0):
+            return everyone
+        origins_N = torch.tensor([origin_hash(prompt.origin) for prompt in everyone])
+        outside_N = held_out(origins_N, self.part[0]) | ~held_out(origins_N, self.part[1])
+        chosen = [prompt for prompt, outside in zip(everyone, outside_N.tolist(), strict=True) if not outside]
+        if not chosen:
+            raise UserError(f"part={self.part} leaves none of {len(everyone)} prompts. Widen it, or give more prompts.")
+        return chosen
+
+    def _all_prompts(self) -> list[Prompt]:
         if self.prompts is None:
             chosen = shipped(first_questions=self.questions, first_passages=self.passages)
             if not chosen:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -136,9 +137,40 @@ class LanguageData(LightningDataModule):
         return None if self.tokenizer is None else self.tokenizer.tokenizer()
 
 
+class NumberedBatches(ABC):
+    """Endless training batches, each a function of its number; one iteration is about one pass over the text.
+
+    Attributes:
+        drawn: Batches handed out so far: all the state there is.
+    """
+
+    drawn = 0
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Batches of one pass."""
+
+    @abstractmethod
+    def batch(self, number: int) -> Any:  # noqa: ANN401 - what a training step takes
+        """Batch ``number``, counted from 0 over all passes."""
+
+    def __iter__(self) -> Iterator[Any]:
+        for _ in range(len(self) - self.drawn % len(self)):
+            self.drawn += 1
+            yield self.batch(self.drawn - 1)
+
+    def state_dict(self) -> dict[str, int]:
+        """What a resumed run needs."""
+        return {"drawn": self.drawn}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Continue after the batches that were handed out."""
+        self.drawn = state["drawn"]
+
+
 @final
-class Batches:
-    """Endless training batches; one iteration is about one pass over the text. Its state is a number.
+class Batches(NumberedBatches):
+    """Blocks of several corpora, in one endless order.
 
     Each corpus is cut into blocks, and each pass over the corpus cuts at other places and takes the blocks
     in another order. All of it follows from the seed and the number of the batch.
@@ -148,38 +180,21 @@ class Batches:
         rows: Rows of a batch, by corpus.
         length: T.
         seed: Of the order.
-
-    Attributes:
-        drawn: Batches handed out so far.
     """
 
     def __init__(self, streams: Streams, rows: Sequence[int], *, length: int, seed: int) -> None:
         self.streams, self.rows, self.length, self.seed = streams, tuple(rows), length, seed
         self.blocks = [tokens // length - 1 for tokens in streams.lengths("train")]
-        self.drawn = 0
         self._passes: dict[int, tuple[int, Tensor]] = {}
 
     def __len__(self) -> int:
         return max(1, sum(self.blocks) // sum(self.rows))
-
-    def __iter__(self) -> Iterator[Tensor]:
-        for _ in range(len(self) - self.drawn % len(self)):
-            self.drawn += 1
-            yield self.batch(self.drawn - 1)
 
     def batch(self, number: int) -> Tensor:
         """Batch ``number``, ``tokens_BT``; rows of one corpus stand together."""
         return torch.stack(
             [self._block(corpus, number * rows + row) for corpus, rows in enumerate(self.rows) for row in range(rows)]
         )
-
-    def state_dict(self) -> dict[str, int]:
-        """What a resumed run needs."""
-        return {"drawn": self.drawn}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """Continue after the batches that were handed out."""
-        self.drawn = state["drawn"]
 
     def _block(self, corpus: int, turn: int) -> Tensor:
         number, place = divmod(turn, self.blocks[corpus])

@@ -146,9 +146,9 @@ class DistillationModule(LanguageModule):
             parameter.requires_grad_(self.trained == "all" or ".mamba." in name)
         return student
 
-    def batch_loss(self, tokens_BT: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def batch_loss(self, batch: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss between student and teacher."""
-        return self.objective.loss(self.backbone, self._teacher, tokens_BT)
+        return self.objective.loss(self.backbone, self._teacher, batch)
 
     def scores(self, depths: Sequence[int]) -> DepthScores:
         """What validation counts, and how far each depth is from the teacher."""

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from dynamax.backbones.base import Backbone
 from dynamax.backbones.hf import HFBackbone
@@ -39,8 +40,12 @@ It imitates its teacher on the text named above, and does so worse on other text
 blocks. What its teacher gets wrong it gets wrong too. Nothing was done against what its text may contain."""
 
 
-def check_target(target: str) -> None:
+def check_target(target: str, report: str = REPORT) -> None:
     """Refuse a folder that holds something other than an earlier export, which would be replaced.
+
+    Args:
+        target: The folder.
+        report: Name of the file that an earlier export has.
 
     Raises:
         UserError: If it does, or lies below a file.
@@ -49,11 +54,9 @@ def check_target(target: str) -> None:
     above = next(parent for parent in folder.absolute().parents if parent.exists())
     if not above.is_dir():
         raise UserError(f"model.export is {target}, but {above} is a file. Name another folder.")
-    if folder.exists() and not (folder / REPORT).is_file() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise UserError(
-            f"{target} exists and is no model of `dynamax train` or `dynamax distill`. Name another folder as "
-            f"model.export."
-        )
+    if folder.exists() and not (folder / report).is_file() and not (folder.is_dir() and not any(folder.iterdir())):
+        commands = "`dynamax train` or `dynamax distill`" if report == REPORT else "`dynamax tune`"
+        raise UserError(f"{target} exists and is no model of {commands}. Name another folder as model.export.")
 
 
 @torch.no_grad()
@@ -84,13 +87,7 @@ def write_model(
     folder = Path(target)
     folder.parent.mkdir(parents=True, exist_ok=True)
     device = next(backbone.parameters()).device
-    half = type(backbone.model)(copy.deepcopy(backbone.model.config)).half()
-    half.load_state_dict(backbone.model.state_dict())
-    if not all_finite(half.parameters()):
-        raise UserError(
-            "The model was not written: a weight is too large for float16, in which models are written, or not a "
-            "number. Lower model.learning_rate, or set trainer.gradient_clip_val: 1, and train anew."
-        )
+    half = in_float16(backbone)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".partial-") as scratch:
         fresh = Path(scratch) / "fresh"
         half.save_pretrained(fresh)
@@ -113,16 +110,39 @@ def write_model(
         }
         (fresh / REPORT).write_text(json.dumps(report, indent=1), "utf-8")
         (fresh / "README.md").write_text(card(folder.name, report), "utf-8")
-        _put(fresh, folder, Path(scratch) / "before")
+        put(fresh, folder, Path(scratch) / "before", REPORT)
     return report
 
 
-def _put(fresh: Path, folder: Path, before: Path) -> None:
-    """Move a complete folder to its place, and an earlier export out of the way; other files there stay."""
+def in_float16(backbone: HFBackbone) -> PreTrainedModel:
+    """A copy of the model in float16.
+
+    Raises:
+        UserError: If a weight is not finite in float16.
+    """
+    half = type(backbone.model)(copy.deepcopy(backbone.model.config)).half()
+    half.load_state_dict(backbone.model.state_dict())
+    if not all_finite(half.parameters()):
+        raise UserError(
+            "The model was not written: a weight is too large for float16, in which models are written, or not a "
+            "number. Lower model.learning_rate, or set trainer.gradient_clip_val: 1, and train anew."
+        )
+    return half
+
+
+def put(fresh: Path, folder: Path, before: Path, name: str) -> None:
+    """Move a complete folder to its place, and an earlier export out of the way; other files there stay.
+
+    Args:
+        fresh: The complete folder.
+        folder: Its place.
+        before: Where an earlier export goes.
+        name: Of the report, whose ``files`` are those of the export.
+    """
     if not folder.exists():
         os.replace(fresh, folder)
         return
-    report = folder / REPORT
+    report = folder / name
     known = json.loads(report.read_text("utf-8")).get("files", ()) if report.is_file() else ()
     others = sorted({path.name for path in folder.iterdir()} - {path.name for path in fresh.iterdir()} - set(known))
     os.replace(folder, before)

@@ -26,7 +26,7 @@ from dynamax.data.language import LanguageData
 from dynamax.errors import UserError
 from dynamax.metrics.language import DepthScores
 from dynamax.modules.checks import all_finite, one_device
-from dynamax.modules.export import check_target, command, write_model
+from dynamax.modules.export import REPORT, check_target, command, write_model
 from dynamax.modules.schedule import Optimiser
 
 POINTS = 40
@@ -86,11 +86,13 @@ class LanguageModule(LightningModule, ABC):
         record: What it has seen.
         context: Longest sequence the model reads; there once ``check`` has run.
         notes: Where checkpoints hold what a resumed run needs.
+        report: Name of the report in an exported folder.
     """
 
     backbone: HFBackbone
     context: int
     notes: ClassVar[str]
+    report: ClassVar[str] = REPORT
 
     def __init__(
         self, exits: list[int], optimiser: Optimiser, *, compile: bool, export: str | None, prompts: list[str] | None
@@ -119,7 +121,7 @@ class LanguageModule(LightningModule, ABC):
         """The model as it begins, its weights with gradients where they train; the data is there."""
 
     @abstractmethod
-    def batch_loss(self, tokens_BT: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def batch_loss(self, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:  # noqa: ANN401
         """The loss of one batch, and detached scalars by name, ``cross_entropy/top`` among them."""
 
     @abstractmethod
@@ -129,6 +131,10 @@ class LanguageModule(LightningModule, ABC):
     def origin(self) -> dict[str, Any]:
         """What is trained, from what, towards what, as JSON values: for card and report."""
         return self.identity()
+
+    def text_identity(self) -> dict[str, Any]:
+        """All that the batches depend on, as JSON values."""
+        return {"streams": self.data.streams.fingerprint, **self.data.order}
 
     def scores(self, depths: Sequence[int]) -> DepthScores:
         """What validation counts at these depths."""
@@ -141,9 +147,9 @@ class LanguageModule(LightningModule, ABC):
         if self._built:
             return
         self.backbone = self.build()
-        context, tokenizer = self.backbone.spec.context, self.data.streams.tokenizer
+        context = self.backbone.spec.context
         for prompt in self.prompts:
-            if len(tokenizer(prompt)["input_ids"]) >= context:
+            if len(self.data.streams.tokenizer(prompt)["input_ids"]) >= context:
                 raise UserError(f"A prompt leaves no room in a context of {context} tokens: {prompt!r}. Shorten it.")
         if self.compile_blocks:
             blocks = getattr(self.backbone.model.base_model, self.backbone.row.blocks)
@@ -154,7 +160,7 @@ class LanguageModule(LightningModule, ABC):
         self._built = True
 
     @property
-    def data(self) -> LanguageData:
+    def data(self) -> Any:  # noqa: ANN401 - what ``check_data`` accepts
         """The text; ``check_data`` has looked at it."""
         return cast(Any, self.trainer).datamodule
 
@@ -190,7 +196,7 @@ class LanguageModule(LightningModule, ABC):
                     f"g++), or set model.compile to false."
                 )
         if self.export is not None:
-            check_target(self.export)
+            check_target(self.export, self.report)
 
     def check_data(self, data: object) -> None:
         """Raise a UserError for data of another class, and for blocks longer than the context."""
@@ -214,13 +220,18 @@ class LanguageModule(LightningModule, ABC):
         """Start the clock."""
         self._began = perf_counter()
 
-    def training_step(self, tokens_BT: Tensor, batch_idx: int) -> Tensor:
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:  # noqa: ANN401 - as the data gives them
         """The loss."""
-        loss, seen = self.batch_loss(tokens_BT)
-        self.log("train/loss", loss, prog_bar=True, batch_size=len(tokens_BT))
-        self.log_dict({f"train/{name}": value for name, value in seen.items()}, batch_size=len(tokens_BT))
-        self.record.add(seen["cross_entropy/top"], tokens_BT.numel())
+        loss, seen = self.batch_loss(batch)
+        rows, tokens = self.size(batch)
+        self.log("train/loss", loss, prog_bar=True, batch_size=rows)
+        self.log_dict({f"train/{name}": value for name, value in seen.items()}, batch_size=rows)
+        self.record.add(seen["cross_entropy/top"], tokens)
         return loss
+
+    def size(self, batch: Any) -> tuple[int, int]:  # noqa: ANN401
+        """Rows of a batch, and the tokens that count as seen."""
+        return len(batch), batch.numel()
 
     def on_train_batch_end(self, outputs: Any, batch: Tensor, batch_idx: int) -> None:  # noqa: ANN401 - Lightning's
         """Count time in the record, which checkpoints save."""
@@ -232,13 +243,16 @@ class LanguageModule(LightningModule, ABC):
         """Count anew."""
         self._scores = self.scores([*self.exits, self.backbone.spec.depth])
 
-    def validation_step(self, tokens_BT: Tensor, batch_idx: int) -> None:
+    def validation_step(self, batch: Any, batch_idx: int) -> None:  # noqa: ANN401
         """Read every depth, in the weights' own precision: half-precision logits tie."""
         with torch.compiler.set_stance("force_eager"), torch.autocast(self.device.type, enabled=False):
             assert self._scores is not None, "on_validation_epoch_start comes first"
-            h_BTD = self.backbone.embed(tokens_BT)
-            states = self.backbone.walk(h_BTD, self._scores.depths)
-            self._scores.update([self.backbone.unembed(h_BTD) for _, h_BTD in states], tokens_BT)
+            self.count(self._scores, self.backbone, batch)
+
+    def count(self, scores: DepthScores, backbone: HFBackbone, batch: Any) -> None:  # noqa: ANN401
+        """Read every depth of a backbone over one batch."""
+        states = backbone.walk(backbone.embed(batch), scores.depths)
+        scores.update([backbone.unembed(h_BTD) for _, h_BTD in states], batch)
 
     def on_validation_epoch_end(self) -> None:
         """Log what was counted at every depth; the top is the deepest."""
@@ -256,7 +270,11 @@ class LanguageModule(LightningModule, ABC):
         if self.export is None or cast(Any, self.trainer).fast_dev_run:
             return
         self.to(self.trainer.strategy.root_device)  # Lightning has taken it off already
-        facts = {
+        self.write(self.export, self.facts())
+
+    def facts(self) -> dict[str, Any]:
+        """How the model was trained so far, as JSON values."""
+        return {
             **self.origin(),
             "optimiser": self.optimiser._asdict(),
             "gradient_clip": self.trainer.gradient_clip_val,
@@ -267,10 +285,18 @@ class LanguageModule(LightningModule, ABC):
             "curve": self.record.curve(),
             "validation": self.record.scores,
         }
-        report = write_model(self.export, self.backbone, self.data, self.exits, self.prompts, facts)
+
+    def write(self, folder: str, facts: dict[str, Any]) -> None:
+        """Write the trained model.
+
+        Args:
+            folder: Where to.
+            facts: How it was trained, as JSON values.
+        """
+        report = write_model(folder, self.backbone, self.data, self.exits, self.prompts, facts)
         figures = ", ".join(f"{row['perplexity']:.1f} at {depth}" for depth, row in report["depths"].items())
-        print(f"Wrote the model to {self.export}. Perplexity on held-out text by depth: {figures}")
-        print(f"Next: {command(report['depths'], self.export)}")
+        print(f"Wrote the model to {folder}. Perplexity on held-out text by depth: {figures}")
+        print(f"Next: {command(report['depths'], folder)}")
 
     # -- checkpoints --------------------------------------------------------------------------------
 
@@ -308,8 +334,12 @@ class LanguageModule(LightningModule, ABC):
             )
 
     def _identity(self) -> dict[str, Any]:
-        text = {"streams": self.data.streams.fingerprint, **self.data.order}
-        return {**self.identity(), "exits": self.exits, "optimiser": self.optimiser._asdict(), "text": text}
+        return {
+            **self.identity(),
+            "exits": self.exits,
+            "optimiser": self.optimiser._asdict(),
+            "text": self.text_identity(),
+        }
 
 
 def described(part: object) -> dict[str, Any]:

@@ -111,9 +111,9 @@ class PretrainingModule(LanguageModule):
         model = AutoModelForCausalLM.from_config(config, attn_implementation=family(config.model_type).attention)
         return HFBackbone(model).requires_grad_(True)
 
-    def batch_loss(self, tokens_BT: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def batch_loss(self, batch: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """The objective's loss."""
-        return self.objective.loss(self.backbone, tokens_BT, self.exits, self.global_step)
+        return self.objective.loss(self.backbone, batch, self.exits, self.global_step)
 
     def identity(self) -> dict[str, Any]:
         """Configuration and objective."""

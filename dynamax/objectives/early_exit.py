@@ -84,19 +84,20 @@ class LayerSkip(LanguageObjective):
         exit_depth, top = exits[step % len(exits)], backbone.spec.depth
         seen: dict[str, Tensor] = {}
         total = torch.zeros((), device=tokens_BT.device)
-        left_out = self.left_out(top, step)
-        for depth, h_BTD in backbone.walk(backbone.embed(tokens_BT), [exit_depth, top], leave_out=left_out):
+        absent = left_out(top, step, dropout=self.dropout, seed=self.seed)
+        for depth, h_BTD in backbone.walk(backbone.embed(tokens_BT), [exit_depth, top], leave_out=absent):
             name, weight = ("top", 1.0) if depth == top else (str(depth), self.weight)
             loss = cross_entropy(backbone, h_BTD, tokens_BT)
             seen[f"cross_entropy/{name}"] = loss.detach()
             total = total + weight * loss
         return total, seen
 
-    def left_out(self, depth: int, step: int) -> set[int]:
-        """The blocks, of ``depth``, that one step leaves out."""
-        generator = torch.Generator().manual_seed(derived_seed(self.seed, step))
-        out_L = torch.rand(depth, generator=generator) < chances(depth, self.dropout)
-        return set(out_L.nonzero()[:, 0].tolist())
+
+def left_out(depth: int, step: int, *, dropout: float, seed: int) -> set[int]:
+    """The blocks, of ``depth``, that one step leaves out; see ``chances``."""
+    generator = torch.Generator().manual_seed(derived_seed(seed, step))
+    out_L = torch.rand(depth, generator=generator) < chances(depth, dropout)
+    return set(out_L.nonzero()[:, 0].tolist())
 
 
 def chances(depth: int, dropout: float) -> Tensor:

@@ -19,12 +19,15 @@ from dynamax.commands.parsing import Parser, prepare
 from dynamax.data.answers import Answers
 from dynamax.data.language import LanguageData
 from dynamax.data.text import TextSource
+from dynamax.data.written import WrittenText
 from dynamax.heads import Exit, ExitBank
 from dynamax.modules.decoding import Sweep
 from dynamax.modules.distilling import DistillationModule
 from dynamax.modules.pretraining import PretrainingModule
+from dynamax.modules.tuning import TuningModule
 from dynamax.objectives.base import Objective
 from dynamax.objectives.early_exit import LayerSkip, NextToken
+from dynamax.objectives.tuning import ExitTuning
 from dynamax.registry import ALL, CALLBACKS, FAMILIES, Registry
 from dynamax.tasks.base import Task
 from dynamax.testing import toy_site
@@ -44,6 +47,8 @@ SIBLINGS = "siblings"
 """Whole runs of ``train``; those in ``plain`` and ``shallow`` lie over others, ``text.yaml`` is a part of them."""
 DISTILL = "distill"
 """Whole runs of ``distill``; ``text.yaml`` is a part of them."""
+TUNE = "tune"
+"""Whole runs of ``tune``."""
 FILES = sorted(str(path.relative_to(CONFIGS)) for path in CONFIGS.rglob("*.yaml"))
 
 
@@ -58,7 +63,13 @@ def named(kind: str) -> list[str]:
 
 def test_every_file_is_of_a_known_kind() -> None:
     runs_found = [name for name in FILES if Path(name).stem in COMMANDS]
-    assert {Path(name).parts[0] for name in set(FILES) - set(runs_found)} == {*PARTS, "trainer", SIBLINGS, DISTILL}
+    assert {Path(name).parts[0] for name in set(FILES) - set(runs_found)} == {
+        *PARTS,
+        "trainer",
+        SIBLINGS,
+        DISTILL,
+        TUNE,
+    }
     assert {"demo/fit.yaml", "demo/test.yaml", "demo/generate.yaml"} <= set(runs_found)
 
 
@@ -122,6 +133,24 @@ def test_a_distillation_is_built(name: str, monkeypatch: pytest.MonkeyPatch) -> 
     assert type(data.tokenizer) is type(model.teacher)
     written = [portion.corpus for portion in data.portions if isinstance(portion.corpus, Answers)]
     assert all(corpus.text.identity() for corpus in written), "their prompts are there"
+
+
+@pytest.mark.parametrize("name", named(TUNE))
+def test_a_tuning_is_built(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    built: list[runs.DynamaxCLI] = []
+    monkeypatch.setattr(runs.DynamaxCLI, "_run_subcommand", lambda self, _: built.append(self))
+    with pytest.raises(SystemExit) as ended:
+        main(["tune", "-c", str(CONFIGS / name)])
+    assert ended.value.code == 0
+    model, data = built[0].model, built[0].datamodule
+    assert isinstance(model, TuningModule)
+    assert isinstance(model.objective, ExitTuning)
+    assert isinstance(data, WrittenText)
+    assert data.writer.recipe == model.source.recipe, "the model is tuned on what it writes"
+    assert len(data.held_out) == len(data.train.texts)
+    asked = [{prompt.origin for text in part.texts for prompt in text._prompts} for part in (data.train, data.held_out)]
+    assert min(map(len, asked)) > 20
+    assert not asked[0] & asked[1]
 
 
 @pytest.mark.parametrize("name", [name for name in FILES if Path(name).stem == "generate"])
