@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import io
 from importlib.util import find_spec
 from typing import final
@@ -29,11 +30,10 @@ class Int8Torchao(Product):
     def __init__(self, weight_OI: Tensor, bias_O: Tensor | None = None) -> None:
         super().__init__(weight_OI, bias_O)
         with contextlib.redirect_stderr(io.StringIO()):  # it names each of its kernels that this machine cannot load
-            from torchao.quantization import Int8WeightOnlyConfig, quantize_
-
+            torchao = importlib.import_module("torchao.quantization")
         layer = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
         layer.weight = nn.Parameter(weight_OI.detach(), requires_grad=False)
-        quantize_(layer, Int8WeightOnlyConfig())
+        torchao.quantize_(layer, torchao.Int8WeightOnlyConfig())
         self._weight_OI = layer.weight.data
 
     @classmethod
