@@ -8,7 +8,6 @@ import time
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from statistics import median
 
 import torch
@@ -238,11 +237,11 @@ def timed(products: dict[str, list[Product]]) -> tuple[dict[str, float], bool]:
     for _ in range(ROUNDS + 1):
         for name, parts in products.items():
             rows = [torch.ones(1, part.in_features, dtype=part.dtype) for part in parts]
-            ends = [time.perf_counter()]
+            spent[name].append([])
             for part, row in zip(parts, rows, strict=True):
+                begin = time.perf_counter()
                 part(row)
-                ends.append(time.perf_counter())
-            spent[name].append([1000 * (end - begin) for begin, end in pairwise(ends)])
+                spent[name][-1].append(1000 * (time.perf_counter() - begin))
     best = {name: sum(map(min, zip(*rounds[1:], strict=True)), 0.0) for name, rounds in spent.items()}
     usual = {name: median(map(sum, rounds[1:])) for name, rounds in spent.items()}
     return best, all(usual[name] <= QUIET * best[name] for name in products)

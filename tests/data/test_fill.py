@@ -122,7 +122,9 @@ def test_answers_bring_their_states_along(tmp_path, engine):
     length = sum(len(document.tokens) for group in source.groups(engine) for document in group)
     with patch.object(SelfGenerated, "groups_with_states", TextSource.groups_with_states):
         read = fill(tmp_path / "read", engine, source)
-    assert alone == length  # each token once, the last one too
+    assert (
+        length <= alone < 1.1 * length
+    )  # each token once, the last one too; and padding where prompts are read together
     for found, wanted in zip(written, read, strict=True):
         torch.testing.assert_close(vars(found), vars(wanted), rtol=2e-3, atol=2e-3)
 
