@@ -119,14 +119,20 @@ def test_a_sibling_is_built(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert str(saving.dirpath).endswith(str(Path(model.export).parent / "checkpoints")), "siblings do not share theirs"
 
 
+def built(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> runs.DynamaxCLI:
+    """What a command makes of its configuration; nothing is run."""
+    made: list[runs.DynamaxCLI] = []
+    monkeypatch.setattr(runs.DynamaxCLI, "_run_subcommand", lambda self, _: made.append(self))
+    with pytest.raises(SystemExit) as ended:
+        main(list(arguments))
+    assert ended.value.code == 0
+    return made[0]
+
+
 @pytest.mark.parametrize("name", [name for name in named(DISTILL) if Path(name).stem != "text"])
 def test_a_distillation_is_built(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    built: list[runs.DynamaxCLI] = []
-    monkeypatch.setattr(runs.DynamaxCLI, "_run_subcommand", lambda self, _: built.append(self))
-    with pytest.raises(SystemExit) as ended:
-        main(["distill", "-c", str(CONFIGS / name)])
-    assert ended.value.code == 0
-    model, data = built[0].model, built[0].datamodule
+    made = built(monkeypatch, "distill", "-c", str(CONFIGS / name))
+    model, data = made.model, made.datamodule
     assert isinstance(model, DistillationModule)
     assert isinstance(data, LanguageData)
     assert vars(data.tokenizer) == vars(model.teacher), "student and teacher read the same tokens"
@@ -137,12 +143,8 @@ def test_a_distillation_is_built(name: str, monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.mark.parametrize("name", named(TUNE))
 def test_a_tuning_is_built(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    built: list[runs.DynamaxCLI] = []
-    monkeypatch.setattr(runs.DynamaxCLI, "_run_subcommand", lambda self, _: built.append(self))
-    with pytest.raises(SystemExit) as ended:
-        main(["tune", "-c", str(CONFIGS / name)])
-    assert ended.value.code == 0
-    model, data = built[0].model, built[0].datamodule
+    made = built(monkeypatch, "tune", "-c", str(CONFIGS / name))
+    model, data = made.model, made.datamodule
     assert isinstance(model, TuningModule)
     assert isinstance(model.objective, ExitTuning)
     assert isinstance(data, WrittenText)
