@@ -1,7 +1,7 @@
 """Recorded programs compiled by inductor, piece by piece.
 
-A program is cut where it calls the state of what was recorded, and where tensors are as long as what is held; these
-operations stay as they are. The pieces between have the same shapes at every step. Pieces of the same text, such as
+A program is cut where it calls the state of what was recorded or a function that looks at values, and where tensors are
+as long as what is held; these operations stay as they are. The pieces between have the same shapes at every step. Pieces of the same text, such as
 those of all blocks of one kind, are compiled once, with their weights as inputs; inductor keeps what it made on disk.
 """
 
@@ -78,7 +78,7 @@ class Compiler:
         """
         program = recordings[-1]
         names, text, grown = program.named(), [], growing(recordings)
-        states = {name for line in program.lines if line.whole for name in line.makes} - grown
+        states = {name for line in program.lines if line.state for name in line.makes} - grown
         values = program.values | {name: program.values[name].contiguous() for name in states}
         for number, step in enumerate(schedule(program, grown)):
             if isinstance(step, Line):
@@ -147,7 +147,7 @@ def as_long_as_keys(program: Program) -> set[str]:
         behind.add("mask")
         lengths.add(values["mask"].shape[-1])
     for line in program.lines:
-        if line.whole and line.reads and line.makes:
+        if line.state and line.reads and line.makes:
             lengths |= {values[name].shape[-2] for name in line.makes}
             behind |= set(line.makes)
         elif behind & set(line.reads):
@@ -167,11 +167,11 @@ def schedule(program: Program, growing: set[str]) -> list[Line | Piece]:
     """
     *lines, last = program.lines
     needs = needed(lines, program.values)
-    alone = {i for i, line in enumerate(lines) if line.whole or growing & {*line.reads, *line.makes}}
+    alone = {i for i, line in enumerate(lines) if line.state or line.whole or growing & {*line.reads, *line.makes}}
     steps: list[Sequence[int]] = []
     done, left = set[int](), list(range(len(lines)))
     while left:
-        ready = [i for i in left if i in alone and needs[i] <= done and (lines[i].makes or not lines[i].whole)]
+        ready = [i for i in left if i in alone and needs[i] <= done and (lines[i].makes or not lines[i].state)]
         piece: list[int] = []
         for i in left:
             if i not in alone and needs[i] <= done | set(piece):
@@ -209,7 +209,7 @@ def needed(lines: Sequence[Line], values: dict[str, Tensor]) -> list[set[int]]:
             place = values[line.changes].untyped_storage().data_ptr()
             needs |= users.get(place, set())
             changed[place] = i
-        if line.whole and line.reads:  # it may change the state
+        if line.state and line.reads:  # it may change the state
             needs |= set() if state is None else {state}
             state = i
         for name in line.makes:

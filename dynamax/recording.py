@@ -19,7 +19,7 @@ from typing import Any, final
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode, resolve_name
+from torch.overrides import TorchFunctionMode, handle_torch_function, has_torch_function, resolve_name
 
 STEPS_TO_SEE = 2
 """Steps of a kind that are recorded and compared before one is repeated."""
@@ -61,13 +61,15 @@ class Line:
         reads: Names of the tensors and objects that it is given.
         makes: Names of what it returns.
         changes: Name of the tensor that it changes in place; None for none.
-        whole: Whether it calls a function of something that the program is given, such as a block's state.
+        state: Whether it reads or changes something that the program is given, such as a block's state.
+        whole: Whether it calls a function that looks at values (``as_a_whole``).
     """
 
     text: str
     reads: tuple[str, ...] = ()
     makes: tuple[str, ...] = ()
     changes: str | None = None
+    state: bool = False
     whole: bool = False
 
 
@@ -110,6 +112,25 @@ def function_of(lines: Iterable[str], arguments: str, names: dict[str, Any]) -> 
 def code(text: str) -> CodeType:
     """Source text, made ready to run: most blocks of a model have the same. Nothing in it comes from outside."""
     return compile(text, "<recording>", "exec")
+
+
+WHOLE: dict[Callable[..., Any], Callable[..., Any]] = {}
+"""Functions that a recording does not look into, as they are called and as they were written."""
+
+
+def as_a_whole(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A function that looks at values of tensors. A recording calls it, and does not hold what it did once.
+
+    Whatever else it depends on must stay, and it must change nothing that it is given.
+    """
+
+    @functools.wraps(function)
+    def called(*args: Any) -> Tensor:  # noqa: ANN401
+        tensors = tuple(tensors_in(args))
+        return handle_torch_function(called, tensors, *args) if has_torch_function(tensors) else function(*args)
+
+    WHOLE[called] = function
+    return called
 
 
 @functools.cache
@@ -167,27 +188,28 @@ class Recorder(TorchFunctionMode):
         given += [f"{name}={self._text(value)}" for name, value in kwargs.items()]
         changed = self._text(args[0]) if changes else None
         made = None if out is None or (changes and out is args[0]) else out
-        self._line(f"{self._place(func)}({', '.join(given)})", made, changes=changed)
+        function = WHOLE.get(func, func)
+        self._line(f"{self._place(function)}({', '.join(given)})", made, changes=changed, whole=func in WHOLE)
         return out
 
     def call(self, text: str, function: Callable[..., Any], *args: object) -> Any:  # noqa: ANN401
-        """Run a function as a whole, by a name that the program knows, and write that down."""
+        """Run a function of a state, by a name that the program knows, and write that down."""
         with torch._C.DisableTorchFunction():
             out = function(*args)
         given = ", ".join(self._text(argument) for argument in args)
-        self._line(f"{text}({given})", out, whole=True)
+        self._line(f"{text}({given})", out, state=True)
         return out
 
     def assign(self, target: str, value: object) -> None:
         """Write down that something, by a name that the program knows, becomes ``value``."""
-        self._line(f"{target} = {self._text(value)}", None, whole=True)
+        self._line(f"{target} = {self._text(value)}", None, state=True)
 
     def finish(self, out: Tensor) -> Program:
         """The program; ``out`` is what it returns."""
         self._line(f"return {self._text(out)}", None)
         return self.program
 
-    def _line(self, text: str, out: object, *, changes: str | None = None, whole: bool = False) -> None:
+    def _line(self, text: str, out: object, **facts: Any) -> None:  # noqa: ANN401
         """Write a line; ``out`` is what it returns, None for nothing. What it reads was noted by ``_text``."""
         made: tuple[str, ...] = ()
         if isinstance(out, (tuple, list)):
@@ -196,7 +218,7 @@ class Recorder(TorchFunctionMode):
         elif out is not None:
             made = (self._new(out),)
             text = f"{made[0]} = {text}"
-        self.program.lines.append(Line(text, tuple(dict.fromkeys(self._reads)), made, changes, whole))
+        self.program.lines.append(Line(text, tuple(dict.fromkeys(self._reads)), made, **facts))
         self._reads.clear()
 
     def _new(self, value: object) -> str:

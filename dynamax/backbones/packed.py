@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from dynamax.backbones.experts import pack_experts
 from dynamax.backbones.hf import HFBackbone
 from dynamax.backbones.linear import as_product
 from dynamax.backbones.recorded import Recordings
@@ -59,7 +60,7 @@ class RMSNorm(nn.Module):
 def pack(backbone: HFBackbone, kind: type[Product]) -> None:
     """Make a backbone faster, in place. Weights that nothing else holds are freed.
 
-    Layers of other kinds, such as experts that hold all their matrices in one tensor, stay as they are.
+    Linear layers, experts and norms are replaced; whatever else a model holds stays as it is.
 
     Args:
         backbone: The model. Afterwards it cannot be trained, and stays on its device.
@@ -70,6 +71,7 @@ def pack(backbone: HFBackbone, kind: type[Product]) -> None:
     """
     kinds = {kind for index in range(backbone.spec.depth) for kind in backbone.state_kinds(index)}
     backbone.freeze_costs(kind.bytes)
+    pack_experts(backbone.model, kind)
     replace_modules(backbone.model, kind)
     if "keys" in kinds:
         ALL_ATTENTION_FUNCTIONS.register(ATTENTION, attend)

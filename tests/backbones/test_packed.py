@@ -18,7 +18,7 @@ from dynamax.types import Span
 from tests.float64 import upcast64
 from tests.tiny import FAMILIES, tiny
 
-ROUTED = {"mixtral", "jamba", "granitemoehybrid", "nemotron_h"}
+ROUTED = set()
 """In float64 transformers loops over the experts that tokens were routed to, which is no recording's business."""
 
 X86 = pytest.mark.skipif("fbgemm" not in torch.backends.quantized.supported_engines, reason="FBGEMM is on x86 alone")

@@ -1,0 +1,93 @@
+"""Experts of a mixture: small networks side by side, of which each position takes a few.
+
+transformers holds the matrices of all experts in one tensor ``[E, O, I]`` and lets other code multiply with them. What
+that code must know is said by the module (``transformers.integrations.moe.use_experts_implementation``).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+from transformers.modeling_utils import PreTrainedModel
+
+from dynamax.kernels.products import Product
+from dynamax.recording import as_a_whole
+
+EXPERTS = "dynamax"
+"""The name of ``multiply_routed`` among transformers' implementations of experts."""
+
+
+def matrices_of(module: nn.Module) -> dict[str, Tensor]:
+    """The matrices ``[E, O, I]`` of a module's experts, by name; empty for other modules, and for packed experts."""
+    known, held = vars(module), module._parameters
+    if not {"has_gate", "has_bias", "is_transposed"} <= known.keys() or known.get("_is_expert_parallel", False):
+        return {}
+    found = {name: held.get(name) for name in ("gate_up_proj" if known["has_gate"] else "up_proj", "down_proj")}
+    tensors = {name: weight.detach() for name, weight in found.items() if weight is not None and weight.ndim == 3}
+    return {name: weight.mT if known["is_transposed"] else weight for name, weight in tensors.items()}
+
+
+def unknown_experts(model: nn.Module) -> str | None:
+    """The module and the tensor of experts that are held in a way that is not known here; None if there are none."""
+    for path, module in model.named_modules():
+        for name, weight in module._parameters.items():
+            taps = "conv" in f"{path}.{name}"
+            if weight is not None and weight.ndim == 3 and not taps and name not in matrices_of(module):
+                return f"{path}.{name} of {type(module).__name__}"
+    return None
+
+
+def pack_experts(model: PreTrainedModel, kind: type[Product]) -> None:
+    """Hold each matrix of each expert as a product of its own, in place; the tensor of all experts is freed.
+
+    Biases go along; other weights of the module stay as they are. Experts of which ``unknown_experts`` tells stay too.
+
+    Args:
+        model: The model.
+        kind: What takes the place of a matrix.
+    """
+    for module in list(model.modules()):
+        matrices = matrices_of(module)
+        for name, weight_EOI in matrices.items():
+            bias_EO = module._parameters.pop(f"{name}_bias", None)
+            biases: Iterator[Tensor | None] = iter([None] * len(weight_EOI) if bias_EO is None else bias_EO)
+            products = [kind(weight_OI.contiguous(), next(biases)) for weight_OI in weight_EOI]
+            delattr(module, name)
+            setattr(module, name, nn.ModuleList(products))
+        if matrices:
+            ALL_EXPERTS_FUNCTIONS.register(EXPERTS, multiply_routed)
+            model.set_experts_implementation(EXPERTS)
+
+
+@as_a_whole
+def multiply_routed(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:  # noqa: ANN401
+    """What packed experts give, as transformers calls for it; only experts that some position takes are run.
+
+    Args:
+        module: Holds the experts.
+        hidden_states: A row ``[N, I]`` for each position.
+        top_k_index: The experts ``[N, K]`` that each takes.
+        top_k_weights: Their factors in the sum, ``[N, K]``.
+
+    Returns:
+        The weighted sums ``[N, I]``.
+    """
+    first, last = module.gate_up_proj if module.has_gate else module.up_proj, module.down_proj
+    between = module._apply_gate if module.has_gate else module.act_fn
+    after = module.post_expert_norm if vars(module).get("has_post_expert_norm", False) else None
+    taken = sorted(Counter(top_k_index.flatten().tolist()).items())
+    order_S = top_k_index.flatten().argsort()  # positions of one expert stand together
+    rows_SI = hidden_states[order_S // top_k_index.shape[1]]
+    given = [
+        last[expert](between(first[expert](rows_CI)))
+        for (expert, _), rows_CI in zip(taken, rows_SI.split([count for _, count in taken]), strict=True)
+    ]
+    y_SI = torch.cat(given)[order_S.argsort()]
+    y_SI = y_SI if after is None else after(y_SI)
+    y_NKI = y_SI.view(*top_k_index.shape, -1) * top_k_weights[..., None]
+    return y_NKI.sum(1).to(hidden_states.dtype)
