@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks.models import CONTESTANTS, load
+from dynamax.backbones.experts import matrices_of
 from dynamax.backbones.hf import HFBackbone
 from dynamax.backbones.precision import set_precision
 from dynamax.decoding.early_exit import EarlyExit
@@ -62,22 +63,27 @@ def contenders(
 
 
 def matrices(backbone: HFBackbone, depth: int) -> list[Tensor]:
-    """The matrices of ``depth`` blocks, and the output matrix."""
-    blocks = [
-        module
-        for block in backbone._blocks[:depth]
-        for module in block.modules()
-        if isinstance(module, nn.Linear | Product)
-    ]
-    return [module.dense() if isinstance(module, Product) else module.weight for module in blocks] + [
-        backbone.output_matrix
-    ]
+    """The matrices of ``depth`` blocks that a position is multiplied with, and the output matrix."""
+    packed = products(backbone, depth)
+    if packed:
+        return [product.dense() for product in packed]
+    share = backbone.row.expert_share(backbone.model.config)
+    found: list[Tensor] = []
+    for module in (module for block in backbone._blocks[:depth] for module in block.modules()):
+        found += [module.weight] if isinstance(module, nn.Linear) else []
+        for weight_EOI in matrices_of(module).values():
+            found += weight_EOI[: round(share * len(weight_EOI))]
+    return [*found, backbone.output_matrix]
 
 
 def products(backbone: HFBackbone, depth: int) -> list[Product]:
-    """The packed products of ``depth`` blocks, and the output matrix's."""
+    """The packed products of ``depth`` blocks that a position is multiplied with, and the output matrix's."""
     modules = [module for block in backbone._blocks[:depth] for module in block.modules()]
-    return [module for module in (*modules, backbone.model.get_output_embeddings()) if isinstance(module, Product)]
+    share = backbone.row.expert_share(backbone.model.config)
+    lists = [module for module in modules if isinstance(module, nn.ModuleList)]
+    idle = {id(expert) for experts in lists for expert in list(experts)[round(share * len(experts)) :]}
+    used = [module for module in modules if id(module) not in idle]
+    return [module for module in (*used, backbone.model.get_output_embeddings()) if isinstance(module, Product)]
 
 
 def floor(backbone: HFBackbone, depth: int, batch: int = 1) -> Callable[[], None]:

@@ -74,6 +74,22 @@ CONTESTANTS = {
             "tie_word_embeddings": True,
         },
     ),
+    "mixtral-small": Contestant(
+        (4,),
+        {
+            "model_type": "mixtral",
+            "hidden_size": 512,
+            "intermediate_size": 1792,
+            "num_hidden_layers": 8,
+            "num_attention_heads": 8,
+            "num_key_value_heads": 2,
+            "num_local_experts": 8,
+            "num_experts_per_tok": 2,
+            "sliding_window": None,
+            "vocab_size": 32000,
+            "tie_word_embeddings": False,
+        },
+    ),
     "pythia-160m": Contestant(
         (6,),
         {

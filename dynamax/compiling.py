@@ -1,8 +1,9 @@
 """Recorded programs compiled by inductor, piece by piece.
 
 A program is cut where it calls the state of what was recorded or a function that looks at values, and where tensors are
-as long as what is held; these operations stay as they are. The pieces between have the same shapes at every step. Pieces of the same text, such as
-those of all blocks of one kind, are compiled once, with their weights as inputs; inductor keeps what it made on disk.
+as long as what is held; these operations stay as they are. The pieces between have the same shapes at every step.
+Pieces of the same text, such as those of all blocks of one kind, are compiled once, with their weights as inputs;
+inductor keeps what it made on disk.
 """
 
 from __future__ import annotations

@@ -114,6 +114,9 @@ def code(text: str) -> CodeType:
     return compile(text, "<recording>", "exec")
 
 
+IN_PLACE = {"__setitem__", "__iadd__", "__imul__", "__iand__", "__ior__", "__ixor__", "__ilshift__", "__irshift__"}
+"""Names of functions that change their first argument; those of all others end in an underscore."""
+
 WHOLE: dict[Callable[..., Any], Callable[..., Any]] = {}
 """Functions that a recording does not look into, as they are called and as they were written."""
 
@@ -175,7 +178,9 @@ class Recorder(TorchFunctionMode):
         tensors = list(tensors_in((args, kwargs)))
         if name in FACTS or not (tensors or list(tensors_in(out))):
             return out
-        changes = (name.endswith("_") and not name.endswith("__")) or name in ("__setitem__", "__iadd__", "__imul__")
+        changes = (name.endswith("_") and not name.endswith("__")) or name in IN_PLACE or kwargs.get("inplace", False)
+        if kwargs.get("out") is not None:
+            raise NotRecordableError(f"{name} writes into a tensor that it is given")
         if changes:
             self._check_changed(args[0], name)
         elif not list(tensors_in(out)):

@@ -33,19 +33,22 @@ def matrices_of(module: nn.Module) -> dict[str, Tensor]:
 
 
 def unknown_experts(model: nn.Module) -> str | None:
-    """The module and the tensor of experts that are held in a way that is not known here; None if there are none."""
+    """Why experts of a model would stay as they are, naming the first; None if all can be packed."""
     for path, module in model.named_modules():
         for name, weight in module._parameters.items():
-            taps = "conv" in f"{path}.{name}"
+            taps = "conv" in f"{path}.{name}"  # of a convolution: the only other tensors of three dimensions
             if weight is not None and weight.ndim == 3 and not taps and name not in matrices_of(module):
-                return f"{path}.{name} of {type(module).__name__}"
+                return (
+                    f"{path}.{name} of {type(module).__name__} would stay as it is, since these experts do not go "
+                    f"through transformers' interface for experts on one machine"
+                )
     return None
 
 
 def pack_experts(model: PreTrainedModel, kind: type[Product]) -> None:
     """Hold each matrix of each expert as a product of its own, in place; the tensor of all experts is freed.
 
-    Biases go along; other weights of the module stay as they are. Experts of which ``unknown_experts`` tells stay too.
+    Biases go along; other weights of the module stay as they are. So do ``unknown_experts``.
 
     Args:
         model: The model.
@@ -80,14 +83,18 @@ def multiply_routed(module: Any, hidden_states: Tensor, top_k_index: Tensor, top
     first, last = module.gate_up_proj if module.has_gate else module.up_proj, module.down_proj
     between = module._apply_gate if module.has_gate else module.act_fn
     after = module.post_expert_norm if vars(module).get("has_post_expert_norm", False) else None
-    taken = sorted(Counter(top_k_index.flatten().tolist()).items())
-    order_S = top_k_index.flatten().argsort()  # positions of one expert stand together
-    rows_SI = hidden_states[order_S // top_k_index.shape[1]]
-    given = [
-        last[expert](between(first[expert](rows_CI)))
-        for (expert, _), rows_CI in zip(taken, rows_SI.split([count for _, count in taken]), strict=True)
-    ]
-    y_SI = torch.cat(given)[order_S.argsort()]
-    y_SI = y_SI if after is None else after(y_SI)
+
+    def run(expert: int, rows_CI: Tensor) -> Tensor:
+        y_CI = last[expert](between(first[expert](rows_CI)))
+        return y_CI if after is None else after(y_CI)
+
+    taken = top_k_index.flatten().tolist()
+    if len(hidden_states) == 1:
+        y_SI = torch.cat([run(expert, hidden_states) for expert in taken])
+    else:  # positions that take the same expert stand together
+        order_S = top_k_index.flatten().argsort()
+        experts, counts = zip(*sorted(Counter(taken).items()), strict=True)
+        parts = hidden_states[order_S // top_k_index.shape[1]].split(counts)
+        y_SI = torch.cat(list(map(run, experts, parts)))[order_S.argsort()]
     y_NKI = y_SI.view(*top_k_index.shape, -1) * top_k_weights[..., None]
     return y_NKI.sum(1).to(hidden_states.dtype)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from dynamax.backbones.base import Backbone
+from dynamax.backbones.experts import matrices_of, unknown_experts
 from dynamax.backbones.hf import HFBackbone
 from dynamax.backbones.linear import weight_of
 from dynamax.backbones.packed import pack
@@ -148,32 +149,21 @@ def compile_steps(backbone: HFBackbone, compiler: Compiler) -> None:
     recordings.build = None
 
 
-def experts_in(model: nn.Module) -> bool:
-    """Whether some experts hold all their matrices in one tensor, which stays as it was loaded."""
-    return any(p.ndim == 3 and "conv" not in name for name, p in model.named_parameters())
-
-
 def _choose(backbone: HFBackbone, precision: str, *, compiled: bool) -> Choice:
     names = FAITHFUL if precision == AUTO else (precision,)
-    weights = list(linear_weights(backbone.model))
-    possible = {kind: name for name in names for kind in PRECISIONS[name] if refusal(kind, weights) is None}
-    if experts_in(backbone.model):  # they would be charged as if they were held in the format of the other weights
-        possible = {kind: name for kind, name in possible.items() if kind.bytes is None}
-        if not possible:
-            raise UserError(
-                f"The precision {precision} was asked of a mixture of experts, whose experts stay in float32. Choose "
-                f"float32 or auto, or leave it out."
-            )
+    weights, unknown = list(linear_weights(backbone.model)), unknown_experts(backbone.model)
+    own, device = str(weights[0].dtype).removeprefix("torch."), weights[0].device.type
+    kinds = [kind for name in names for kind in PRECISIONS[name]]
+    reasons = {kind: refusal(kind, weights) or (unknown if kind.bytes else None) for kind in kinds}
+    possible = {kind: name for name in names for kind in PRECISIONS[name] if reasons[kind] is None}
     if not possible:
-        kinds = PRECISIONS[precision]
-        reason = refusal(kinds[0] if weights[0].device.type == "cpu" else kinds[-1], weights)
         raise UserError(
-            f"The precision {precision} cannot be had here: {reason}. Choose another of {', '.join(PRECISIONS)}, or "
-            f"leave it out."
+            f"The precision {precision} cannot be had here: {reasons[kinds[0 if device == 'cpu' else -1]]}. Choose "
+            f"another of {', '.join(PRECISIONS)}, or leave it out."
         )
     times = {} if len(possible) == 1 else measured(list(possible), sample(weights))
     kind = min(possible, key=lambda kind: times.get(kind.__name__, 0.0))
-    own = str(weights[0].dtype).removeprefix("torch.")
+    del weights  # so that what is packed can be freed
     if kind is Float16 and compiled:
         load_operators()
         pack(backbone, Float16Operator)
@@ -183,11 +173,13 @@ def _choose(backbone: HFBackbone, precision: str, *, compiled: bool) -> Choice:
 
 
 def linear_weights(model: nn.Module) -> Iterable[Tensor]:
-    """The matrices ``[O, I]`` of a model's linear layers, each once."""
+    """The matrices ``[O, I]`` of a model's linear layers and experts, each once."""
     for module in model.modules():
         weight_OI = weight_of(module)
         if weight_OI is not None:
             yield weight_OI
+        for weight_EOI in matrices_of(module).values():
+            yield from weight_EOI
 
 
 def refusal(kind: type[Product], weights: Iterable[Tensor]) -> str | None:

@@ -9,6 +9,8 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from dynamax.backbones.experts import matrices_of
+from dynamax.backbones.families import family
 from dynamax.backbones.hf import context_of
 from dynamax.backbones.loading import read_config
 
@@ -23,8 +25,8 @@ class Outline:
         width: Size of a hidden state.
         context: Most tokens of prompt and answer together.
         weights: All numbers, those of tied matrices once.
-        linears: Shapes ``(out, in)`` of all linear layers, the output matrix among them. Experts that are kept in one
-            tensor are no linear layers, and are left out.
+        linears: Shapes ``(out, in)`` of the matrices that a position is multiplied with: all linear layers, the output
+            matrix among them, and as many experts as it takes.
     """
 
     family: str
@@ -44,11 +46,16 @@ def outline(folder: Path) -> Outline:
     config = read_config(folder)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
+    linears = [(each.out_features, each.in_features) for each in model.modules() if isinstance(each, nn.Linear)]
+    for module in model.modules():
+        for weight_EOI in matrices_of(module).values():
+            experts, rows, columns = weight_EOI.shape
+            linears += [(rows, columns)] * round(experts * family(config.model_type).expert_share(config))
     return Outline(
         config.model_type,
         config.num_hidden_layers,
         config.hidden_size,
         context_of(config),
         sum(weight.numel() for weight in model.parameters()),
-        tuple((each.out_features, each.in_features) for each in model.modules() if isinstance(each, nn.Linear)),
+        tuple(linears),
     )

@@ -225,6 +225,7 @@ class Int8(Product):
 
     bytes = 1.0
     storage = torch.bfloat16
+    group: ClassVar[int] = 16
 
     def __init__(self, weight_OI: Tensor, bias_O: Tensor | None = None) -> None:
         super().__init__(weight_OI, bias_O)
@@ -234,11 +235,13 @@ class Int8(Product):
 
     @classmethod
     def refusal(cls, weight_OI: Tensor) -> str | None:
-        """Needs a CPU."""
+        """Needs a CPU, and input channels in groups: the kernel reads past the end of any others."""
         if weight_OI.device.type != "cpu":
             return "its kernel runs on a CPU"
         if not hasattr(torch, "_weight_int8pack_mm"):
             return f"torch {torch.__version__} has no _weight_int8pack_mm"
+        if weight_OI.shape[1] % cls.group:
+            return f"a matrix of {tuple(weight_OI.shape)} does not divide into groups of {cls.group} input channels"
         return None
 
     def multiply(self, x: Tensor, bias_O: Tensor | None) -> Tensor:

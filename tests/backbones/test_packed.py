@@ -18,9 +18,6 @@ from dynamax.types import Span
 from tests.float64 import upcast64
 from tests.tiny import FAMILIES, tiny
 
-ROUTED = set()
-"""In float64 transformers loops over the experts that tokens were routed to, which is no recording's business."""
-
 X86 = pytest.mark.skipif("fbgemm" not in torch.backends.quantized.supported_engines, reason="FBGEMM is on x86 alone")
 
 
@@ -44,35 +41,29 @@ def steps(backbone: HFBackbone, count: int, *, rows: int = 1, prompt: int = 5, l
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("kind", [Rows, Columns])
 def test_contract(name: str, kind: type[Product]) -> None:
-    """In float64, against an unpacked copy run by transformers' own forward; every block that can be is recorded."""
+    """In float64, against an unpacked copy run by transformers' own forward; every block is recorded."""
     with upcast64():
         plain, backbone = packed(name, kind)
         check_backbone(backbone, plain.reference, tolerance=1e-12)
     assert backbone.recordings is not None
-    assert bool(backbone.recordings.given_up) == (name in ROUTED)
-    assert {index for index, *_ in backbone.recordings.ready} | set(backbone.recordings.given_up) == set(range(6))
+    assert not backbone.recordings.given_up
+    assert {index for index, *_ in backbone.recordings.ready} == set(range(6))
 
 
 @X86
 @pytest.mark.parametrize(
-    "name", ["llama", "gpt2", "gpt_neox", "phi3", "gemma3_text", "mamba", "mamba2", "falcon_h1", "lfm2"]
+    "name",
+    [
+        *("llama", "gpt2", "gpt_neox", "phi3", "gemma3_text", "mamba", "mamba2", "falcon_h1", "lfm2"),
+        *("mixtral", "jamba", "granitemoehybrid", "nemotron_h"),
+    ],
 )
 def test_float16_weights(name: str) -> None:
     plain, backbone = packed(name, Float16, torch.float32)
     check_backbone(backbone, plain.reference, tolerance=5e-3)
 
 
-@pytest.mark.parametrize("name", ["mixtral", "granitemoehybrid"])
-def test_experts_in_one_product_are_recorded(name: str) -> None:
-    """In float32 transformers sorts tokens by expert and asks for no value."""
-    plain, backbone = packed(name, Rows, torch.float32)
-    backbone.model.set_experts_implementation("grouped_mm")
-    check_backbone(backbone, plain.reference)
-    assert backbone.recordings is not None
-    assert not backbone.recordings.given_up
-
-
-@pytest.mark.parametrize("name", ["llama", "mamba2", "gemma2"])
+@pytest.mark.parametrize("name", ["llama", "mamba2", "gemma2", "mixtral", "nemotron_h"])
 @pytest.mark.parametrize(("rows", "length"), [(1, 1), (1, 3), (2, 1)])
 def test_a_recorded_step_is_bit_for_bit_the_step_it_repeats(name: str, rows: int, length: int) -> None:
     _, backbone = packed(name, Rows, torch.float32)

@@ -204,20 +204,3 @@ def test_half_packed_is_never_left(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match="the largest weight is 1e"):
         set_precision(model, "float16")
     assert not kinds_in(model)
-
-
-@pytest.mark.parametrize("family", ["mixtral", "jamba", "granitemoehybrid", "nemotron_h"])
-def test_experts_that_stay_as_they_are_are_not_called_half(family: str) -> None:
-    """Their bytes would be counted wrongly; ``auto`` takes float32."""
-    with pytest.raises(UserError, match="whose experts stay in float32"):
-        set_precision(HFBackbone(tiny(family, dtype=torch.float32)), "bfloat16")
-    model = HFBackbone(tiny(family, dtype=torch.float32))
-    choice = set_precision(model, "auto")
-    assert choice is not None
-    assert choice.precision == "float32"
-    assert model.weight_bytes == 4.0
-
-
-@pytest.mark.parametrize("family", ["mamba", "mamba2", "falcon_h1", "lfm2"])
-def test_taps_of_a_convolution_are_no_experts(family: str) -> None:
-    assert set_precision(HFBackbone(tiny(family, dtype=torch.float32)), "bfloat16") is not None

@@ -26,6 +26,7 @@ from dynamax.bench.outline import outline
 from dynamax.errors import UserError
 from dynamax.heads.bank import Exit
 from dynamax.policies import AtDepth, MaxProb
+from tests.tiny import tiny
 
 ASSETS = Path(__file__).parents[2] / "assets"
 PROMPT = [5, 77, 300, 12]
@@ -141,6 +142,15 @@ def test_sizes_are_the_models() -> None:
     assert sum(out * into for out, into in found.linears) == sum(
         weight.numel() for name, weight in model.named_parameters() if weight.dim() == 2
     )  # the output matrix is the embedding matrix
+
+
+def test_sizes_of_a_mixture_are_those_of_the_experts_that_a_position_takes(tmp_path: Path) -> None:
+    model = tiny("mixtral", dtype=torch.float32)
+    model.save_pretrained(tmp_path)
+    found = outline(tmp_path)
+    assert found.weights == sum(weight.numel() for weight in model.parameters())
+    attention, expert = 2 * 32 * 32 + 2 * 16 * 32, 3 * 32 * 64
+    assert sum(out * into for out, into in found.linears) == 6 * (attention + 2 * expert) + 61 * 32
 
 
 @pytest.mark.parametrize("weights", FORMATS)

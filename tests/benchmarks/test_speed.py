@@ -62,8 +62,24 @@ def test_same_tokens_are_counted_up_to_the_first_difference() -> None:
     assert found == {"tokens": 4, "of": 6, "answers": 1, "prompts": 2}
 
 
+def test_the_floor_of_a_mixture_is_that_of_the_experts_that_a_position_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As loaded and packed; the weights of the routers are not in it."""
+    config = models.CONTESTANTS["mixtral-small"].config
+    assert config is not None
+    monkeypatch.setitem(models.CONTESTANTS, "tiny", Contestant((), config | {"num_hidden_layers": 2, "vocab_size": 99}))
+    backbone, _ = load("tiny", dtype="float32", device="cpu", prompts=1)
+    wanted = 99 * 512 + 2 * (512 * (512 + 128 + 128 + 512) + 2 * 3 * 512 * 1792)
+    assert sum(weight.numel() for weight in decode.matrices(backbone, 2)) == wanted
+    assert backbone.block_cost(0).active * 2 == wanted - 99 * 512 + 2 * 8 * 512
+    set_precision(backbone, "bfloat16")
+    assert sum(each.in_features * each.out_features for each in decode.products(backbone, 2)) == wanted
+    assert sum(weight.numel() for weight in decode.matrices(backbone, 2)) == wanted
+
+
 @torch.inference_mode()
-@pytest.mark.parametrize("name", ["granite-hybrid-small", "pythia-160m", "gemma3-small", "qwen3-small"])
+@pytest.mark.parametrize(
+    "name", ["granite-hybrid-small", "mixtral-small", "pythia-160m", "gemma3-small", "qwen3-small"]
+)
 def test_small_shapes_can_be_packed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     config = models.CONTESTANTS[name].config
     assert config is not None

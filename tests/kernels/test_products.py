@@ -116,6 +116,13 @@ def test_int4_wants_groups() -> None:
         Int4(layer(width=40).weight)
 
 
+@pytest.mark.parametrize("width", [3, 40])
+def test_int8_wants_groups(width: int) -> None:
+    """torch's kernel ends the process at others."""
+    with pytest.raises(UserError, match="does not divide into groups of 16 input channels"):
+        Int8(layer(width=width).weight)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_packed_weights_do_not_move(kind: type[Product]) -> None:
     product = nn.Sequential(kind(layer().weight))
