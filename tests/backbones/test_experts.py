@@ -15,8 +15,9 @@ from dynamax import UserError
 from dynamax.backbones.experts import matrices_of, multiply_routed, pack_experts, unknown_experts
 from dynamax.backbones.hf import HFBackbone
 from dynamax.backbones.packed import pack
-from dynamax.backbones.precision import set_precision
+from dynamax.backbones.precision import linear_weights, set_precision
 from dynamax.kernels.products import Columns, Float16, Product, Rows
+from dynamax.testing import check_backbone
 from tests.tiny import tiny
 
 MIXTURES = ["mixtral", "jamba", "granitemoehybrid", "nemotron_h"]
@@ -192,6 +193,21 @@ def test_every_precision(name: str, precision: str, monkeypatch: pytest.MonkeyPa
     for product, weight_OI in zip(held, exact, strict=True):
         assert type(product).__name__ == choice.format
         assert (product.dense() - weight_OI).norm() <= ROUNDED[precision] * weight_OI.norm()
+
+
+@X86
+@pytest.mark.parametrize("name", MIXTURES)
+def test_float16_weights(name: str) -> None:
+    """Against transformers' own forward with the same weights rounded, so that nothing but sums may differ."""
+    plain = HFBackbone(tiny(name, dtype=torch.float32))
+    backbone = copy.deepcopy(plain)
+    set_precision(backbone, "float16")
+    with torch.no_grad():
+        for weight in linear_weights(plain.model):
+            weight.copy_(weight.half().float())
+    check_backbone(backbone, plain.reference, tolerance=1e-4)
+    assert backbone.recordings is not None
+    assert not backbone.recordings.given_up
 
 
 @X86

@@ -52,11 +52,7 @@ def test_contract(name: str, kind: type[Product]) -> None:
 
 @X86
 @pytest.mark.parametrize(
-    "name",
-    [
-        *("llama", "gpt2", "gpt_neox", "phi3", "gemma3_text", "mamba", "mamba2", "falcon_h1", "lfm2"),
-        *("mixtral", "jamba", "granitemoehybrid", "nemotron_h"),
-    ],
+    "name", ["llama", "gpt2", "gpt_neox", "phi3", "gemma3_text", "mamba", "mamba2", "falcon_h1", "lfm2"]
 )
 def test_float16_weights(name: str) -> None:
     plain, backbone = packed(name, Float16, torch.float32)
