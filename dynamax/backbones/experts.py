@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from itertools import chain
 from typing import Any
 
 import torch
@@ -88,12 +89,12 @@ def multiply_routed(module: Any, hidden_states: Tensor, top_k_index: Tensor, top
         y_CI = last[expert](between(first[expert](rows_CI)))
         return y_CI if after is None else after(y_CI)
 
-    taken = top_k_index.flatten().tolist()
-    if len(hidden_states) == 1:
-        y_SI = torch.cat([run(expert, hidden_states) for expert in taken])
+    taken = top_k_index.tolist()
+    if len(taken) == 1:
+        y_SI = torch.cat([run(expert, hidden_states) for expert in taken[0]])
     else:  # positions that take the same expert stand together
         order_S = top_k_index.flatten().argsort()
-        experts, counts = zip(*sorted(Counter(taken).items()), strict=True)
+        experts, counts = zip(*sorted(Counter(chain(*taken)).items()), strict=True)
         parts = hidden_states[order_S // top_k_index.shape[1]].split(counts)
         y_SI = torch.cat(list(map(run, experts, parts)))[order_S.argsort()]
     y_NKI = y_SI.view(*top_k_index.shape, -1) * top_k_weights[..., None]

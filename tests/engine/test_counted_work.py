@@ -16,7 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter
 
+from dynamax.backbones.experts import matrices_of
 from dynamax.backbones.hf import HFBackbone
 from dynamax.backbones.packed import pack
 from dynamax.decoding.early_exit import EarlyExit
@@ -45,6 +47,9 @@ BLOCKS = {
     "mamba2": (2 * 53, 2 * 9696),
     # A Mamba-2 block and an attention block, each with a gated unit.
     "granitemoehybrid-dense": (120, 15064),
+    # A Llama block without its gated unit takes 47. The router and the views around the experts take 9; the numbers of
+    # the experts 2, the two that a position takes 2 products and 3 operations between them each, their sum 5.
+    "mixtral": (2 * 73, 10328),
 }
 """Operations and allocated bytes of two blocks, the last two of six. Products and their bytes are the model's own."""
 
@@ -129,9 +134,15 @@ def held_in(module: nn.Module) -> list[Tensor]:
 
 
 def matrices(name: str) -> Work:
-    """Linear layers of the last two of six blocks: how many, and the bytes of their float32 weights."""
-    blocks = HFBackbone(tiny(name, dtype=torch.float32))._blocks[4:]
-    sizes = [m.weight.numel() for block in blocks for m in block.modules() if isinstance(m, nn.Linear)]
+    """What a position is multiplied with in the last two of six blocks: how many, and the bytes in float32."""
+    backbone = HFBackbone(tiny(name, dtype=torch.float32))
+    sizes: list[int] = []
+    for module in (module for block in backbone._blocks[4:] for module in block.modules()):
+        if isinstance(module, nn.Linear | MixtralTopKRouter):
+            sizes.append(module.weight.numel())
+        for weight_EOI in matrices_of(module).values():
+            sizes += [weight_EOI[0].numel()] * backbone.model.config.num_experts_per_tok
+    assert sum(sizes) == sum(backbone.block_cost(index).active for index in (4, 5)), "what is charged"
     return Work(0, len(sizes), 4 * sum(sizes), 0)
 
 
