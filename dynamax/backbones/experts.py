@@ -7,7 +7,6 @@ that code must know is said by the module (``transformers.integrations.moe.use_e
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
 from itertools import chain
 from typing import Any
 
@@ -25,12 +24,15 @@ EXPERTS = "dynamax"
 
 def matrices_of(module: nn.Module) -> dict[str, Tensor]:
     """The matrices ``[E, O, I]`` of a module's experts, by name; empty for other modules, and for packed experts."""
-    known, held = vars(module), module._parameters
+    known = vars(module)
     if not {"has_gate", "has_bias", "is_transposed"} <= known.keys() or known.get("_is_expert_parallel", False):
         return {}
-    found = {name: held.get(name) for name in ("gate_up_proj" if known["has_gate"] else "up_proj", "down_proj")}
-    tensors = {name: weight.detach() for name, weight in found.items() if weight is not None and weight.ndim == 3}
-    return {name: weight.mT if known["is_transposed"] else weight for name, weight in tensors.items()}
+    names = ("gate_up_proj" if known["has_gate"] else "up_proj", "down_proj")
+    held = [module._parameters.get(name) for name in names]
+    found = [weight.detach() for weight in held if weight is not None and weight.ndim == 3]
+    if len(found) < len(names):
+        return {}
+    return dict(zip(names, (weight.mT for weight in found) if known["is_transposed"] else found, strict=True))
 
 
 def unknown_experts(model: nn.Module) -> str | None:
@@ -55,17 +57,16 @@ def pack_experts(model: PreTrainedModel, kind: type[Product]) -> None:
         model: The model.
         kind: What takes the place of a matrix.
     """
-    for module in list(model.modules()):
-        matrices = matrices_of(module)
-        for name, weight_EOI in matrices.items():
-            bias_EO = module._parameters.pop(f"{name}_bias", None)
-            biases: Iterator[Tensor | None] = iter([None] * len(weight_EOI) if bias_EO is None else bias_EO)
-            products = [kind(weight_OI.contiguous(), next(biases)) for weight_OI in weight_EOI]
+    holders: list[Any] = [module for module in model.modules() if matrices_of(module)]
+    for module in holders:
+        for name, weight_EOI in matrices_of(module).items():
+            biases = module._parameters.pop(f"{name}_bias") if module.has_bias else [None] * len(weight_EOI)
+            products = [kind(weight_OI.contiguous(), b) for weight_OI, b in zip(weight_EOI, biases, strict=True)]
             delattr(module, name)
             setattr(module, name, nn.ModuleList(products))
-        if matrices:
-            ALL_EXPERTS_FUNCTIONS.register(EXPERTS, multiply_routed)
-            model.set_experts_implementation(EXPERTS)
+    if holders:
+        ALL_EXPERTS_FUNCTIONS.register(EXPERTS, multiply_routed)
+        model.set_experts_implementation(EXPERTS)
 
 
 @as_a_whole

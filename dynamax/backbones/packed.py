@@ -71,8 +71,8 @@ def pack(backbone: HFBackbone, kind: type[Product]) -> None:
     """
     kinds = {kind for index in range(backbone.spec.depth) for kind in backbone.state_kinds(index)}
     backbone.freeze_costs(kind.bytes)
-    pack_experts(backbone.model, kind)
     replace_modules(backbone.model, kind)
+    pack_experts(backbone.model, kind)
     if "keys" in kinds:
         ALL_ATTENTION_FUNCTIONS.register(ATTENTION, attend)
         backbone.model.set_attn_implementation(ATTENTION)
