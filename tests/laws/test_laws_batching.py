@@ -117,7 +117,9 @@ def test_rows_that_leave_alone_say_what_they_say_alone(family: str, rule: type[S
         assert len(depths) > 2, "rows left at several depths"
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma3_text", "gpt2", "mamba", "mamba2", "jamba", "falcon_h1", "lfm2"])
+@pytest.mark.parametrize(
+    "family", ["llama", "gemma3_text", "gpt2", "mixtral", "mamba", "mamba2", "jamba", "nemotron_h", "falcon_h1", "lfm2"]
+)
 def test_recorded_steps(family: str) -> None:
     with upcast64():
         backbone = pair(family)[1]
