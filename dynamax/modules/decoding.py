@@ -62,7 +62,8 @@ class DecodingModule(LightningModule):
         dtype: Of the backbone, such as float32 or bfloat16.
         precision: How its weights are held: float32, float16, bfloat16, int8 or int4; auto takes the faster of the
             first two here. Left out, transformers' modules run as they are. On a CPU.
-        compile: Whether inductor compiles the steps of one sequence; needs a precision and a C++ compiler.
+        compile: Whether the steps of one sequence are made faster: on a CPU compiled by inductor, which needs a
+            precision and a C++ compiler; on a GPU captured in CUDA graphs.
         timed: Examples on which ``test`` takes time and cost, policy by policy, beside the full model; 8 if left out.
             On the others it takes agreement and depth alone. Only for tasks that generate, as ``sampler`` and ``chat``.
             ``predict`` takes no times and does not read it.
@@ -140,6 +141,7 @@ class DecodingModule(LightningModule):
         """Load backbone and heads, once; a policy that does not fit them is refused now."""
         if "engine" not in vars(self):
             rank_zero_info(f"Loading {type(self.source).__name__}, and its exits")
+            attached = self._trainer is not None  # then it is loaded where it will run: graphs could not move there
             engine = load(
                 self.source,
                 heads=self.heads,
@@ -147,7 +149,7 @@ class DecodingModule(LightningModule):
                 dtype=self.dtype_name,
                 precision=self.precision,
                 compile=self.compile_steps,
-                device="cpu",
+                device=str(self.trainer.strategy.root_device) if attached else "cpu",
             )
             for policy in self.policies:
                 engine.decoder(policy, self.decoder)
