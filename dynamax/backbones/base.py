@@ -39,6 +39,14 @@ class Backbone(nn.Module, ABC):
         """Stay in eval mode: frozen weights alone would leave dropout on."""
         return super().train(False)
 
+    def _apply(self, fn: Any, recurse: bool = True) -> Backbone:  # noqa: ANN401
+        """Move or cast. Captured spans know where the weights are, and are forgotten if these are elsewhere then."""
+        before = None if self.captured is None else next(self.parameters()).data_ptr()
+        super()._apply(fn, recurse)
+        if before is not None and next(self.parameters()).data_ptr() != before:
+            self.captured = None
+        return self
+
     # -- what a family gives ----------------------------------------------------------------------
 
     @abstractmethod

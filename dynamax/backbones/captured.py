@@ -40,6 +40,9 @@ CAPACITY = 1024
 """Positions that the places have room for at first; 131 KB each for a 7B model with eight key heads in bfloat16."""
 
 
+INDEXING = (torch.ops.aten.index, torch.ops.aten.index_put, torch.ops.aten.index_put_)
+
+
 class NotCapturableError(Exception):
     """What a span does depends on more than the tensors that a graph holds."""
 
@@ -105,12 +108,9 @@ class Watch(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ANN401
         """Look at one operation, and run it."""
-        looks = bool({torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape} & set(func.tags))
-        if len(args) > 1 and isinstance(
-            args[1], list | tuple
-        ):  # an index by places looks at nothing, one by a mask does
-            indices = [x.dtype for x in args[1] if isinstance(x, Tensor)]
-            looks = looks and not indices or torch.bool in indices
+        looks = not {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}.isdisjoint(func.tags)
+        if func.overloadpacket in INDEXING:  # by places, which looks at nothing, or by a mask
+            looks = any(isinstance(x, Tensor) and x.dtype == torch.bool for x in args[1])
         if looks:
             raise NotCapturableError(f"{func} looks at the values of a tensor")
         out = func(*args, **(kwargs or {}))
@@ -131,8 +131,7 @@ class StaticPlan(Plan):
         capacity: Positions that buffers have room for.
         additive: As for ``Plan``.
         rotary: As for ``Plan``.
-        table: Its angles.
-        context: Positions that the table may have.
+        table: Its angles; None only where there are none.
     """
 
     def __init__(
@@ -144,12 +143,10 @@ class StaticPlan(Plan):
         additive: bool,
         rotary: Rotary | None,
         table: AngleTable | None,
-        context: int,
     ) -> None:
         super().__init__(like, additive=additive, rotary=rotary)
         self.place = None
-        self._start_1, self._capacity = start_1, capacity
-        self._table, self._context = table, context
+        self._start_1, self._capacity, self._table = start_1, capacity, table
         self._masks: dict[int | None, Tensor] = {}
 
     def make_positions(self) -> Tensor:
@@ -162,7 +159,7 @@ class StaticPlan(Plan):
     def make_angles(self, rotary: Rotary, kind: str | None) -> tuple[Tensor, Tensor]:
         """Rows of the table."""
         assert self._table is not None, "a model with angles comes with their table"
-        cos_1KR, sin_1KR = self._table.span(self._like, 0, min(self._capacity, self._context), kind)
+        cos_1KR, sin_1KR = self._table.span(self._like, 0, min(self._capacity, self._table.context), kind)
         return cos_1KR.index_select(1, self.positions_BT[0]), sin_1KR.index_select(1, self.positions_BT[0])
 
     def mask(self, window: int | None) -> Tensor:
@@ -270,7 +267,7 @@ class CapturedSpans:
     waits for that, too. Places grow to twice their capacity, or to what a run asks for.
 
     Args:
-        backbone: The model. It must not move or change afterwards.
+        backbone: The model, whose weights must not change afterwards.
         depths: Where spans begin and end, beside the bottom and the top.
         recorder: Captures.
         lengths: Positions of a chunk.
@@ -301,8 +298,9 @@ class CapturedSpans:
         self.replays: Counter[tuple[int, int, int]] = Counter()
         self._backbone, self._rotary, self._recorder = backbone, backbone.rotary, recorder
         self._places: dict[int, Place] = {}
-        self._table: AngleTable | None = None
-        self._start_1: Tensor | None = None
+        self._table = None if self._rotary is None else AngleTable(self._rotary, backbone.spec.context)
+        with torch.inference_mode(False):  # what stays must be written in either mode
+            self._start_1 = torch.zeros(1, dtype=torch.long, device=next(backbone.parameters()).device)
 
     def suits(self, blocks: Sequence[int], plan: Plan, views: Sequence[LayerView]) -> bool:
         """Whether a step is replayed: a few positions without padding, behind others in a state without holes."""
@@ -323,9 +321,6 @@ class CapturedSpans:
         held = [view for view in views if isinstance(view, CacheView)]
         rooms = [view.state.keys.capacity for view in held if view.state.keys is not None]
         self._reserve(max([*rooms, 0 if self._rotary is None else plan.start + plan.length]))
-        if self._start_1 is None:
-            with torch.inference_mode(False):  # what stays must be written in either mode
-                self._start_1 = torch.empty(1, dtype=torch.long, device=h_BTD.device)
         self._start_1.fill_(plan.start)
         key = (blocks[0], blocks[-1] + 1, plan.length)
         if key not in self.graphs:
@@ -353,26 +348,22 @@ class CapturedSpans:
             self.capacity = max(capacity, min(2 * self.capacity, self._backbone.spec.context))
             self.graphs.clear()
             self._places.clear()
-            self._table = None
 
     def _capture(self, h_BTD: Tensor, blocks: Sequence[int], states: Sequence[BlockState]) -> Captured:
         """Capture a span for chunks like this one. States that lie in its places move out, since they are used."""
-        backbone, start_1 = self._backbone, self._start_1
-        assert start_1 is not None
+        backbone = self._backbone
         with torch.inference_mode(False), torch.no_grad():
             for index, state in zip(blocks, states, strict=True):
                 if index not in self._places:
                     self._places[index] = Place(state, self.capacity)
                 self._places[index].clear()
             places = [self._places[index] for index in blocks]
-            if self._table is None and self._rotary is not None:
-                self._table = AngleTable(self._rotary, backbone.spec.context)
             given_BTD = h_BTD.clone(memory_format=torch.contiguous_format)
-            options: dict[str, Any] = {"additive": backbone.additive_masks, "rotary": self._rotary}
-            options |= {"table": self._table, "context": backbone.spec.context}
+            options: dict[str, Any] = {"rotary": self._rotary, "table": self._table}
+            options |= {"additive": backbone.additive_masks}
 
             def run() -> tuple[Tensor, list[Any]]:
-                plan = StaticPlan(given_BTD, start_1, self.capacity, **options)
+                plan = StaticPlan(given_BTD, self._start_1, self.capacity, **options)
                 views = [StaticView(p, plan, backbone.window(i)) for i, p in zip(blocks, places, strict=True)]
                 return backbone.run_blocks(given_BTD, blocks, plan, views), [view.advanced for view in views]
 

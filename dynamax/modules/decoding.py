@@ -12,7 +12,7 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.utilities import rank_zero_info
 
 from dynamax.backbones.hf import UNBOUNDED
-from dynamax.backbones.precision import check_precision
+from dynamax.backbones.precision import capture_steps, check_precision
 from dynamax.backbones.sources import Source
 from dynamax.data.tasks import TaskData
 from dynamax.decoding.base import DecoderFactory
@@ -162,6 +162,7 @@ class DecodingModule(LightningModule):
         Raises:
             UserError: If the task needs exact state and a decoder has none, or the model asks for what is not done.
         """
+        self._capture_again()
         task, engine = self._task, self.engine
         probes, self.probes = self.probes, []
         generates = isinstance(task, GenerationTask)
@@ -218,6 +219,10 @@ class DecodingModule(LightningModule):
                 if (value := getattr(row, name)) is not None:
                     self.log(f"test/{row.name}/{name}", float(value))
 
+    def on_predict_start(self) -> None:
+        """Make ready what an earlier run took away."""
+        self._capture_again()
+
     def predict_step(self, example: Example, index: int) -> dict[str, Any]:
         """Answer one example with the first policy: text, tokens, and the depth each token left at."""
         options = self.engine.options(
@@ -227,6 +232,13 @@ class DecodingModule(LightningModule):
         decoder = self.engine.decoder(self.policies[0], self.decoder, sampler=options.sampler)
         answer = self.engine.answer(decoder, self.engine.encode(example.prompt, chat=bool(self.chat)), options)
         return {"id": example.id, "text": answer.text, "tokens": answer.tokens, "depths": answer.depths}
+
+    def _capture_again(self) -> None:
+        """A trainer that ends takes the model off its GPU, and so its graphs away."""
+        engine = self.engine
+        if self.compile_steps and engine.device.type == "cuda" and engine.backbone.captured is None:
+            depths = () if engine.exits is None else engine.exits.depths
+            engine.precision = capture_steps(engine.backbone, depths, engine.precision)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse (UserError): heads come from their folder, which records their backbone."""

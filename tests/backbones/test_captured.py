@@ -6,6 +6,7 @@ captured, so whatever is replaced or decided by Python in a span goes wrong as i
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import zip_longest
@@ -173,6 +174,24 @@ def test_what_is_held_stays_as_it_was(family: str) -> None:
         copies = [x.clone() for x in held]
 
 
+@torch.inference_mode()
+@pytest.mark.parametrize("family", ["mamba", "mamba2", "falcon_h1", "lfm2"])
+@pytest.mark.parametrize("keep", [3, 18])
+def test_a_rollback_returns_to_the_state_of_one_pass(family: str, keep: int) -> None:
+    """Of 20 positions behind a snapshot; of the last ones no states are held, so they are read again from the rows."""
+    _, backbone = pair(family)
+    capture(backbone)
+    cache, whole, tokens_1T = backbone.new_cache(), backbone.new_cache(), prompt(27)
+    backbone.run(backbone.embed(tokens_1T[:, :7], cache), Span(0, DEPTH), cache)
+    snapshot = cache.snapshot()
+    for token_1T in tokens_1T[:, 7:].split(1, 1):
+        backbone.run(backbone.embed(token_1T, cache), Span(0, DEPTH), cache)
+    cache.rollback(snapshot, keep)
+    backbone.run(backbone.embed(tokens_1T[:, : 7 + keep], whole), Span(0, DEPTH), whole)
+    for mine, theirs in zip(cache.states, whole.states, strict=True):
+        same(state(mine, 7 + keep), state(theirs, 7 + keep))
+
+
 def test_what_does_not_suit_runs_as_it_did() -> None:
     """Batches, padding, other spans, holes; each on a state that replayed steps share where they can."""
     _, backbone = pair("llama")
@@ -220,6 +239,15 @@ def test_an_engine_answers_as_without(decoder: object, tmp_path: Path) -> None:
     assert told["compile_seconds"] > 0
     with pytest.raises(UserError, match="captured in CUDA graphs.*stays where it was loaded"):
         engine.to("meta")
+
+
+def test_a_model_that_moves_or_is_copied_has_no_graphs() -> None:
+    """They know where its weights are."""
+    _, backbone = pair("llama")
+    captured = capture(backbone)
+    assert copy.deepcopy(backbone).captured is None
+    assert backbone.to(torch.float64).captured is captured, "nothing moved"
+    assert backbone.to(torch.bfloat16).captured is None
 
 
 # -- what a graph cannot hold, and that the stand-in would show it --------------------------------------------
