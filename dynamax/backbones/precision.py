@@ -54,8 +54,10 @@ QUIET = 2.0
 COMPILED = 4
 """Most positions of a step that is compiled or captured: every length is on its own."""
 
-BOUNDS = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 0.02}
-"""Relative distance of captured hidden states from others that the order of sums may make; 0.1 in shorter dtypes."""
+BOUNDS = {torch.float64: 1e-3, torch.float32: 1e-3, torch.float16: 0.05}
+"""Relative distance of captured hidden states from others that the order of sums may make; 0.2 in shorter dtypes.
+
+A model in float64 takes some steps in float32 too."""
 
 
 @dataclass(frozen=True)
@@ -189,18 +191,18 @@ def capture_steps(
     for length in lengths:
         sizes = (MOST_POSITIONS + 3, length, length)  # a prompt, and steps at two places
         tokens_BT = (torch.arange(sum(sizes), device=like.device) % backbone.spec.vocab).expand(rows, -1)
-        states: list[list[tuple[int, Tensor]]] = []
-        for backbone.captured in (None, captured):
+        passes: list[list[tuple[int, Tensor]]] = [[], []]
+        for passed, backbone.captured in zip(passes, (None, captured), strict=True):
             cache = backbone.new_cache(sum(sizes))
             try:
                 for chunk_BT in tokens_BT.split(sizes, 1):
-                    states.append(list(backbone.walk(backbone.embed(chunk_BT, cache), captured.depths[1:], cache)))
+                    passed += backbone.walk(backbone.embed(chunk_BT, cache), captured.depths[1:], cache)
             except NotCapturableError as error:
                 backbone.captured = None
                 raise UserError(f"{refused}a step of {length} positions: {error}. Leave compile out.") from error
-        for (depth, wanted_BTD), (_, found_BTD) in zip(sum(states[1:3], []), sum(states[4:], []), strict=True):
+        for (depth, wanted_BTD), (_, found_BTD) in zip(*passes, strict=True):
             apart = float((found_BTD.double() - wanted_BTD.double()).norm() / wanted_BTD.double().norm())
-            if not apart <= BOUNDS.get(like.dtype, 0.1):
+            if not apart <= BOUNDS.get(like.dtype, 0.2):
                 backbone.captured = None
                 raise UserError(
                     f"{refused}at depth {depth} a step of {length} positions gives hidden states that are {apart:.2g} "

@@ -21,7 +21,8 @@ from benchmarks.gpu_graphs import Operators
 from dynamax.backbones.base import Backbone
 from dynamax.backbones.captured import CapturedSpans, NotCapturableError
 from dynamax.backbones.hf import HFBackbone
-from dynamax.backbones.precision import capture_steps
+from dynamax.backbones.packed import pack
+from dynamax.backbones.precision import Choice, capture_steps
 from dynamax.backbones.skipped_state import Propagate, Skip
 from dynamax.decoding.base import Decoder
 from dynamax.decoding.early_exit import EarlyExit
@@ -29,6 +30,7 @@ from dynamax.decoding.full import Full
 from dynamax.decoding.speculative import SelfSpeculative
 from dynamax.errors import UserError
 from dynamax.heads.bank import ExitBank
+from dynamax.kernels.products import Rows
 from dynamax.metrics.environment import environment
 from dynamax.types import Span, Step
 from tests.float64 import upcast64
@@ -212,6 +214,18 @@ def test_what_does_not_suit_runs_as_it_did() -> None:
             assert not captured.replays
         else:
             assert blocks_replayed(captured) < blocks_called(steps)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "mamba2", "falcon_h1"])
+def test_packed_models_can_be_captured(family: str) -> None:
+    """Whose other small steps are recorded."""
+    _, backbone = pair(family)
+    pack(backbone, Rows)
+    wanted = {name: decoded(make(backbone), prompt(9)) for name, make in MAKES.items()}
+    choice = capture_steps(backbone, DEPTHS, Choice("float64", "Rows", {}), recorder=Operators())
+    assert (choice.precision, choice.format, choice.graphs) == ("float64", "Rows", 16)
+    for name, theirs in wanted.items():
+        same_steps(decoded(MAKES[name](backbone), prompt(9)), theirs)
 
 
 def test_batches_can_be_captured() -> None:
