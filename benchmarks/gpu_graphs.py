@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from dynamax.backbones.captured import Graphs, Recorder
+from dynamax.backbones.graphs import Graphs, Recorder
 
 T = TypeVar("T")
 

@@ -1,9 +1,9 @@
 """Small steps as CUDA graphs: spans of blocks are captured once, and replayed at every step.
 
-A graph repeats kernels on the tensors that it was captured with. So whatever a span reads and writes lies in tensors
-that stay where they are: its input, the position, and for each block a ``Place``, where the state of one run at a time
-lies: keys and values in buffers of fixed capacity, of which a mask hides what is not yet written, and the recurrent
-state, which the graph replaces in place.
+A graph repeats kernels on the tensors that it was captured with (``graphs``). So whatever a span reads and writes lies
+in tensors that stay where they are: its input, the position, and for each block a ``Place``, where the state of one run
+at a time lies: keys and values in buffers of fixed capacity, of which a mask hides what is not yet written, and the
+recurrent state, which the graph replaces in place.
 
 A run's state moves into the places with its first small step, and out if another run's moves in. In between nothing is
 copied but the hidden states of the chunk. While a rollback is possible (``RecurrentState.noting``), the recurrent state
@@ -18,107 +18,22 @@ on the same state. One thread at a time.
 from __future__ import annotations
 
 import weakref
-from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, final
+from typing import TYPE_CHECKING, Any, NamedTuple, final
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
+from dynamax.backbones.graphs import Recorder
 from dynamax.backbones.plan import AngleTable, Plan, Rotary, StepPlan
 from dynamax.backbones.state import BlockState, CacheView, LayerView, Recurrence, Tensors
 
 if TYPE_CHECKING:
     from dynamax.backbones.base import Backbone
 
-T = TypeVar("T")
-
 CAPACITY = 1024
 """Positions that the places have room for at first; 131 KB each for a 7B model with eight key heads in bfloat16."""
-
-
-INDEXING = (torch.ops.aten.index, torch.ops.aten.index_put, torch.ops.aten.index_put_)
-
-
-class NotCapturableError(Exception):
-    """What a span does depends on more than the tensors that a graph holds."""
-
-
-class Recorder(ABC):
-    """Makes a function of tensors that stay where they are repeatable."""
-
-    @final
-    def record(self, run: Callable[[], T]) -> Callable[[], T]:
-        """What repeats ``run`` on the values that its tensors then have, and returns what this call made, written over.
-
-        What is returned must be read before anything else is repeated: graphs share their memory.
-
-        Raises:
-            NotCapturableError: If ``run`` waits for the device or asks a tensor for a value, with the operation.
-        """
-        run()  # what is made once, such as a table, is made now
-        with Watch():
-            run()
-        return self.capture(run)
-
-    @abstractmethod
-    def capture(self, run: Callable[[], T]) -> Callable[[], T]:
-        """``record``, of a function that was found to be capturable."""
-
-
-@final
-class Graphs(Recorder):
-    """CUDA graphs that share one pool of memory.
-
-    Args:
-        device: The GPU.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self._device, self._pool = device, torch.cuda.graph_pool_handle()
-        self._stream = torch.cuda.Stream(device)  # one, since each keeps the memory that it has used
-
-    def capture(self, run: Callable[[], T]) -> Callable[[], T]:
-        """Warm up on a stream apart, then capture."""
-        graph = torch.cuda.CUDAGraph()
-        try:
-            with torch.cuda.device(self._device):
-                self._stream.wait_stream(torch.cuda.current_stream())
-                with torch.cuda.stream(self._stream):
-                    run()
-                torch.cuda.current_stream().wait_stream(self._stream)
-                with torch.cuda.graph(graph, pool=self._pool):
-                    made = run()
-        except RuntimeError as error:
-            raise NotCapturableError(str(error).strip().partition("\n")[0]) from error
-
-        def replay() -> T:
-            graph.replay()
-            return made
-
-        return replay
-
-
-@final
-class Watch(TorchDispatchMode):
-    """Refuses operations that a graph cannot hold: those that bring values to the host, or from it."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ANN401
-        """Look at one operation, and run it."""
-        looks = not {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}.isdisjoint(func.tags)
-        if func.overloadpacket in INDEXING:  # by places, which looks at nothing, or by a mask
-            looks = any(isinstance(x, Tensor) and x.dtype == torch.bool for x in args[1])
-        if looks:
-            raise NotCapturableError(f"{func} looks at the values of a tensor")
-        out = func(*args, **(kwargs or {}))
-        given = {x.device for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor) and x.ndim}  # scalars are baked
-        made = {x.device for x in tree_leaves(out) if isinstance(x, Tensor)}
-        if len(given | made) > 1:
-            raise NotCapturableError(f"{func} moves a tensor between {' and '.join(sorted(map(str, given | made)))}")
-        return out
 
 
 @final

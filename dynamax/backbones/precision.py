@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from dynamax.backbones.base import Backbone
-from dynamax.backbones.captured import CapturedSpans, Graphs, NotCapturableError, Recorder
+from dynamax.backbones.captured import CapturedSpans
+from dynamax.backbones.graphs import Graphs, NotCapturableError, Recorder
 from dynamax.backbones.hf import HFBackbone
 from dynamax.backbones.linear import weight_of
 from dynamax.backbones.packed import pack

@@ -254,7 +254,8 @@ class BlockState(LayerState):
     def whole(self) -> bool:
         """Whether there is something of every position so far: keys without holes, and a recurrent state."""
         keys, recurrent = self.keys, self.recurrent
-        return not (keys and (keys.holes or not keys.started)) and not (recurrent and recurrent.tensors is None)
+        with_keys = keys is None or (keys.started and not keys.holes)
+        return with_keys and (recurrent is None or recurrent.tensors is not None)
 
     def move_out(self) -> None:
         """All parts move."""

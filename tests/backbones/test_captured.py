@@ -19,7 +19,8 @@ from torch import Tensor, nn
 import dynamax
 from benchmarks.gpu_graphs import Operators
 from dynamax.backbones.base import Backbone
-from dynamax.backbones.captured import CapturedSpans, NotCapturableError
+from dynamax.backbones.captured import CapturedSpans
+from dynamax.backbones.graphs import NotCapturableError
 from dynamax.backbones.hf import HFBackbone
 from dynamax.backbones.packed import pack
 from dynamax.backbones.precision import Choice, capture_steps
