@@ -130,7 +130,9 @@ def summary(reports: Sequence[Report]) -> str:
     lines += [f"{r['part']:10}{r['status']:13}{r['seconds']:>8.0f}  {r['reason']}" for r in reports]
     tables = [f"{report['part']}\n{report['table']}" for report in reports if report.get("table")]
     if any(report.get("rehearsal") for report in reports):
-        tables.append("A rehearsal on the CPU: tiny shapes, plain calls instead of captured graphs. No figure counts.")
+        tables.append(
+            "A rehearsal on the CPU: tiny shapes, repeated operations instead of captured graphs. No figure counts."
+        )
     return "\n\n".join(["\n".join(lines), *tables])
 
 

@@ -1,7 +1,8 @@
 """Part ``shapes``: Mistral-7B and Codestral-Mamba-7B with random weights, at the paper's exits, batch 1, 8 and 32.
 
-Each batch of both models, the smallest first: the library's decoders, then spans captured in CUDA graphs; beside the
-time in which memory is read once, and bare products. At batch 1 also chunks of several positions, as debts make them.
+Each batch of both models, the smallest first: the library's decoders, then the same with their steps in CUDA graphs;
+beside the time in which memory is read once, and bare products. At batch 1 also chunks of several positions, as debts
+make them.
 """
 
 from __future__ import annotations
@@ -91,6 +92,6 @@ class Speeds:
             box.put(f"{name}, memory_ms", least)
             head = [] if box.report["table"] else [gpu_speeds.HEAD]
             box.tabulate("\n".join([*head, *gpu_speeds.lines(name, slow, fast, self.rate, least)]))
-        gc.collect()  # a captured decoder is in a cycle with its graphs, and its state may be gigabytes
+        gc.collect()  # captured spans are in a cycle with their backbone, and their state may be gigabytes
         if box.device == "cuda":
             torch.cuda.empty_cache()

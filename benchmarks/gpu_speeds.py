@@ -11,17 +11,12 @@ import torch
 from torch import Tensor
 
 from benchmarks import decode
-from benchmarks.gpu_graphs import CapturedDecoder, distance, recorder
-from dynamax.backbones.cache import Cache
+from benchmarks.gpu_graphs import recorder
 from dynamax.backbones.hf import HFBackbone
-from dynamax.errors import UserError
+from dynamax.backbones.precision import capture_steps
 from dynamax.types import Span
 
 ROUNDS = 2
-CHECKED = 3
-"""Steps over which captured and eager hidden states are compared."""
-BOUNDS = {torch.bfloat16: 0.1, torch.float16: 0.02, torch.float32: 1e-3, torch.float64: 1e-9}
-"""Relative distance of hidden states that the order of sums may make; attention with a mask takes another kernel."""
 CHUNKS = (1, 2, 4, 8)
 GENERATE = "transformers generate"
 
@@ -58,90 +53,73 @@ def eager(backbone: HFBackbone, prompt_BT: Tensor, depths: Depths, tokens: int) 
     return {**facts(backbone, prompt_BT, tokens), "left_out": leave_out, "ms": rows}
 
 
-@torch.inference_mode()
 def captured(backbone: HFBackbone, prompt_BT: Tensor, depths: Depths, tokens: int) -> Finding:
-    """Captured spans, checked against ``Backbone.run`` and against plain calls of the same function.
+    """The decoders of ``eager`` with their steps captured: milliseconds a token, and how many tokens are the same.
 
     Raises:
         UserError: If hidden states differ by more than the order of sums.
     """
-    record = recorder(prompt_BT.device)
-    every, capacity = (*depths, backbone.spec.depth), room(prompt_BT.shape[1] + 2 * tokens)
-    cache, token_B1 = prefilled(backbone, prompt_BT)
-    decoder = CapturedDecoder(backbone, cache, token_B1, every, capacity=capacity, record=record)
-    apart = max(from_run(backbone, decoder, prompt_BT, depth) for depth in (every[0], every[-1]))
-    same = all(repeats(decoder, cache, token_B1, depth) for depth in every)
-    times: dict[int, list[float]] = {depth: [] for depth in every}
-    for _ in range(ROUNDS + 1):
-        for depth in every:
-            decoder.load(cache, token_B1)
-            decoder.step(depth)  # the first is a warm-up
-            spent = decode.seconds(lambda: [decoder.step(depth) for _ in range(tokens)])  # noqa: B023
-            times[depth].append(1000 * spent / tokens)
+    every, batch, record = (*depths, backbone.spec.depth), len(prompt_BT), recorder(prompt_BT.device)
+
+    def tokens_at(depth: int) -> Tensor:
+        run = decode.contenders(backbone, depths, tokens)[ours(depth, every[-1])]
+        return torch.stack([step.token_B for step in run(prompt_BT)], 1)  # type: ignore[attr-defined]
+
+    wanted = {depth: tokens_at(depth) for depth in {every[0], every[-1]}}
+    choice = capture_steps(backbone, depths, recorder=record, lengths=[1], rows=batch)
+    spans = backbone.captured
+    assert spans is not None, "they were captured"
+    try:
+        same = min(float((tokens_at(depth) == told).double().mean()) for depth, told in wanted.items())
+        rows = decode.measure(backbone, [prompt_BT], depths, tokens=tokens, rounds=ROUNDS, leave_out=GENERATE)
+        replays = sum(spans.replays.values())
+    finally:
+        backbone.captured = None
     return {
         **facts(backbone, prompt_BT, tokens),
         "recorder": type(record).__name__,
-        "capacity": capacity,
-        "distance_from_run": apart,
-        "equals_plain_calls": same,
-        "state_bytes": {str(depth): decoder.state_bytes(depth) for depth in every},
-        "ms": {str(depth): decode.summary(found[1:]) for depth, found in times.items()},
+        "capacity": spans.capacity,
+        "graphs": choice.graphs,
+        "capture_seconds": choice.compiling,
+        "replays": replays,
+        "same_tokens": same,
+        "state_bytes": {str(depth): state_bytes(backbone, depth, batch, spans.capacity) for depth in every},
+        "ms": {str(depth): rows[ours(depth, every[-1])] for depth in every},
     }
 
 
-def from_run(backbone: HFBackbone, decoder: CapturedDecoder, prompt_BT: Tensor, depth: int) -> float:
-    """How far hidden states are from those of ``Backbone.run``; refuses (UserError) what is more than rounding."""
-    cache, token_B1 = prefilled(backbone, prompt_BT)
-    decoder.load(cache, token_B1)
-    found, bound = distance(decoder, cache, depth, CHECKED), BOUNDS[backbone.output_matrix.dtype]
-    if not found <= bound:
-        raise UserError(
-            f"Captured hidden states at depth {depth} differ by {found:.2g} from Backbone.run; {bound} is allowed."
-        )
-    return found
-
-
-def repeats(decoder: CapturedDecoder, cache: Cache, token_B1: Tensor, depth: int) -> bool:
-    """Whether some captured steps give the bits of plain calls."""
-    found = []
-    for step in (decoder.step, decoder.step_plainly):
-        decoder.load(cache, token_B1)
-        for _ in range(CHECKED):
-            step(depth)
-        found.append((decoder.hidden[depth].clone(), decoder.token_BT.clone()))
-    return all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+def state_bytes(backbone: HFBackbone, depth: int, batch: int, capacity: int) -> int:
+    """Bytes of state that a captured step moves at least: buffered keys read, float32 states read and written."""
+    costs = [backbone.block_cost(index) for index in range(depth)]
+    size = backbone.output_matrix.element_size()
+    return batch * sum(cost.keys * capacity * size + 2 * cost.state * 4 for cost in costs)
 
 
 @torch.inference_mode()
 def chunks(backbone: HFBackbone, prompt_BT: Tensor, tokens: int) -> Finding:
     """Milliseconds of one captured pass over chunks of some positions: what debts cost that ride along."""
-    record, top = recorder(prompt_BT.device), backbone.spec.depth
-    cache, token_B1 = prefilled(backbone, prompt_BT)
-    found = {}
-    for rows in CHUNKS:
-        capacity = room(prompt_BT.shape[1] + rows * (tokens + 1))
-        decoder = CapturedDecoder(backbone, cache, token_B1, [top], capacity=capacity, record=record, rows=rows)
-        from_run(backbone, decoder, prompt_BT, top)
+    record, top, found = recorder(prompt_BT.device), backbone.spec.depth, {}
+    capture_steps(backbone, recorder=record, lengths=CHUNKS)
+    for length in CHUNKS:
+        cache = backbone.new_cache(prompt_BT.shape[1] + length * (ROUNDS + 1) * (tokens + 1))
+        backbone.run(backbone.embed(prompt_BT, cache), Span(0, top), cache)
+        chunk_BT = prompt_BT[:, :length]
+
+        def step() -> None:
+            backbone.run(backbone.embed(chunk_BT, cache), Span(0, top), cache)  # noqa: B023
+
         times = []
         for _ in range(ROUNDS + 1):
-            decoder.load(cache, token_B1)
-            decoder.step(top)
-            spent = decode.seconds(lambda: [decoder.step(top) for _ in range(tokens)])  # noqa: B023
-            times.append(1000 * spent / tokens)
-        found[str(rows)] = decode.summary(times[1:])
+            step()
+            times.append(1000 * decode.seconds(lambda: [step() for _ in range(tokens)]) / tokens)  # noqa: B023
+        found[str(length)] = decode.summary(times[1:])
+    backbone.captured = None
     return {**facts(backbone, prompt_BT, tokens), "recorder": type(record).__name__, "ms": found}
 
 
-def prefilled(backbone: HFBackbone, prompt_BT: Tensor) -> tuple[Cache, Tensor]:
-    """The state after a prompt, and the token that follows."""
-    cache = backbone.new_cache(prompt_BT.shape[1])
-    h_BTD = backbone.run(backbone.embed(prompt_BT, cache), Span(0, backbone.spec.depth), cache)
-    return cache, backbone.unembed(h_BTD[:, -1:]).argmax(-1)
-
-
-def room(positions: int) -> int:
-    """Positions rounded up to what attention kernels like."""
-    return -(-positions // 64) * 64
+def ours(depth: int, top: int) -> str:
+    """What ``decode.contenders`` calls the library's decoder that always leaves at a depth."""
+    return f"dynamax, {'all' if depth == top else 'depth'} {depth}"
 
 
 COLUMNS = ("generate", "eager", "captured", "products", "weights", "state")
@@ -166,8 +144,8 @@ def lines(
         cells: dict[str, float | None] = dict.fromkeys(COLUMNS)
         cells["weights"] = least
         if slow is not None:
-            ours = f"dynamax, {'all' if depth == top else 'depth'} {depth}"
-            cells |= {"eager": slow["ms"][ours]["median"], "products": slow["ms"][f"floor, depth {depth}"]["median"]}
+            mine = slow["ms"][ours(int(depth), int(top))]["median"]
+            cells |= {"eager": mine, "products": slow["ms"][f"floor, depth {depth}"]["median"]}
             theirs = slow["ms"].get(GENERATE) if depth == top else None
             cells["generate"] = None if theirs is None else theirs["median"]
         if fast is not None:

@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from dynamax.backbones.base import Backbone
-from dynamax.backbones.precision import Choice, set_precision
+from dynamax.backbones.precision import Choice, capture_steps, set_precision
 from dynamax.backbones.sources import GGUF, Folder, Hub, Source, source_from
 from dynamax.backbones.tuned import ADAPTER, TUNED, Tuned
 from dynamax.decoding.base import Decoder, DecoderFactory
@@ -100,7 +100,16 @@ class Engine:
         return next(self.backbone.parameters()).dtype
 
     def to(self, device: torch.device | str) -> Engine:
-        """Move model and exits."""
+        """Move model and exits.
+
+        Raises:
+            UserError: If its steps were captured in CUDA graphs, which know where its weights are.
+        """
+        if self.backbone.captured is not None and torch.device(device).type != self.device.type:
+            raise UserError(
+                f"The engine was asked to move to {device}, but its steps were captured in CUDA graphs on "
+                f"{self.device}, so it stays where it was loaded. Load it there, or without compile."
+            )
         self.backbone.to(device)
         if self.exits is not None:
             self.exits.to(device)
@@ -352,8 +361,9 @@ def load(
         dtype: What the model computes in, such as float32 or bfloat16.
         precision: How its weights are held for fast decoding: float32, float16, bfloat16, int8 or int4; ``auto`` takes
             the faster of float32 and float16 here. Left out, transformers' modules run as they are.
-        compile: Whether inductor compiles the steps of one sequence, of up to 4 positions, on a CPU. It needs a
-            precision and a C++ compiler, and takes half a minute the first time; what it made is kept on disk.
+        compile: Whether the steps of one sequence, of up to 4 positions, are made faster. On a CPU inductor compiles
+            them: it needs a precision and a C++ compiler, and takes half a minute the first time; what it made is kept
+            on disk. On a GPU they are captured in CUDA graphs, for each span of blocks between two exits.
         device: Where it runs; ``auto`` is a GPU where there is one.
 
     Raises:
@@ -371,12 +381,13 @@ def load(
         read_record(Path(heads))  # before the model, which takes longer
     place = chosen(device)
     backbone = source.load(dtype=dtype, device=place)
-    if precision is None and compile:
+    by_graphs = compile and torch.device(place).type == "cuda"
+    if precision is None and compile and not by_graphs:
         raise UserError(
             "load was given compile without a precision, whose recorded steps are what it compiles. Give "
             "one, such as precision='auto'."
         )
-    choice = None if precision is None else set_precision(backbone, precision, compiled=compile)
+    choice = None if precision is None else set_precision(backbone, precision, compiled=compile and not by_graphs)
     bank: ExitBank | None = None
     if heads is not None:
         bank = ExitBank.load(heads, backbone.site)
@@ -385,8 +396,10 @@ def load(
             raise UserError(f"load was given exits at {list(exits)}, one depth more than once. Give each depth once.")
         given = exits if isinstance(exits, Mapping) else {depth: Exit() for depth in exits}
         bank = ExitBank(given, backbone.site)
-    engine = Engine(backbone, source.tokenizer(), bank, source.generation_config(), choice)
-    return engine.to(place)
+    engine = Engine(backbone, source.tokenizer(), bank, source.generation_config(), choice).to(place)
+    if by_graphs:
+        engine.precision = capture_steps(backbone, () if bank is None else bank.depths, choice)
+    return engine
 
 
 def find_source(model: str | Path | Source) -> tuple[Source, Path | None]:

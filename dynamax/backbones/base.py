@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from dynamax.backbones.cache import AnyCache, Cache
+from dynamax.backbones.captured import CapturedSpans
 from dynamax.backbones.plan import Plan, Rotary, StepPlan
 from dynamax.backbones.state import LayerView, NoCacheView, StateKind
 from dynamax.errors import UserError
@@ -27,14 +28,24 @@ class Backbone(nn.Module, ABC):
     Attributes:
         spec: Depth, width, vocabulary, fingerprint.
         additive_masks: True where attention adds its mask (eager), False where it takes booleans (sdpa).
+        captured: Spans of blocks that small steps replay as CUDA graphs; None for none.
     """
 
     spec: Spec
     additive_masks: bool = False
+    captured: CapturedSpans | None = None
 
     def train(self, mode: bool = True) -> Backbone:
         """Stay in eval mode: frozen weights alone would leave dropout on."""
         return super().train(False)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Backbone:  # noqa: ANN401
+        """Move or cast. Captured spans know where the weights are, and are forgotten if these are elsewhere then."""
+        before = None if self.captured is None else next(self.parameters()).data_ptr()
+        super()._apply(fn, recurse)
+        if before is not None and next(self.parameters()).data_ptr() != before:
+            self.captured = None
+        return self
 
     # -- what a family gives ----------------------------------------------------------------------
 
@@ -115,7 +126,8 @@ class Backbone(nn.Module, ABC):
         mine = h_BTD.shape[1]
         if not mine:
             raise UserError(f"run was given no positions: {tuple(h_BTD.shape)}. Give it at least one.")
-        for start, stop in pairwise([span.start, *cache.joins(span), span.stop]):
+        cuts = {*cache.joins(span), *(() if self.captured is None else self.captured.depths)}
+        for start, stop in pairwise([span.start, *sorted(d for d in cuts if span.start < d < span.stop), span.stop]):
             h_BTD = cache.join(start, h_BTD)
             plan = self.plan(h_BTD, cache, start=cache.at(start))
             views = [cache.view(i, plan, self.window(i)) for i in range(start, stop)]
@@ -127,6 +139,8 @@ class Backbone(nn.Module, ABC):
 
     def run_blocks(self, h_BTD: Tensor, blocks: Sequence[int], plan: Plan, views: Sequence[LayerView]) -> Tensor:
         """The device's part of ``run``: blocks over one chunk, a function of tensors; ``views`` has one a block."""
+        if self.captured is not None and self.captured.suits(blocks, plan, views):
+            return self.captured.run(h_BTD, blocks, plan, views)
         for index, view in zip(blocks, views, strict=True):
             h_BTD = self.block(index, h_BTD, plan, view)
         return h_BTD

@@ -73,7 +73,8 @@ class HFBackbone(Backbone):
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "row"}  # its functions have no names
+        left_out = ("row", "captured")  # functions without names, and graphs over these very weights
+        return {name: value for name, value in self.__dict__.items() if name not in left_out}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

@@ -31,17 +31,20 @@ class AngleTable:
     Args:
         rotary: The model's.
         context: Positions that it accepts; no angle is asked for beyond, since some models then change them all.
+
+    Attributes:
+        context: The same.
     """
 
     def __init__(self, rotary: Rotary, context: int) -> None:
-        self._rotary, self._context = rotary, context
+        self._rotary, self.context = rotary, context
         self._known: dict[tuple[str | None, torch.dtype, torch.device], tuple[Tensor, Tensor]] = {}
 
     def span(self, like: Tensor, start: int, stop: int, kind: str | None) -> tuple[Tensor, Tensor]:
         """Cosine and sine of positions ``[start, stop)``, ``[1, T, R]``; dtype and device as for ``Rotary``."""
         key = kind, like.dtype, like.device
         if key not in self._known or self._known[key][0].shape[1] < stop:
-            size = max(stop, min(2 * stop, stop + 16 * AHEAD, self._context), min(AHEAD, self._context))
+            size = max(stop, min(2 * stop, stop + 16 * AHEAD, self.context), min(AHEAD, self.context))
             self._known[key] = self._rotary(like, torch.arange(size, device=like.device)[None], kind)
         cos, sin = self._known[key]
         return cos[:, start:stop], sin[:, start:stop]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from statistics import median
@@ -14,7 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from dynamax.backbones.base import Backbone
+from dynamax.backbones.captured import CapturedSpans
 from dynamax.backbones.experts import matrices_of, unknown_experts
+from dynamax.backbones.graphs import Graphs, NotCapturableError, Recorder
 from dynamax.backbones.hf import HFBackbone
 from dynamax.backbones.linear import weight_of
 from dynamax.backbones.packed import pack
@@ -52,7 +54,12 @@ QUIET = 2.0
 """How many times the best the median of a measurement may take for it to be kept."""
 
 COMPILED = 4
-"""Most positions of a step that is compiled: every length is compiled on its own."""
+"""Most positions of a step that is compiled or captured: every length is on its own."""
+
+BOUNDS = {torch.float64: 1e-3, torch.float32: 1e-3, torch.float16: 0.05}
+"""Relative distance of captured hidden states from others that the order of sums may make; 0.2 in shorter dtypes.
+
+A model in float64 takes some steps in float32 too."""
 
 
 @dataclass(frozen=True)
@@ -60,16 +67,18 @@ class Choice:
     """How weights are held, and what that was chosen from.
 
     Attributes:
-        precision: Its name in ``PRECISIONS``.
-        format: The name of the class that multiplies.
+        precision: Its name in ``PRECISIONS``; None for weights as they were loaded.
+        format: The name of the class that multiplies; None for torch's own.
         milliseconds: For each format that was measured, the time of the sample's products for one position.
-        compiling: Seconds that compiling took; None for steps as they were recorded.
+        compiling: Seconds that compiling or capturing took; None where neither was done.
+        graphs: CUDA graphs that were captured; None on a CPU.
     """
 
-    precision: str
-    format: str
+    precision: str | None
+    format: str | None
     milliseconds: dict[str, float]
     compiling: float | None = None
+    graphs: int | None = None
 
 
 def check_precision(precision: str | None) -> None:
@@ -84,7 +93,8 @@ def set_precision(backbone: Backbone, precision: str, *, compiled: bool = False)
     Args:
         backbone: The model, on the device where it will run.
         precision: A name of ``PRECISIONS``; or ``auto``, which takes what suits the model and the machine.
-        compiled: Whether inductor compiles the steps of one row, of up to ``COMPILED`` positions.
+        compiled: Whether inductor compiles the steps of one row, of up to ``COMPILED`` positions, on a CPU. On a GPU
+            see ``capture_steps``.
 
     Returns:
         What was chosen; None if ``auto`` left the model as it is: on a GPU, or if it is none of transformers'.
@@ -95,11 +105,10 @@ def set_precision(backbone: Backbone, precision: str, *, compiled: bool = False)
     check_precision(precision)
     like = next(backbone.parameters())
     on_cpu = like.device.type == "cpu"
-    if compiled and not (on_cpu and isinstance(backbone, HFBackbone)):
-        raise UserError(
-            f"compile was asked of a model of the class {type(backbone).__name__} on {like.device}; it is there for "
-            f"models of transformers on a CPU. Leave it out."
-        )
+    if compiled:
+        check_compilable(backbone)
+    if compiled and not on_cpu:
+        raise UserError(f"inductor was asked to compile a model on {like.device}; there use capture_steps.")
     if not isinstance(backbone, HFBackbone) or not (on_cpu or precision in ON_GPU):
         if precision == AUTO:
             return None
@@ -147,6 +156,70 @@ def compile_steps(backbone: HFBackbone, compiler: Compiler) -> None:
         if reason:
             raise UserError(f"This model cannot be compiled; {reason}. Leave compile out.")
     recordings.build = None
+
+
+@torch.inference_mode()
+def capture_steps(
+    backbone: Backbone,
+    depths: Collection[int] = (),
+    choice: Choice | None = None,
+    *,
+    recorder: Recorder | None = None,
+    lengths: Sequence[int] = range(1, COMPILED + 1),
+    rows: int = 1,
+) -> Choice:
+    """Capture the steps of one row in CUDA graphs, by taking some of each length, span by span.
+
+    So nobody waits for it in the middle of an answer. What is replayed must give what the blocks give.
+
+    Args:
+        backbone: The model, on the GPU where it will run.
+        depths: Where steps may leave, such as those of the exits: one graph for each span between, and each length.
+        choice: How its weights are held, if not as they were loaded.
+        recorder: Captures; CUDA graphs if left out.
+        lengths: Positions of a step.
+        rows: Rows of a step.
+
+    Returns:
+        The choice, with the time it took and the number of graphs.
+
+    Raises:
+        UserError: If a span cannot be captured, or gives something else.
+    """
+    begin = time.perf_counter()
+    check_compilable(backbone)
+    like, refused = next(backbone.parameters()), "This model cannot be captured in CUDA graphs; "
+    captured = CapturedSpans(backbone, depths, recorder or Graphs(like.device), lengths=lengths, rows=rows)
+    for length in lengths:
+        sizes = (MOST_POSITIONS + 3, length, length)  # a prompt, and steps at two places
+        tokens_BT = (torch.arange(sum(sizes), device=like.device) % backbone.spec.vocab).expand(rows, -1)
+        passes: list[list[tuple[int, Tensor]]] = [[], []]
+        for passed, backbone.captured in zip(passes, (None, captured), strict=True):
+            cache = backbone.new_cache(sum(sizes))
+            try:
+                for chunk_BT in tokens_BT.split(sizes, 1):
+                    passed += backbone.walk(backbone.embed(chunk_BT, cache), captured.depths[1:], cache)
+            except NotCapturableError as error:
+                backbone.captured = None
+                raise UserError(f"{refused}a step of {length} positions: {error}. Leave compile out.") from error
+        for (depth, wanted_BTD), (_, found_BTD) in zip(*passes, strict=True):
+            apart = float((found_BTD.double() - wanted_BTD.double()).norm() / wanted_BTD.double().norm())
+            if not apart <= BOUNDS.get(like.dtype, 0.2):
+                backbone.captured = None
+                raise UserError(
+                    f"{refused}at depth {depth} a step of {length} positions gives hidden states that are {apart:.2g} "
+                    f"of their length apart from its own. Leave compile out."
+                )
+    return replace(choice or Choice(None, None, {}), compiling=time.perf_counter() - begin, graphs=len(captured.graphs))
+
+
+def check_compilable(backbone: Backbone) -> None:
+    """Refuse (UserError) a model whose steps can neither be compiled nor captured."""
+    if not isinstance(backbone, HFBackbone):
+        raise UserError(
+            f"compile was asked of a model of the class {type(backbone).__name__}; it is there for models of "
+            f"transformers. Leave it out."
+        )
 
 
 def _choose(backbone: HFBackbone, precision: str, *, compiled: bool) -> Choice:

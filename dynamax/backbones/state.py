@@ -59,6 +59,10 @@ class LayerState(ABC):
     def crop(self, length: int, snapshot: Snapshot) -> None:
         """Forget the positions from ``length`` on; ``length`` is at or after the snapshot's."""
 
+    @abstractmethod
+    def move_out(self) -> None:
+        """Copy what lies in the tensors of captured spans (``captured.Place``), which others write into."""
+
 
 @final
 class KeyValueState(LayerState):
@@ -76,7 +80,13 @@ class KeyValueState(LayerState):
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
         self.holes: frozenset[int] = frozenset()
-        self._buffers: tuple[Tensor, ...] = ()
+        self._buffers: Tensors = ()
+        self._place: Tensors | None = None
+
+    @property
+    def started(self) -> bool:
+        """Whether any position was written."""
+        return bool(self._buffers)
 
     def reserve(self, positions: int) -> None:
         """Make room for so many positions, before blocks run."""
@@ -111,6 +121,21 @@ class KeyValueState(LayerState):
         """Forget holes from ``length`` on; keys there are written over."""
         self.holes = frozenset(hole for hole in self.holes if hole < length)
 
+    def move_into(self, buffers: Tensors, filled: int) -> None:
+        """Hold the first ``filled`` positions in these buffers from now on."""
+        if self._buffers is buffers:
+            return
+        for place, held in zip(buffers, self._buffers, strict=True):
+            place[:, :, :filled] = held[:, :, :filled]
+            place[:, :, filled:].zero_()  # what others left: a mask hides it, but not if it is infinite
+        self._buffers = self._place = buffers
+        self.capacity = buffers[0].shape[2]
+
+    def move_out(self) -> None:
+        """Copy the buffers."""
+        if self._buffers is self._place:
+            self._buffers = tuple(held.clone() for held in self._buffers)
+
 
 @final
 class RecurrentState(LayerState):
@@ -121,11 +146,13 @@ class RecurrentState(LayerState):
     behind the last one again, by the recurrence alone.
 
     Attributes:
-        tensors: The state; None before the first position. They are replaced, never written into.
+        tensors: The state; None before the first position. They are replaced, never written into, but where captured
+            spans hold it (``move_into``).
     """
 
     def __init__(self) -> None:
         self.tensors: Tensors | None = None
+        self._place: Tensors | None = None
         self._snapshot: Snapshot | None = None
         self._recurrence: Recurrence | None = None
         self._noted: list[tuple[Tensors, tuple[Tensors, ...]]] = []
@@ -144,6 +171,7 @@ class RecurrentState(LayerState):
 
     def snapshot(self, filled: int) -> Snapshot:
         """The fill level and the state; rows are noted until the next snapshot."""
+        self.move_out()
         self._snapshot, self._noted = Snapshot(filled, self.tensors), []
         return self._snapshot
 
@@ -170,6 +198,24 @@ class RecurrentState(LayerState):
             joined = tuple(torch.cat(parts, 1) for parts in zip(*unread, strict=True))
             self.tensors = self._recurrence(self.tensors, *joined)[1][-1]
             self._noted[-1] = (self._noted[-1][0], (self.tensors,))
+
+    @property
+    def noting(self) -> bool:
+        """Whether what advances the state is kept, for a rollback."""
+        return self._snapshot is not None
+
+    def move_into(self, place: Tensors) -> None:
+        """Hold the state in these tensors from now on, until it is replaced."""
+        if self.tensors is not place:
+            assert self.tensors is not None, "there is no state before the first position"
+            for held, new in zip(place, self.tensors, strict=True):
+                held.copy_(new)
+            self.tensors = self._place = place
+
+    def move_out(self) -> None:
+        """Copy the state."""
+        if self.tensors is not None and self.tensors is self._place:
+            self.tensors = tuple(held.clone() for held in self.tensors)
 
 
 @final
@@ -203,6 +249,18 @@ class BlockState(LayerState):
         """All parts forget."""
         for part in self._parts:
             part.crop(length, snapshot)
+
+    @property
+    def whole(self) -> bool:
+        """Whether there is something of every position so far: keys without holes, and a recurrent state."""
+        keys, recurrent = self.keys, self.recurrent
+        with_keys = keys is None or (keys.started and not keys.holes)
+        return with_keys and (recurrent is None or recurrent.tensors is not None)
+
+    def move_out(self) -> None:
+        """All parts move."""
+        for part in self._parts:
+            part.move_out()
 
 
 class LayerView(ABC):
@@ -265,9 +323,13 @@ class CacheView(HeldView):
         state: The block's state.
         plan: Where the chunk stands.
         window: Positions each row sees, its own included; None for all.
+
+    Attributes:
+        state: The block's state.
     """
 
     def __init__(self, state: BlockState, plan: StepPlan, window: int | None) -> None:
+        self.state = state
         self._keys, self._recurrent = state.keys, state.recurrent
         self._advanced: tuple[Recurrence, Tensors, tuple[Tensors, ...]] | None = None
         self.live_BT = plan.live_BT

@@ -92,7 +92,8 @@ def generate(
         dtype: Of the backbone, such as float32 or bfloat16.
         precision: How its weights are held: float32, float16, bfloat16, int8 or int4; auto takes the faster of the
             first two here, null runs transformers' modules as they are, and so does a dtype other than float32.
-        compile: Have inductor compile the steps, on a CPU: seconds at first, then faster. Needs a C++ compiler.
+        compile: Make the steps faster, for some seconds at first: on a CPU inductor compiles them, which needs a C++
+            compiler; on a GPU they are captured in CUDA graphs.
         device: Where to run; auto takes a GPU where there is one.
     """
     print("dynamax generate: loading the model", file=sys.stderr, flush=True)

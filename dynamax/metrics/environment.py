@@ -34,6 +34,7 @@ def environment(
         "precision": None if precision is None else precision.precision,
         "weights": None if precision is None else precision.format,
         "compile_seconds": None if precision is None else precision.compiling,
+        "graphs": None if precision is None else precision.graphs,
         "batch": batch,
         "system": platform.platform(terse=True),
         "python": platform.python_version(),

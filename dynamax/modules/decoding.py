@@ -12,7 +12,7 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.utilities import rank_zero_info
 
 from dynamax.backbones.hf import UNBOUNDED
-from dynamax.backbones.precision import check_precision
+from dynamax.backbones.precision import capture_steps, check_precision
 from dynamax.backbones.sources import Source
 from dynamax.data.tasks import TaskData
 from dynamax.decoding.base import DecoderFactory
@@ -62,7 +62,8 @@ class DecodingModule(LightningModule):
         dtype: Of the backbone, such as float32 or bfloat16.
         precision: How its weights are held: float32, float16, bfloat16, int8 or int4; auto takes the faster of the
             first two here. Left out, transformers' modules run as they are. On a CPU.
-        compile: Whether inductor compiles the steps of one sequence; needs a precision and a C++ compiler.
+        compile: Whether the steps of one sequence are made faster: on a CPU compiled by inductor, which needs a
+            precision and a C++ compiler; on a GPU captured in CUDA graphs.
         timed: Examples on which ``test`` takes time and cost, policy by policy, beside the full model; 8 if left out.
             On the others it takes agreement and depth alone. Only for tasks that generate, as ``sampler`` and ``chat``.
             ``predict`` takes no times and does not read it.
@@ -140,6 +141,7 @@ class DecodingModule(LightningModule):
         """Load backbone and heads, once; a policy that does not fit them is refused now."""
         if "engine" not in vars(self):
             rank_zero_info(f"Loading {type(self.source).__name__}, and its exits")
+            attached = self._trainer is not None  # then it is loaded where it will run: graphs could not move there
             engine = load(
                 self.source,
                 heads=self.heads,
@@ -147,7 +149,7 @@ class DecodingModule(LightningModule):
                 dtype=self.dtype_name,
                 precision=self.precision,
                 compile=self.compile_steps,
-                device="cpu",
+                device=str(self.trainer.strategy.root_device) if attached else "cpu",
             )
             for policy in self.policies:
                 engine.decoder(policy, self.decoder)
@@ -160,6 +162,7 @@ class DecodingModule(LightningModule):
         Raises:
             UserError: If the task needs exact state and a decoder has none, or the model asks for what is not done.
         """
+        self._capture_again()
         task, engine = self._task, self.engine
         probes, self.probes = self.probes, []
         generates = isinstance(task, GenerationTask)
@@ -216,6 +219,10 @@ class DecodingModule(LightningModule):
                 if (value := getattr(row, name)) is not None:
                     self.log(f"test/{row.name}/{name}", float(value))
 
+    def on_predict_start(self) -> None:
+        """Make ready what an earlier run took away."""
+        self._capture_again()
+
     def predict_step(self, example: Example, index: int) -> dict[str, Any]:
         """Answer one example with the first policy: text, tokens, and the depth each token left at."""
         options = self.engine.options(
@@ -225,6 +232,13 @@ class DecodingModule(LightningModule):
         decoder = self.engine.decoder(self.policies[0], self.decoder, sampler=options.sampler)
         answer = self.engine.answer(decoder, self.engine.encode(example.prompt, chat=bool(self.chat)), options)
         return {"id": example.id, "text": answer.text, "tokens": answer.tokens, "depths": answer.depths}
+
+    def _capture_again(self) -> None:
+        """A trainer that ends takes the model off its GPU, and so its graphs away."""
+        engine = self.engine
+        if self.compile_steps and engine.device.type == "cuda" and engine.backbone.captured is None:
+            depths = () if engine.exits is None else engine.exits.depths
+            engine.precision = capture_steps(engine.backbone, depths, engine.precision)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse (UserError): heads come from their folder, which records their backbone."""

@@ -29,14 +29,18 @@ def test_a_sweep_runs_and_is_timed_by_cuda_events(tmp_path: Path, dtype: str) ->
     exit_ = Exit(gates=[LinearGate, MambaGate])
     policies = [Sweep(Never()), Sweep(AtDepth(2)), Sweep(GateConfidence(0.5, gate="MambaGate"))]
     source = Folder(str(model_folder(tmp_path / "model")))
-    module = DecodingModule(source, policies, exits={2: exit_, 4: exit_}, dtype=dtype)
+    on_gpu = DEVICE == "cuda"
+    module = DecodingModule(source, policies, exits={2: exit_, 4: exit_}, dtype=dtype, compile=on_gpu)
     latency = ExitLatency(warmup=0)
     trainer = Trainer(
         accelerator=ACCELERATOR, devices=1, logger=False, enable_checkpointing=False, callbacks=[latency], max_epochs=1
     )
-    trainer.test(module, datamodule=TaskData(Questions(limit=2, max_new_tokens=8)), verbose=False)
+    for _ in range(2):  # a trainer that ends takes the model off its GPU
+        trainer.test(module, datamodule=TaskData(Questions(limit=2, max_new_tokens=8)), verbose=False)
+        assert module.results.environment["graphs"] == (3 * 4 if on_gpu else None)
+        assert module.engine.backbone.captured is None
     full, never, early, _ = module.results.frontier
-    assert type(latency._clock) is (CudaEvents if DEVICE == "cuda" else WallClock)
+    assert type(latency._clock) is (CudaEvents if on_gpu else WallClock)
     assert never.agreement == 1.0
     assert early.blocks_per_token == 2
     assert full.ms_per_token > 0

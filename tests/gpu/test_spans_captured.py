@@ -1,24 +1,74 @@
-"""Spans captured in CUDA graphs give the bits of plain calls, and the hidden states of ``Backbone.run``."""
+"""Decoding that replays CUDA graphs says what it says without, over the families and decoders."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from importlib.util import find_spec
 
 import pytest
 import torch
 
-from benchmarks.gpu_speeds import captured
+import dynamax
+from benchmarks.gpu_graphs import recorder
 from dynamax.backbones.hf import HFBackbone
+from dynamax.backbones.precision import capture_steps, set_precision
+from dynamax.decoding.base import Decoder
+from dynamax.decoding.early_exit import EarlyExit
+from dynamax.decoding.full import Full
+from dynamax.decoding.speculative import SelfSpeculative
 from tests.devices import DEVICE, missing
-from tests.tiny import tiny
+from tests.folders import model_folder
+from tests.gpu.test_laws_gpu import EveryThird, backbone_of, bank_of, same_tokens, text
+from tests.tiny import FAMILIES, tiny
 
 pytestmark = [pytest.mark.gpu, missing]
+EXPERTS = ("mixtral", "jamba", "granitemoehybrid", "nemotron_h")
+DEPTHS = (2, 3, 5)
+MAKES: list[Callable[[HFBackbone], Decoder]] = [
+    Full,
+    lambda backbone: EarlyExit(backbone, bank_of(backbone), EveryThird()),
+    lambda backbone: SelfSpeculative(backbone, bank_of(backbone), EveryThird(), draft_limit=3),
+]
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "mamba2", "bamba"])
-@pytest.mark.parametrize("batch", [1, 3])
-def test_captured_spans_are_plain_calls(family: str, batch: int) -> None:
+def said(decoder: Decoder) -> list[int]:
+    return [int(step.token_B) for step in decoder.decode(text(9), max_new_tokens=24)]
+
+
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family not in EXPERTS])
+def test_captured_steps_say_what_others_say(family: str) -> None:
     torch.backends.cuda.matmul.allow_tf32 = False
-    backbone = HFBackbone(tiny(family, dtype=torch.float32).to(DEVICE))
-    prompt_BT = torch.randint(0, 61, (batch, 9), generator=torch.Generator().manual_seed(0)).to(DEVICE)
-    found = captured(backbone, prompt_BT, (2, 3), 4)
-    assert found["equals_plain_calls"]
-    assert found["recorder"] == ("Graphs" if DEVICE == "cuda" else "Plain")
+    backbone = backbone_of(family, torch.float32)
+    for number, make in enumerate(MAKES):
+        backbone.captured = None
+        wanted = said(make(backbone))
+        if not number:
+            capture_steps(backbone, DEPTHS, recorder=recorder(DEVICE))
+            captured = backbone.captured
+        backbone.captured = captured
+        same_tokens(backbone, text(9), said(make(backbone)), wanted)
+    assert captured is not None
+    assert captured.replays
+
+
+@pytest.mark.skipif(find_spec("torchao") is None or DEVICE == "cpu", reason="needs torchao and a CUDA device")
+def test_int8_weights_can_be_captured() -> None:
+    """``capture_steps`` compares what is replayed with what is not."""
+    backbone = HFBackbone(tiny("llama", dtype=torch.bfloat16)).to(DEVICE)
+    choice = capture_steps(backbone, DEPTHS, set_precision(backbone, "int8"))
+    assert (choice.format, choice.graphs) == ("Int8Torchao", 16)
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="on a CPU inductor compiles")
+@pytest.mark.parametrize("precision", [None, "auto"])
+def test_an_engine_that_compiles_captures(tmp_path_factory: pytest.TempPathFactory, precision: str | None) -> None:
+    folder = model_folder(tmp_path_factory.mktemp("model"))
+    options = {"exits": [2, 4], "device": DEVICE, "precision": precision}
+    plain, fast = dynamax.load(folder, **options), dynamax.load(folder, **options, compile=True)
+    assert fast.precision is not None
+    assert fast.precision.graphs == 3 * 4
+    policy = dynamax.AtDepth(2)
+    answers = [engine.generate("Hi", policy, max_new_tokens=16) for engine in (plain, fast)]
+    assert answers[0].depths == answers[1].depths
+    assert fast.backbone.captured is not None
+    assert fast.backbone.captured.replays
