@@ -3,11 +3,11 @@
     python -m benchmarks.frontier --heads NAME=FOLDER [NAME=FOLDER ...] [--calibrate 60] [--questions 60]
                                   [--tokens 64] [--skip 240] [--questions-file FILE] [--out FILE]
 
-Every folder of heads gives contenders: the confidence of each of its gates, JEI-DNN's rule over each, and the lens' own
-probability. All read the same answers of the full model, position by position (with exact state an exit changes nothing
-for later positions). For each contender and each wanted share of same tokens, the exits that are asked and the threshold
-are chosen on one half of the answers, by least cost; the figures are of the other half. ``oracle`` leaves at the first
-exit that is right and costs no reading on the way.
+Every folder of heads gives contenders: the confidence of each of its gates, JEI-DNN's rule over each, and the lens'
+own probability. All read the same answers of the full model, position by position (with exact state an exit changes
+nothing for later positions). For each contender and each wanted share of same tokens, the exits that are asked and the
+threshold are chosen on one half of the answers, by least cost; the figures are of the other half. ``oracle`` leaves at
+the first exit that is right and costs no reading on the way.
 
 Cost is weights read for a token over those of full decoding: blocks, lenses, gates, and the output matrix once for each
 time it is read. ECE is that of the scores, all exits together, against being right, over 15 bins of equal size.
@@ -132,7 +132,9 @@ class Price:
         return self.below[-1] + self.matrix
 
 
-def outcome(one: Contender, price: Price, depths: Sequence[int], exits: Sequence[int], level: float) -> dict[str, float]:
+def outcome(
+    one: Contender, price: Price, depths: Sequence[int], exits: Sequence[int], level: float
+) -> dict[str, float]:
     """Same tokens, blocks and cost when these exits (indices) are asked with one threshold."""
     pick = list(exits)
     leaves_EN = one.rule(one.score_EN[pick]) >= level
@@ -151,7 +153,7 @@ def outcome(one: Contender, price: Price, depths: Sequence[int], exits: Sequence
 
 
 def chosen(one: Contender, price: Price, depths: Sequence[int], wanted: float) -> tuple[tuple[int, ...], float] | None:
-    """The exits and the threshold of least cost at the wanted share of same tokens; None if full decoding is cheaper."""
+    """Exits and threshold of least cost at the wanted share of same tokens; None if full decoding is cheaper."""
     best, found = 1.0, None
     count = len(one.score_EN)
     for size in range(1, count + 1):

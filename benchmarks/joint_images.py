@@ -2,16 +2,16 @@
 
     python -m benchmarks.joint_images [--seeds 3] [--out FILE]
 
-The images are scikit-learn's handwritten digits, 1,797 of 8 x 8 pixels. Of these 30 % train the backbone, 30 % heads and
-gates, 15 % calibrate, 25 % test; training images are moved by up to a pixel. Contenders share the backbone:
+The images are scikit-learn's handwritten digits, 1,797 of 8 x 8 pixels. Of these 30 % train the backbone, 30 % heads
+and gates, 15 % calibrate, 25 % test; training images are moved by up to a pixel. Contenders share the backbone:
 
 - fixed: heads trained alone; leave where the greatest probability reaches a threshold.
 - gates: the same heads; then JEI-DNN's gates are trained on them and the heads rest.
 - joint: JEI-DNN, heads and gates in turns, behind the same warm-up.
 - joint, rho not detached: as the paper's code has it; the heads' loss is then the plain one whatever the gates say.
 
-``fixed`` is swept over its threshold, the others over lambda, at the rule's threshold of 0.5. Costs are multiply-adds of
-blocks, heads and gates, over the full model's. Accuracies are read off each contender's curve at equal costs.
+``fixed`` is swept over its threshold, the others over lambda, at the rule's threshold of 0.5. Costs are multiply-adds
+of blocks, heads and gates, over the full model's. Accuracies are read off each contender's curve at equal costs.
 """
 
 from __future__ import annotations
@@ -74,7 +74,9 @@ class Heads(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.heads = nn.ModuleList(nn.Sequential(nn.LayerNorm(WIDTH), nn.Linear(WIDTH, CLASSES)) for _ in range(BLOCKS - 1))
+        self.heads = nn.ModuleList(
+            nn.Sequential(nn.LayerNorm(WIDTH), nn.Linear(WIDTH, CLASSES)) for _ in range(BLOCKS - 1)
+        )
         self.gates = nn.ModuleList(nn.Linear(4, 1) for _ in range(BLOCKS - 1))
 
     def logits(self, states: Sequence[Tensor]) -> Tensor:
