@@ -72,6 +72,9 @@ class ExitFrontier(Callback):
         write(found.as_json(), folder / "report.json")
         picture(found, folder / "frontier.png")
         print(table(found))
+        for row in found.frontier:
+            if row.promise is not None:
+                print(f"{row.policy}: {row.promise.text}")
         print(f"Wrote {folder / 'report.json'} and {folder / 'frontier.png'}")
 
 

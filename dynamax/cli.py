@@ -42,6 +42,7 @@ COMMANDS = {
     "tune": Command(RUNS, "tune a pretrained model so that it can be read early"),
     "distill": Command(RUNS, "train a Mamba-2 student of a Transformer, or a hybrid"),
     "generate": Command("dynamax.commands.generate", "answer a prompt, each token coloured by the depth it left at"),
+    "calibrate": Command("dynamax.commands.calibrate", "choose thresholds and test what can be promised of them"),
     "bench": Command("dynamax.commands.bench", "measure how fast a model decodes here, beside other packages", BENCH),
     "list": Command("dynamax.commands.list", "names that a configuration can use, such as exit heads and policies", ""),
     "info": Command("dynamax.commands.info", "versions, device, kernels"),

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dynamax.backbones.sources import SmolLM2, Source
+from dynamax.calibration.promise import Promise
 from dynamax.commands.colors import DepthColors, coloured
 from dynamax.commands.parsing import Parser, prepare
 from dynamax.decoding.base import DecoderFactory
@@ -70,6 +71,7 @@ def generate(
     precision: str | None = "auto",
     compile: bool = False,
     device: Literal["auto", "cpu", "cuda"] = "auto",
+    promise: Promise | None = None,
 ) -> None:
     """Print the answer, a legend, and what was saved.
 
@@ -95,6 +97,7 @@ def generate(
         compile: Make the steps faster, for some seconds at first: on a CPU inductor compiles them, which needs a C++
             compiler; on a GPU they are captured in CUDA graphs.
         device: Where to run; auto takes a GPU where there is one.
+        promise: What dynamax calibrate promised of the policy; its file has both, and the promise is shown.
     """
     print("dynamax generate: loading the model", file=sys.stderr, flush=True)
     numbers: dict[str, Any] = {"dtype": dtype, "precision": precision, "compile": compile, "device": device}
@@ -118,6 +121,13 @@ def generate(
     else:
         engine = load(backbone or SmolLM2(), heads=None if heads is None else str(heads), exits=exits, **numbers)
     show(engine, engine.stream(prompt, policy, decoder=decoder, chat=chat, **options))
+    if promise is not None:
+        if promise.model != engine.backbone.spec.fingerprint:
+            raise UserError(
+                f"The promise is about the model {promise.model}, but this one is {engine.backbone.spec.fingerprint}. "
+                f"Calibrate anew, or leave the promise out."
+            )
+        print(f"Promised: {promise.text}.")
 
 
 def show(engine: Engine, stream: Stream) -> None:

@@ -67,6 +67,7 @@ EXAMPLES = {
     "tune": "-c configs/tune/smollm2.yaml",
     "distill": "-c configs/distill/smollm2-to-mamba2.yaml",
     "generate": '"What is the capital of France?"',
+    "calibrate": "runs/demo/heads -c configs/calibrate/demo.yaml",
     "bench": "SmolLM2",
 }
 LINKED = ("backbone", "exits")
@@ -98,9 +99,13 @@ MODEL = Option(
     "Which model: a folder, a name on the Hub, a GGUF file, a folder of trained heads, or a source such as SmolLM2.",
 )
 PRINT = Option("--print_config", None, "Print all options that the run would use, as YAML, and stop.")
-FUNCTIONS = {"generate": ("dynamax.commands.generate", PROMPT), "bench": ("dynamax.commands.measuring", MODEL)}
+FUNCTIONS = {
+    "generate": ("dynamax.commands.generate", PROMPT),
+    "calibrate": ("dynamax.commands.calibrate", MODEL),
+    "bench": ("dynamax.commands.measuring", MODEL),
+}
 """Commands whose options are those of a function of their name: its module, and the argument that is no option."""
-HIDDEN = ("prompt", "model", "command")
+HIDDEN = ("prompt", "model", "recipe", "command")
 """Arguments of these functions that are no options."""
 
 

@@ -7,8 +7,8 @@ last block is the exception: here it sees the exit's states of earlier positions
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property, partial
 from typing import NamedTuple, final
 
 import torch
@@ -86,6 +86,11 @@ class TeacherForcedPass:
                 trail.append(self._bank.evidence(site, h_1TD, **given))
         return trail
 
+    @cached_property
+    def top_T(self) -> Tensor:
+        """What the top says at each position."""
+        return self.logits_TV.argmax(-1)
+
     def _likely(self, steps: int, count: int) -> list[list[int]]:
         """Of each position, what the top said at the positions before it."""
         said = most_likely(self.logits_TV, count)
@@ -98,28 +103,33 @@ class TeacherForcedPass:
         Raises:
             UserError: If there are no exits, or the policy does not fit them.
         """
-        if policy is not None:
-            if not self.exits:
-                raise UserError(
-                    f"The policy {policy.label} was given, but there are no exits. Load the model with some."
-                )
-            policy.validate([evidence.depth for evidence in self.exits])
-        read = self.exits
-        if policy is not None and policy.depths is not None:
-            depths = tuple(sorted(policy.depths))
-            read = self._some[depths] = self._some.get(depths) or self._evidence(depths)
         logits_TV = self.logits_TV.clone()
         depth_T = torch.full(logits_TV.shape[:1], self.total, device=logits_TV.device)
-        stays_T = torch.ones_like(depth_T, dtype=torch.bool)
+        for evidence, leaves_T in () if policy is None else self.departures(policy):
+            logits_TV[leaves_T] = evidence.answer[leaves_T]
+            depth_T[leaves_T] = evidence.depth
+        return PolicyPath(depth_T, logits_TV)
+
+    def departures(self, policy: TerminationPolicy) -> Iterator[tuple[Evidence, Tensor]]:
+        """The exits at which a policy lets positions leave, shallowest first, and which ones, ``leaves_T`` bool.
+
+        Raises:
+            UserError: As ``apply_policy``.
+        """
+        if not self.exits:
+            raise UserError(f"The policy {policy.label} was given, but there are no exits. Load the model with some.")
+        policy.validate([evidence.depth for evidence in self.exits])
+        read = self.exits
+        if policy.depths is not None:
+            depths = tuple(sorted(policy.depths))
+            read = self._some[depths] = self._some.get(depths) or self._evidence(depths)
+        stays_T = torch.ones(len(self.logits_TV), dtype=torch.bool, device=self.logits_TV.device)
         stays_T[:1] = False
-        for evidence in read if policy is not None else ():
-            assert policy is not None
+        for evidence in read:
             leaves_T = policy(evidence) & stays_T
             if leaves_T.any():
-                logits_TV[leaves_T] = evidence.answer[leaves_T]
-                depth_T[leaves_T] = evidence.depth
-                stays_T &= ~leaves_T
-        return PolicyPath(depth_T, logits_TV)
+                stays_T = stays_T & ~leaves_T
+                yield evidence, leaves_T
 
 
 def prefixes(tokens_1T: Tensor, start: int) -> list[list[int]]:

@@ -2,7 +2,7 @@
 
 from dynamax.heads.bank import Exit, ExitBank
 from dynamax.heads.base import ExitHead, Gate, Lens
-from dynamax.heads.gates import AttentionGate, FFNGate, LinearGate, MambaGate, MLPGate
+from dynamax.heads.gates import AttentionGate, FFNGate, LinearGate, MambaGate, MLPGate, UncertaintyGate
 from dynamax.heads.lenses import LastBlockLens, LogitLens, LowRankLens, TunedLens
 
 __all__ = [
@@ -20,4 +20,5 @@ __all__ = [
     "MLPGate",
     "MambaGate",
     "TunedLens",
+    "UncertaintyGate",
 ]

@@ -8,6 +8,9 @@ FLOPs are of one position while decoding: matrix products and convolutions. Elem
 
 from __future__ import annotations
 
+import math
+
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -82,6 +85,43 @@ class FFNGate(Gate):
     def score(self, evidence: Evidence, memory: Memory | None = None) -> Tensor:
         """Norm, gate and up projections, last projection."""
         return self.out(self.inner(evidence.derive(rms_normalize, self.out.weight.dtype))).squeeze(-1)
+
+
+class UncertaintyGate(Gate):
+    """A weighted sum of four numbers that say how unsure the exit's lens is.
+
+    The greatest probability, the entropy of the probabilities p, the greatest less the second probability, and the
+    entropy of p^2 / sum(p^2); both entropies over log V, so that all four lie in [0, 1]. No gradient reaches the lens.
+
+    The gate reads the output matrix, which is charged to the exit.
+
+    Source: JEI-DNN (Regol et al. 2024, arXiv 2310.09163), whose entropies are in nats.
+
+    Parameters: 5. FLOPs: 18 V + 12, which is the paper's count.
+    """
+
+    def __init__(self, site: Site) -> None:
+        super().__init__()
+        self._vocab = site.spec.vocab
+        self.out = zero_init(4)
+
+    def score(self, evidence: Evidence, memory: Memory | None = None) -> Tensor:
+        """Four numbers of the lens, then a weighted sum."""
+        return self.out(uncertainty(evidence.probs.detach()).to(self.out.weight.dtype)).squeeze(-1)
+
+    def flops(self) -> int:
+        """All is element-wise but the weighted sum, and counted here since the vocabulary is long."""
+        return 2 * (9 * self._vocab + 6)
+
+
+def uncertainty(probs: Tensor) -> Tensor:
+    """The four numbers of ``UncertaintyGate``, ``[..., 4]``, from probabilities ``[..., V]``."""
+    nats = math.log(probs.shape[-1])
+    best = probs.topk(2, dim=-1).values
+    squared = probs.square()
+    squared = squared / squared.sum(-1, keepdim=True)
+    entropies = [torch.special.entr(each).sum(-1) / nats for each in (probs, squared)]
+    return torch.stack([best[..., 0], entropies[0], best[..., 0] - best[..., 1], entropies[1]], -1)
 
 
 class MambaGate(Gate):

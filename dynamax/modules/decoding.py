@@ -14,6 +14,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from dynamax.backbones.hf import UNBOUNDED
 from dynamax.backbones.precision import capture_steps, check_precision
 from dynamax.backbones.sources import Source
+from dynamax.calibration.promise import Promise
 from dynamax.data.tasks import TaskData
 from dynamax.decoding.base import DecoderFactory
 from dynamax.decoding.cost import CostModel
@@ -34,10 +35,24 @@ from dynamax.tasks.base import ChoiceTask, Example, GenerationTask, Task, TextTa
 
 @dataclass
 class Sweep:
-    """A policy and the thresholds to run it at; none means the policy as it is."""
+    """A policy and the thresholds to run it at; none means the policy as it is.
+
+    Args:
+        policy: The policy.
+        thresholds: Of the sweep.
+        promise: What ``dynamax calibrate`` promised of the policy as it is.
+    """
 
     policy: TerminationPolicy
     thresholds: list[float] = field(default_factory=list)
+    promise: Promise | None = None
+
+    def __post_init__(self) -> None:
+        if self.promise is not None and self.thresholds:
+            raise UserError(
+                f"A policy was given with a promise and with thresholds {self.thresholds}; the promise is about the "
+                f"thresholds that were calibrated. Leave thresholds out."
+            )
 
     def points(self) -> list[TerminationPolicy]:
         """The policy at each threshold."""
@@ -101,7 +116,9 @@ class DecodingModule(LightningModule):
                 f"Name the folder that `dynamax fit` wrote (heads), or untrained exits such as LogitLens (exits), and "
                 "set the other to null."
             )
-        self.policies = [policy for sweep in policies for policy in sweep.points()]
+        points = [(policy, sweep.promise) for sweep in policies for policy in sweep.points()]
+        self.policies = [policy for policy, _ in points]
+        self.promises = [promise for _, promise in points]
         names = [point_name(policy.label, policy.threshold) for policy in self.policies]
         for name in names:
             if names.count(name) > 1:
@@ -169,9 +186,9 @@ class DecodingModule(LightningModule):
         sampler = engine.options(sampler=self.sampler).sampler if generates else Greedy()
         full = OperatingPoint(engine.decoder(sampler=sampler), engine.costs, PolicyStats("Full", None), None)
         points = []
-        for policy in self.policies:
+        for policy, promise in zip(self.policies, self.promises, strict=True):
             decoder = engine.decoder(policy, self.decoder, sampler=sampler)
-            stats = PolicyStats(policy.label, policy.threshold, drafts=decoder.drafts)
+            stats = PolicyStats(policy.label, policy.threshold, drafts=decoder.drafts, promise=promise)
             points.append(OperatingPoint(decoder, CostModel(engine.backbone, decoder.exits), stats, policy))
         if generates:
             timed = TIMED if self.timed is None else self.timed

@@ -8,9 +8,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from dynamax.calibration.promise import Promise
 from dynamax.decoding.cost import FREE, Cost
 from dynamax.decoding.teacher_forced import PolicyPath
 from dynamax.heads.base import ExitHead
@@ -22,6 +24,33 @@ SCHEMA_VERSION = 2
 """Of ``report.json``; raised whenever a field changes its meaning or goes."""
 
 Threshold = float | Mapping[int, float] | None
+
+
+@dataclass(frozen=True)
+class PromiseFacts:
+    """A promise beside what happened.
+
+    Attributes:
+        promise: In words.
+        epsilon: The mean loss is to be at most this.
+        loss: The mean loss of this run, counted as the promise counts; None where nothing was counted.
+        documents: Examples that it is the mean of.
+        tokens: Their tokens.
+    """
+
+    promise: str
+    epsilon: float
+    loss: float | None
+    documents: int
+    tokens: int
+
+    @property
+    def text(self) -> str:
+        """One line."""
+        if self.loss is None:
+            return f"Promised: {self.promise}. Nothing was counted here."
+        kept = "not more" if self.loss <= self.epsilon else "more"
+        return f"Promised: {self.promise}. Here: {self.loss:.1%} of {self.documents} examples, which is {kept}."
 
 
 @dataclass(frozen=True)
@@ -44,6 +73,7 @@ class PolicyRow:
         tokens: Tokens that the row is about.
         timed_tokens: Those of them that were timed and charged.
         depth_counts: How many tokens left at each depth.
+        promise: What ``dynamax calibrate`` promised of it, and what happened; None where nothing was promised.
     """
 
     policy: str
@@ -61,6 +91,7 @@ class PolicyRow:
     tokens: int
     timed_tokens: int
     depth_counts: dict[int, int]
+    promise: PromiseFacts | None = None
 
     @property
     def name(self) -> str:
@@ -178,6 +209,8 @@ class PolicyStats:
         drafts: Whether it drafts and verifies, so that kept drafts are counted.
         kept: Tokens that were drafted at an exit and kept by verification.
         timed: Tokens that were timed and charged. The full model's are timed anew beside every policy.
+        promise: What was promised of the policy.
+        wrong: Of each example, whether each token is another than the full model's, ``T`` bool.
     """
 
     policy: str
@@ -193,6 +226,8 @@ class PolicyStats:
     cost: Cost = FREE
     full_cost: Cost = FREE
     scores: list[Mapping[str, float]] = field(default_factory=list)
+    promise: Promise | None = None
+    wrong: list[Tensor] = field(default_factory=list)
 
     def add_steps(self, steps: Sequence[Step], top_T: Tensor | None) -> None:
         """Add decoded steps (no prefill among them).
@@ -207,7 +242,7 @@ class PolicyStats:
         if steps:
             self.blocks.update(sum(sum(step.work.calls) for step in steps), tokens=len(steps))
         if top_T is not None and steps:
-            self.agreement.update(torch.cat([step.logits_BV.argmax(-1) for step in steps]).cpu(), top_T.cpu())
+            self._compare(torch.cat([step.logits_BV.argmax(-1) for step in steps]), top_T)
 
     def add_path(self, path: PolicyPath, top_T: Tensor) -> None:
         """Add what a policy does along a known text; its first position is decided at the top and left out."""
@@ -215,7 +250,21 @@ class PolicyStats:
         self.depths.update(depths)
         if depths:
             self.blocks.update(sum(depths), tokens=len(depths))
-            self.agreement.update(path.logits_TV.argmax(-1)[1:].cpu(), top_T[1:].cpu())
+            self._compare(path.logits_TV.argmax(-1)[1:], top_T[1:])
+
+    def _compare(self, token_T: Tensor, top_T: Tensor) -> None:
+        """Add the tokens of one example."""
+        self.agreement.update(token_T.cpu(), top_T.cpu())
+        self.wrong.append((token_T != top_T).cpu())
+
+    def _kept(self) -> PromiseFacts | None:
+        """The promise beside what happened."""
+        if self.promise is None:
+            return None
+        losses = [self.promise.losses(wrong_T.numpy()) for wrong_T in self.wrong]
+        mean = float(np.concatenate(losses).mean()) if losses else None
+        tokens = sum(map(len, self.wrong))
+        return PromiseFacts(self.promise.text, self.promise.epsilon, mean, len(self.wrong), tokens)
 
     def row(self, task: Task, full: PolicyStats) -> PolicyRow:
         """One line of the frontier."""
@@ -238,6 +287,7 @@ class PolicyStats:
             tokens=tokens,
             timed_tokens=self.timed,
             depth_counts=dict(sorted(self.depths.items())),
+            promise=self._kept(),
         )
 
 

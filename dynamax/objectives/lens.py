@@ -57,19 +57,23 @@ class LensDistillation(Objective):
 
     def loss(self, bank: ExitBank, batch: HiddenBatch, sites: Mapping[int, Site]) -> tuple[Tensor, dict[str, Tensor]]:
         """Summed over the lenses that have something to learn; ``cross_entropy/DEPTH`` is reported."""
+        means = {depth: loss_N.sum() / max(1, len(loss_N)) for depth, loss_N in self.each(bank, batch, sites).items()}
+        total = sum(means.values(), torch.zeros((), device=batch.live_BT.device))
+        return total, {f"cross_entropy/{depth}": loss.detach() for depth, loss in means.items()}
+
+    def each(self, bank: ExitBank, batch: HiddenBatch, sites: Mapping[int, Site]) -> dict[int, Tensor]:
+        """The loss at each counted position, ``loss_N``, of each lens that has something to learn, by depth."""
         live_BT = counted(batch)
         target_NT, share_NT = self._targets(batch, live_BT)
         choice = choose(target_NT, sites[bank.depths[0]].spec.vocab, self.candidates)
-        total, seen = torch.zeros((), device=live_BT.device), {}
+        losses: dict[int, Tensor] = {}
         for depth in bank.depths:
             if not list(bank.lens(depth).parameters()):
                 continue
             logits_NC = sites[depth].project(lens_states(bank, batch, sites[depth]), choice.tokens_C) + choice.raise_C
             logp_NT = logits_NC.gather(1, choice.place_NT) - logits_NC.logsumexp(-1, keepdim=True)
-            loss = -(share_NT * logp_NT).sum() / max(1, len(target_NT))
-            total = total + loss
-            seen[f"cross_entropy/{depth}"] = loss.detach()
-        return total, seen
+            losses[depth] = -(share_NT * logp_NT).sum(-1)
+        return losses
 
     def _targets(self, batch: HiddenBatch, live_BT: Tensor) -> tuple[Tensor, Tensor]:
         """Target tokens of each position and their shares, which add up to 1: the hard one, then the soft ones."""

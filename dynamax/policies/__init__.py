@@ -4,6 +4,7 @@ from dynamax.policies.base import CountPolicy, ScorePolicy, TerminationPolicy
 from dynamax.policies.candidates import CandidateMargin, CandidateProb
 from dynamax.policies.combine import AllOf, AnyOf, Cascade, OnlyAt
 from dynamax.policies.confidence import Entropy, GateConfidence, Margin, MaxProb, Patience, Saturation
+from dynamax.policies.joint import JEIGate
 from dynamax.policies.schedule import AtDepth, Decaying, Never
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "Decaying",
     "Entropy",
     "GateConfidence",
+    "JEIGate",
     "Margin",
     "MaxProb",
     "Never",

@@ -64,10 +64,18 @@ class ScorePolicy(TerminationPolicy):
     """
 
     def __init__(self, threshold: float | dict[int, float]) -> None:
+        self.threshold = self._all_checked(threshold)
+
+    def at(self, threshold: float | Mapping[int, float]) -> Self:
+        """The same policy at another threshold, or at one for each exit's depth; checked like the constructor's."""
+        other = copy.copy(self)
+        other.threshold = self._all_checked(threshold)
+        return other
+
+    def _all_checked(self, threshold: float | Mapping[int, float]) -> float | dict[int, float]:
         if isinstance(threshold, Mapping):
-            self.threshold = {depth: self.checked(level) for depth, level in threshold.items()}
-        else:
-            self.threshold = self.checked(threshold)
+            return {depth: self.checked(level) for depth, level in threshold.items()}
+        return self.checked(threshold)
 
     @abstractmethod
     def score(self, evidence: Evidence) -> Tensor:

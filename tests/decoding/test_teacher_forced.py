@@ -9,11 +9,12 @@ from dynamax.decoding.early_exit import EarlyExit
 from dynamax.decoding.teacher_forced import TeacherForcedPass
 from dynamax.errors import UserError
 from dynamax.heads.bank import Exit, ExitBank
-from dynamax.heads.gates import AttentionGate, LinearGate, MambaGate
+from dynamax.heads.gates import AttentionGate, LinearGate, MambaGate, UncertaintyGate
 from dynamax.heads.lenses import TunedLens
 from dynamax.policies.base import TerminationPolicy
 from dynamax.policies.combine import AnyOf, OnlyAt
 from dynamax.policies.confidence import GateConfidence, Margin, MaxProb, Patience, Saturation
+from dynamax.policies.joint import JEIGate
 from dynamax.policies.schedule import AtDepth, Decaying, Never
 from tests.float64 import upcast64
 from tests.laws.house import loud, pair, prompt
@@ -28,11 +29,15 @@ POLICIES: list[TerminationPolicy] = [
     GateConfidence(0.5, gate="MambaGate"),
     GateConfidence(0.5, gate="AttentionGate"),
     GateConfidence(0.5, gate="LinearGate"),
+    GateConfidence(0.5, gate="UncertaintyGate"),
+    JEIGate(0.5, gate="LinearGate"),
+    JEIGate(0.5, gate="UncertaintyGate"),
     Decaying(MaxProb(0.2), temperature=4.0, horizon=20),
     AnyOf([MaxProb(0.3), GateConfidence(0.6, gate="LinearGate")]),
     OnlyAt(Patience(2), [2, 3]),
     OnlyAt(Saturation(0.8), [3, 5]),
     OnlyAt(GateConfidence(0.5, gate="MambaGate"), [3]),
+    OnlyAt(JEIGate(0.5, gate="MambaGate"), [2, 5]),
 ]
 
 
@@ -40,7 +45,7 @@ POLICIES: list[TerminationPolicy] = [
 def test_a_policy_along_a_text_is_decoding_along_it(policy: TerminationPolicy) -> None:
     with upcast64():
         _, backbone = pair("llama")
-        exit_ = Exit(lens=TunedLens, gates=[LinearGate, MambaGate, AttentionGate])
+        exit_ = Exit(lens=TunedLens, gates=[LinearGate, MambaGate, AttentionGate, UncertaintyGate])
         bank = loud(ExitBank({2: exit_, 3: exit_, 5: exit_}, backbone.site).double().requires_grad_(False))
         start_BT, target_BT = prompt(7), prompt(20, seed=4)
         text = TeacherForcedPass(backbone, bank, torch.cat([start_BT, target_BT[:, :-1]], 1), start=6)
@@ -67,7 +72,7 @@ def test_nothing_texted_is_nothing_played() -> None:
 def test_the_policies_above_do_leave() -> None:
     with upcast64():
         _, backbone = pair("llama")
-        exit_ = Exit(lens=TunedLens, gates=[LinearGate, MambaGate, AttentionGate])
+        exit_ = Exit(lens=TunedLens, gates=[LinearGate, MambaGate, AttentionGate, UncertaintyGate])
         bank = loud(ExitBank({2: exit_, 3: exit_, 5: exit_}, backbone.site).double().requires_grad_(False))
         text = TeacherForcedPass(backbone, bank, prompt(40), start=6)
         for policy in POLICIES[1:]:

@@ -16,6 +16,7 @@ from dynamax.heads import (
     MambaGate,
     MLPGate,
     TunedLens,
+    UncertaintyGate,
 )
 from dynamax.heads.base import ExitHead
 from dynamax.testing import check_head, toy_evidence
@@ -34,6 +35,7 @@ from dynamax.testing import check_head, toy_evidence
         (FFNGate, {"hidden": 8}),
         (MambaGate, {}),
         (MambaGate, {"width": None, "d_conv": 2, "d_state": 16, "expand": 1}),
+        (UncertaintyGate, {}),
         (AttentionGate, {}),
         (AttentionGate, {"width": None, "heads": 2}),
     ],

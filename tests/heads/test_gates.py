@@ -6,10 +6,10 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from dynamax.heads import AttentionGate, FFNGate, LinearGate, MambaGate, MLPGate
+from dynamax.heads import AttentionGate, FFNGate, LinearGate, MambaGate, MLPGate, UncertaintyGate
 from dynamax.heads.blocks import CausalAttention, rotate, swiglu_width
 from dynamax.testing import stir, toy_evidence, toy_site
-from dynamax.types import Memory
+from dynamax.types import Evidence, Memory
 
 SITE = toy_site()
 D = SITE.spec.width
@@ -153,3 +153,27 @@ def elementwise(gate):
 def test_options_out_of_range_are_refused(gate_class, options, message):
     with pytest.raises(ValueError, match=message):
         gate_class(SITE, **options)
+
+
+def test_uncertainty_gate_by_hand():
+    gate, h_BTD = UncertaintyGate(SITE).double(), states(2, 3)
+    stir(gate)
+    evidence = toy_evidence(h_BTD)
+    wanted = []
+    for p in evidence.logits.softmax(-1).flatten(0, 1):
+        first, second = p.sort(descending=True).values[:2]
+        q = p**2 / (p**2).sum()
+        entropies = [float(-(x * x.log()).sum() / torch.tensor(97.0, dtype=torch.float64).log()) for x in (p, q)]
+        four = torch.tensor([first, entropies[0], first - second, entropies[1]], dtype=torch.float64)
+        wanted.append(gate.out.weight[0] @ four + gate.out.bias[0])
+    torch.testing.assert_close(gate.score(evidence), torch.stack(wanted).view(2, 3))
+    assert gate.flops() == 18 * 97 + 12
+
+
+def test_uncertainty_gate_of_a_certain_lens_is_finite():
+    logits_BV = torch.tensor([[0.0] * 96 + [1e4], [0.0] * 97])
+    gate = UncertaintyGate(SITE)
+    stir(gate)
+    score_B = gate.score(Evidence(2, 4, 0, torch.zeros(2, D), logits=lambda: logits_BV))
+    one, even = gate.out.weight[0] @ torch.tensor([[1.0, 1 / 97], [0.0, 1.0], [1.0, 0.0], [0.0, 1.0]])
+    torch.testing.assert_close(score_B, torch.stack([one, even]) + gate.out.bias)

@@ -1,0 +1,103 @@
+"""A calibrated policy and what was promised of it: one YAML file that ``test`` and ``generate`` take."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import numpy as np
+import yaml
+
+from dynamax.policies.base import TerminationPolicy
+from dynamax.policies.combine import OnlyAt
+
+Level = Literal["document", "answer", "token"]
+"""What one loss is: the share of a document's tokens, whether any, or a token by itself."""
+
+
+def losses(wrong_T: np.ndarray, level: Level) -> np.ndarray:
+    """The losses in [0, 1] of one document, from whether each of its tokens is wrong: one, or one a token."""
+    if level == "token":
+        return wrong_T.astype(float)
+    return np.array([float(wrong_T.any()) if level == "answer" else wrong_T.mean()])
+
+
+@dataclass(frozen=True)
+class Promise:
+    """What was promised of a policy, and on what grounds.
+
+    Args:
+        level: What one loss is: the share of an answer's tokens that are not the full model's (``document``), whether
+            any is not (``answer``), or a single token (``token``).
+        epsilon: The mean loss is at most this,
+        delta: with a probability of at least 1 less this, over the choice of the calibration's documents.
+        method: How that was tested: ltt, ucb, crc or naive; see ``dynamax.calibration.promised``.
+        documents: Documents that it was tested on; others were used to choose what was tested.
+        tokens: Their tokens.
+        loss: Their mean loss.
+        blocks: Blocks a token of them.
+        data: Fingerprint of the texts.
+        model: Fingerprint of the model.
+        reason: Why nothing could be promised, where the policy is Never.
+    """
+
+    level: Level
+    epsilon: float
+    delta: float
+    method: str
+    documents: int
+    tokens: int
+    loss: float
+    blocks: float
+    data: str
+    model: str
+    reason: str | None = None
+
+    def losses(self, wrong_T: np.ndarray) -> np.ndarray:
+        """The losses of one document whose tokens are wrong where ``wrong_T`` says so; see ``losses``."""
+        return losses(wrong_T, self.level)
+
+    @property
+    def text(self) -> str:
+        """The promise in words."""
+        what = {
+            "document": "share of tokens unlike the full model's, mean over documents",
+            "token": "share of tokens unlike the full model's",
+            "answer": "share of documents with a token unlike the full model's",
+        }[self.level]
+        if self.method == "naive":
+            return f"{what}: {self.loss:.2%} on {self.documents} documents; nothing is promised"
+        chance = "on average" if self.method == "crc" else f"with probability {1 - self.delta:.0%}"
+        return f"{what}: at most {self.epsilon:.1%} {chance} ({self.method}, {self.documents} documents)"
+
+
+def described(policy: TerminationPolicy, recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """A calibrated policy as class name and options, which YAML can hold.
+
+    Args:
+        policy: What ``calibrate`` found: ``OnlyAt`` over the policy that was given, or ``Never``.
+        recipe: Class name and options of the policy that was given.
+    """
+    if not isinstance(policy, OnlyAt):
+        return {"class_path": "Never"}
+    levels = policy.threshold
+    assert isinstance(levels, Mapping), "a threshold for each exit"
+    options = {
+        **recipe.get("init_args", {}),
+        "threshold": {int(depth): float(level) for depth, level in levels.items()},
+    }
+    inner = {"class_path": recipe["class_path"].rpartition(".")[2], "init_args": options}
+    return {"class_path": "OnlyAt", "init_args": {"policy": inner, "depths": sorted(levels)}}
+
+
+def as_yaml(policy: Mapping[str, Any], promise: Promise, command: str) -> str:
+    """The content of the file.
+
+    Args:
+        policy: Class name and options.
+        promise: What is promised of it.
+        command: What was called.
+    """
+    head = f"# {promise.text}\n# {command}\n"
+    return head + yaml.safe_dump({"policy": dict(policy), "promise": asdict(promise)}, sort_keys=False)

@@ -1,0 +1,159 @@
+"""What is worth testing: which exits to ask, and thresholds by exit that mean the same at each of them.
+
+A score of 0.9 may be right more often at one exit than at another. So an isotonic regression over the search documents
+says how often a score is right, exit by exit, and one wanted share gives a threshold for each exit. All sets of exits
+are tried, and the one that costs least at the bound is kept. Nothing is promised here: other documents test it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import combinations
+
+import numpy as np
+import torch
+
+from dynamax.calibration.promise import Level, losses
+from dynamax.calibration.scores import Reads, Scores
+from dynamax.decoding.cost import CostModel
+from dynamax.engine import Engine
+from dynamax.errors import UserError
+from dynamax.policies.base import ScorePolicy, TerminationPolicy
+from dynamax.policies.combine import OnlyAt
+from dynamax.types import Step, Work
+
+PATH = 64
+"""Sets of thresholds that are tried."""
+
+WITHIN = 1e-3
+"""How much surer the greatest score of an exit counts than its least, beside how often they are right."""
+
+BEYOND = 2.0
+"""The path ends where the search documents lose this many times the bound: nothing further could be promised."""
+
+CONTEXT = 128
+"""Positions before a token whose bytes are counted."""
+
+NOTHING = torch.zeros(0)
+
+Thresholds = dict[int, float]
+
+
+class Calibration:
+    """How sure an exit is at a score, on one scale for all exits: how often it was right at such scores.
+
+    The shares are those of an isotonic regression, a rising step function. Within a step, the greater score counts as
+    a little surer.
+
+    Args:
+        score_N: Scores.
+        right_N: Whether the exit was right.
+    """
+
+    def __init__(self, score_N: np.ndarray, right_N: np.ndarray) -> None:
+        try:
+            from sklearn.isotonic import IsotonicRegression
+        except ImportError as error:
+            raise UserError(
+                f"Calibration needs scikit-learn, which is not installed ({error}). Install the extra: pip install "
+                f"'dynamax-exits[calibrate]'."
+            ) from error
+        rising = IsotonicRegression(y_min=0.0, y_max=1.0, out_of_bounds="clip").fit(score_N, right_N.astype(float))
+        self.score_N = np.unique(score_N)
+        self.sure_N = rising.predict(self.score_N) + WITHIN * np.arange(len(self.score_N)) / len(self.score_N)
+
+    def threshold(self, sure: float) -> float | None:
+        """The least known score that is so sure; None if none is."""
+        place = int(np.searchsorted(self.sure_N, sure, side="left"))
+        return float(self.score_N[place]) if place < len(self.score_N) else None
+
+
+def found(
+    engine: Engine, policy: ScorePolicy, scores: Sequence[Scores], epsilon: float, level: Level
+) -> list[TerminationPolicy]:
+    """The policies to test, the surest first; none if no exit is worth asking.
+
+    Args:
+        engine: The model with its exits, for their costs.
+        policy: Whose scores these are.
+        scores: Of the search documents.
+        epsilon: The bound on the mean loss.
+        level: What one loss is.
+    """
+    depths = engine.exits.depths if engine.exits is not None else ()
+    all_scores, all_right = (
+        np.concatenate([getattr(each, name) for each in scores], 1) for name in ("score_ET", "right_ET")
+    )
+    maps = [Calibration(score_N, right_N) for score_N, right_N in zip(all_scores, all_right, strict=True)]
+    best, kept = np.inf, None
+    for size in range(1, len(depths) + 1):
+        for exits in combinations(range(len(depths)), size):
+            cost_E = price(engine, policy, scores[0].reads, exits)
+            path = thresholds(maps, depths, exits)
+            results = [judged(scores, depths, exits, levels, cost_E, level) for levels in path]
+            allowed = [cost for loss, cost in results if loss <= epsilon]
+            if allowed and min(allowed) < best:
+                best = min(allowed)
+                last = next((i for i, (loss, _) in enumerate(results) if loss > BEYOND * epsilon), len(path))
+                kept = exits, path[:last]
+    full = CostModel(engine.backbone).full(CONTEXT).bytes
+    if kept is None or best >= full:
+        return []
+    asked = [depths[index] for index in kept[0]]
+    return [OnlyAt(policy.at({depth: levels.get(depth, 1.0) for depth in asked}), asked) for levels in kept[1]]
+
+
+def thresholds(maps: Sequence[Calibration], depths: Sequence[int], exits: Sequence[int]) -> list[Thresholds]:
+    """Thresholds by depth, the surest first, each set once; an exit that is never so sure has none."""
+    path: list[Thresholds] = []
+    sure = np.concatenate([maps[index].sure_N for index in exits])
+    for level in np.quantile(sure, np.linspace(1.0, 0.0, PATH)):
+        found = {depths[index]: maps[index].threshold(float(level)) for index in exits}
+        known = {depth: score for depth, score in found.items() if score is not None}
+        if known and known not in path:
+            path.append(known)
+    return path
+
+
+def judged(
+    scores: Sequence[Scores],
+    depths: Sequence[int],
+    exits: Sequence[int],
+    levels: Thresholds,
+    cost_E: np.ndarray,
+    level: Level,
+) -> tuple[float, float]:
+    """Mean loss, and mean bytes a token, of thresholds on the search documents."""
+    lost, costs = [], []
+    for each in scores:
+        leave_ET = np.stack([each.score_ET[index] >= levels.get(depths[index], np.inf) for index in exits])
+        top_T = np.ones((1, leave_ET.shape[1]), dtype=bool)
+        place_T = np.concatenate([leave_ET, top_T]).argmax(0)
+        right_T = np.concatenate([each.right_ET[list(exits)], top_T])[place_T, np.arange(len(place_T))]
+        lost.append(losses(~right_T, level))
+        costs.append(cost_E[place_T])
+    return float(np.concatenate(lost).mean()), float(np.concatenate(costs).mean())
+
+
+def price(engine: Engine, policy: ScorePolicy, reads: Sequence[Reads], exits: Sequence[int]) -> np.ndarray:
+    """Bytes of a token by where it leaves, ``cost_E``, if some exits (places among all) are asked; the top is last."""
+    assert engine.exits is not None, "an engine with exits"
+    total, depths = engine.backbone.spec.depth, [engine.exits.depths[index] for index in exits]
+    bank = engine.exits.select_gates(policy.gates, depths=depths) if depths else None
+    model, costs = CostModel(engine.backbone, bank), []
+    for leave in (*depths, total):
+        passed = [(depth, reads[index]) for depth, index in zip(depths, exits, strict=True) if depth <= leave]
+        few = any(depth == leave and read.rows for depth, read in passed)  # its token is one of the candidates
+        in_full = [depth for depth, read in passed if read.logits] + ([] if few else [leave])
+        ran = tuple(int(index < leave) for index in range(total))
+        step = Step(
+            token_B=NOTHING,
+            depth_B=NOTHING,
+            logits_BV=NOTHING,
+            logits_read=tuple((depth, 1) for depth in dict.fromkeys(in_full)),
+            gates_read=tuple((depth, gate) for depth, read in passed for gate in read.gates),
+            work=Work(ran, ran, (0,) * total),
+            rows_read=tuple((depth, read.rows) for depth, read in passed if read.rows),
+        )
+        costs.append(model.step(step, CONTEXT).bytes)
+    return np.array(costs)

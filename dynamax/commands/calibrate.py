@@ -1,0 +1,130 @@
+"""``dynamax calibrate MODEL``: thresholds with a promise, tested on texts that the search did not see."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from dynamax.calibration.calibrate import Calibrated
+from dynamax.calibration.calibrate import calibrate as calibrated
+from dynamax.calibration.promise import Level, as_yaml, described
+from dynamax.calibration.risk import Method
+from dynamax.commands.parsing import Parser, prepare
+from dynamax.data.text import Document, TextSource
+from dynamax.engine import Engine, load
+from dynamax.errors import UserError
+from dynamax.files import write_atomically
+from dynamax.heads.bank import Exit
+from dynamax.paths import InputPath
+from dynamax.policies.base import ScorePolicy, TerminationPolicy
+from dynamax.policies.schedule import Never
+from dynamax.progress import Bar
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Parse, calibrate, write."""
+    prepare()
+    parser = Parser(prog="dynamax calibrate", description="Choose and test thresholds with a promise.")
+    parser.add_argument("-c", "--config", action="config", help="Options from a YAML file.")
+    parser.add_argument("model", type=str, help="Which model, as dynamax.load takes it.")
+    parser.add_function_arguments(calibrate, skip={"model", "recipe", "command"}, sub_configs=True)
+    given = parser.read_arguments(list(arguments[1:]))
+    recipe = given.policy.as_dict()
+    built = parser.instantiate(given).as_dict()
+    built.pop("config")
+    calibrate(**built, recipe=recipe, command=shlex.join(["dynamax", *arguments]))
+
+
+def calibrate(
+    model: str,
+    policy: TerminationPolicy,
+    text: TextSource,
+    *,
+    epsilon: float,
+    delta: float = 0.1,
+    method: Method = "ltt",
+    level: Level = "document",
+    share: float = 0.5,
+    heads: InputPath | None = None,
+    exits: dict[int, Exit] | None = None,
+    dtype: str = "float32",
+    precision: str | None = None,
+    out: str = "calibrated.yaml",
+    recipe: dict[str, Any],
+    command: str = "",
+) -> None:
+    """Print the promise, and write the policy with it.
+
+    Args:
+        model: Which model: usually a folder of trained heads; else a folder, a name on the Hub, or a source.
+        policy: Whose score decides, such as MaxProb or GateConfidence. Its threshold is not read: one is found for
+            each exit.
+        text: The texts that thresholds are searched and tested on, drawn as those that the promise is about, and
+            not among those that the heads were trained on.
+        epsilon: The mean loss is to be at most this.
+        delta: Probability that it is not, over the draw of the texts.
+        method: How the promise is tested. ltt and ucb: with probability 1 - delta; crc: on average over draws; naive:
+            not at all, to compare.
+        level: One loss is the share of a document's tokens that are not the full model's (document), whether any is
+            (answer), or each token by itself (token), which promises less than it says, since tokens of one document
+            depend on one another.
+        share: Part of the texts that is searched; the rest tests.
+        heads: Folder of trained heads, for a model that is none.
+        exits: Untrained exits in place of heads, such as '{2: {}, 4: {}}'.
+        dtype: Of the model, such as float32 or bfloat16.
+        precision: How its weights are held; see dynamax generate.
+        out: File that is written, YAML, which test and generate take.
+        recipe: The policy's class name and options.
+        command: The command line, for the file.
+    """
+    if not isinstance(policy, ScorePolicy):
+        raise UserError(
+            f"calibrate was given the policy {policy.label}; wanted: one with a score, such as MaxProb, Margin, "
+            f"Entropy, GateConfidence or JEIGate. Name one of these: combinations are searched by exit alone."
+        )
+    place = Path(out).expanduser()
+    if not place.parent.is_dir() or place.is_dir():
+        raise UserError(f"{out} cannot be written: it is a folder, or its folder does not exist. Change --out.")
+    engine = load(model, heads=None if heads is None else str(heads), exits=exits, dtype=dtype, precision=precision)
+    documents = written(text, engine)
+    found = calibrated(
+        engine, policy, documents, epsilon=epsilon, delta=delta, method=method, level=level, share=share, progress=bar
+    )
+    print(told(found))
+    write_atomically(place, as_yaml(described(found.policy, recipe), found.promise, command).encode())
+    print(f"Wrote {out}")
+
+
+def written(text: TextSource, engine: Engine) -> list[Document]:
+    """All documents of a source."""
+    with Bar(total=text.count(), desc="texts", unit="group") as shown:
+        text.tell = shown.set_postfix_str
+        documents: list[Document] = []
+        for group in text.groups(engine):
+            documents += group
+            shown.update()
+    return documents
+
+
+def bar(documents: Iterable[Document], label: str) -> Iterable[Document]:
+    """Documents, with a bar."""
+    everything = list(documents)
+    with Bar(total=len(everything), desc=label, unit="document") as shown:
+        for document in everything:
+            yield document
+            shown.update()
+
+
+def told(found: Calibrated) -> str:
+    """What was found, in words."""
+    promise = found.promise
+    if isinstance(found.policy, Never):
+        return f"Nothing can be promised: {promise.reason}. The policy is Never."
+    levels = found.policy.policy.threshold  # pyright: ignore[reportAttributeAccessIssue] - OnlyAt
+    shown = ", ".join(f"{level:.4f} at {depth}" for depth, level in levels.items())
+    return (
+        f"{promise.text}.\n{found.policy.label}: {shown}\nOn the test documents it lost {promise.loss:.2%}, at "
+        f"{promise.blocks:.1f} blocks a token."
+    )
