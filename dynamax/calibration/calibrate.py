@@ -10,7 +10,7 @@ import numpy as np
 from dynamax.calibration.promise import Level, Promise, losses
 from dynamax.calibration.risk import Method, documents_needed, promised
 from dynamax.calibration.scores import Outcome, Scores, fingerprint, outcome, scored, split, texts
-from dynamax.calibration.search import found
+from dynamax.calibration.search import Searched, found
 from dynamax.data.text import Document
 from dynamax.engine import Engine
 from dynamax.errors import UserError
@@ -75,7 +75,7 @@ def calibrate(
             f"those without an answer are left out. Wanted: at least one of each, and some hundreds for a promise. "
             f"Give more."
         )
-    candidates = found(engine, policy, search, epsilon, level)
+    candidates = found(engine, policy, Searched.of(search), epsilon, level)
     tested = [
         [outcome(text, candidate) for candidate in (*candidates, Never())]
         for text in texts(engine, progress(second, "test"))
@@ -100,7 +100,11 @@ def concluded(
         asked: Epsilon, delta, method and level.
     """
     epsilon, delta, method, level = asked
-    lost_DC = np.concatenate([np.stack([losses(one.wrong_T, level) for one in row], 1) for row in tested])
+    starts_D = np.cumsum([0, *(len(row[0].wrong_T) for row in tested[:-1])])
+    wrong_CN = [
+        np.concatenate(column) for column in zip(*([one.wrong_T for one in row] for row in tested), strict=True)
+    ]
+    lost_DC = np.stack([losses(wrong_N, starts_D, level) for wrong_N in wrong_CN], 1)
     reason, place = None, None
     if not candidates:
         reason = "no threshold at any exit costs less than full decoding at this bound on the search documents"

@@ -16,11 +16,19 @@ Level = Literal["document", "answer", "token"]
 """What one loss is: the share of a document's tokens, whether any, or a token by itself."""
 
 
-def losses(wrong_T: np.ndarray, level: Level) -> np.ndarray:
-    """The losses in [0, 1] of one document, from whether each of its tokens is wrong: one, or one a token."""
+def losses(wrong_N: np.ndarray, starts_D: np.ndarray, level: Level) -> np.ndarray:
+    """The losses in [0, 1] of documents: one a document, ``D``, or one a token, ``N``.
+
+    Args:
+        wrong_N: Whether each of their tokens is wrong, document after document.
+        starts_D: Where each document begins; the first at 0, none without a token.
+        level: What one loss is.
+    """
     if level == "token":
-        return wrong_T.astype(float)
-    return np.array([float(wrong_T.any()) if level == "answer" else wrong_T.mean()])
+        return wrong_N.astype(float)
+    if level == "answer":
+        return np.maximum.reduceat(wrong_N, starts_D).astype(float)
+    return np.add.reduceat(wrong_N.astype(float), starts_D) / np.diff([*starts_D, len(wrong_N)])
 
 
 @dataclass(frozen=True)
@@ -56,7 +64,7 @@ class Promise:
 
     def losses(self, wrong_T: np.ndarray) -> np.ndarray:
         """The losses of one document whose tokens are wrong where ``wrong_T`` says so; see ``losses``."""
-        return losses(wrong_T, self.level)
+        return losses(wrong_T, np.array([0]), self.level)
 
     @property
     def text(self) -> str:

@@ -7,7 +7,8 @@ are tried, and the one that costs least at the bound is kept. Nothing is promise
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import combinations
 
 import numpy as np
@@ -68,39 +69,90 @@ class Calibration:
         return float(self.score_N[place]) if place < len(self.score_N) else None
 
 
+@dataclass(frozen=True)
+class Searched:
+    """What a policy scores on the search documents, one behind the other.
+
+    Attributes:
+        score_EN: The policy's score at each exit.
+        right_EN: Whether the exit says what the full model says.
+        starts_D: Where each document begins.
+        reads: What the policy read at each exit.
+    """
+
+    score_EN: np.ndarray
+    right_EN: np.ndarray
+    starts_D: np.ndarray
+    reads: Sequence[Reads]
+
+    @classmethod
+    def of(cls, scores: Sequence[Scores]) -> Searched:
+        """Of at least one document."""
+        score_EN = np.concatenate([each.score_ET for each in scores], 1)
+        right_EN = np.concatenate([each.right_ET for each in scores], 1)
+        lengths = [each.score_ET.shape[1] for each in scores]
+        return cls(score_EN, right_EN, np.cumsum([0, *lengths[:-1]]), scores[0].reads)
+
+
+@dataclass(frozen=True)
+class Path:
+    """Exits that are asked, and thresholds by depth, the surest first."""
+
+    exits: tuple[int, ...]
+    levels: list[Thresholds]
+
+
 def found(
-    engine: Engine, policy: ScorePolicy, scores: Sequence[Scores], epsilon: float, level: Level
+    engine: Engine, policy: ScorePolicy, searched: Searched, epsilon: float, level: Level
 ) -> list[TerminationPolicy]:
     """The policies to test, the surest first; none if no exit is worth asking.
 
     Args:
         engine: The model with its exits, for their costs.
         policy: Whose scores these are.
-        scores: Of the search documents.
+        searched: The search documents.
         epsilon: The bound on the mean loss.
         level: What one loss is.
     """
-    depths = engine.exits.depths if engine.exits is not None else ()
-    all_scores, all_right = (
-        np.concatenate([getattr(each, name) for each in scores], 1) for name in ("score_ET", "right_ET")
+    assert engine.exits is not None, "an engine with exits"
+    depths, full = engine.exits.depths, CostModel(engine.backbone).full(CONTEXT).bytes
+    path = best_path(
+        searched, depths, epsilon, level, lambda exits: price(engine, policy, searched.reads, exits) / full
     )
-    maps = [Calibration(score_N, right_N) for score_N, right_N in zip(all_scores, all_right, strict=True)]
-    best, kept = np.inf, None
+    if path is None:
+        return []
+    asked = [depths[index] for index in path.exits]
+    return [OnlyAt(policy.at({depth: levels.get(depth, 1.0) for depth in asked}), asked) for levels in path.levels]
+
+
+def best_path(
+    searched: Searched,
+    depths: Sequence[int],
+    epsilon: float,
+    level: Level,
+    cost_of: Callable[[Sequence[int]], np.ndarray],
+) -> Path | None:
+    """The set of exits that costs least at the bound on the search documents; None if full decoding costs no more.
+
+    Args:
+        searched: The search documents.
+        depths: Of the exits.
+        epsilon: The bound on the mean loss.
+        level: What one loss is.
+        cost_of: For the places of the exits that are asked, the cost of a token by where it leaves, over that of full
+            decoding; the top is last.
+    """
+    maps = [Calibration(*pair) for pair in zip(searched.score_EN, searched.right_EN, strict=True)]
+    best, kept = 1.0, None
     for size in range(1, len(depths) + 1):
         for exits in combinations(range(len(depths)), size):
-            cost_E = price(engine, policy, scores[0].reads, exits)
-            path = thresholds(maps, depths, exits)
-            results = [judged(scores, depths, exits, levels, cost_E, level) for levels in path]
-            allowed = [cost for loss, cost in results if loss <= epsilon]
-            if allowed and min(allowed) < best:
-                best = min(allowed)
-                last = next((i for i, (loss, _) in enumerate(results) if loss > BEYOND * epsilon), len(path))
-                kept = exits, path[:last]
-    full = CostModel(engine.backbone).full(CONTEXT).bytes
-    if kept is None or best >= full:
-        return []
-    asked = [depths[index] for index in kept[0]]
-    return [OnlyAt(policy.at({depth: levels.get(depth, 1.0) for depth in asked}), asked) for levels in kept[1]]
+            cost_E, path = cost_of(exits), thresholds(maps, depths, exits)
+            results = [judged(searched, depths, exits, levels, cost_E, level) for levels in path]
+            least = min((cost for loss, cost in results if loss <= epsilon), default=1.0)
+            if least < best:
+                ends = next((i for i, (loss, _) in enumerate(results) if loss > BEYOND * epsilon), len(path))
+                best, kept = least, Path(exits, path[:ends])
+    return kept
 
 
 def thresholds(maps: Sequence[Calibration], depths: Sequence[int], exits: Sequence[int]) -> list[Thresholds]:
@@ -116,23 +168,27 @@ def thresholds(maps: Sequence[Calibration], depths: Sequence[int], exits: Sequen
 
 
 def judged(
-    scores: Sequence[Scores],
+    searched: Searched,
     depths: Sequence[int],
     exits: Sequence[int],
     levels: Thresholds,
     cost_E: np.ndarray,
     level: Level,
 ) -> tuple[float, float]:
-    """Mean loss, and mean bytes a token, of thresholds on the search documents."""
-    lost, costs = [], []
-    for each in scores:
-        leave_ET = np.stack([each.score_ET[index] >= levels.get(depths[index], np.inf) for index in exits])
-        top_T = np.ones((1, leave_ET.shape[1]), dtype=bool)
-        place_T = np.concatenate([leave_ET, top_T]).argmax(0)
-        right_T = np.concatenate([each.right_ET[list(exits)], top_T])[place_T, np.arange(len(place_T))]
-        lost.append(losses(~right_T, level))
-        costs.append(cost_E[place_T])
-    return float(np.concatenate(lost).mean()), float(np.concatenate(costs).mean())
+    """Mean loss, and mean cost of a token, of thresholds on the search documents."""
+    wrong_N, place_N = departures(searched, depths, exits, levels)
+    return float(losses(wrong_N, searched.starts_D, level).mean()), float(cost_E[place_N].mean())
+
+
+def departures(
+    searched: Searched, depths: Sequence[int], exits: Sequence[int], levels: Thresholds
+) -> tuple[np.ndarray, np.ndarray]:
+    """Whether each token is wrong, and its place among the exits that are asked; the top is last."""
+    limits_E1 = np.array([levels.get(depths[index], np.inf) for index in exits])[:, None]
+    leave_EN = searched.score_EN[list(exits)] >= limits_E1
+    place_N = np.where(leave_EN.any(0), leave_EN.argmax(0), len(exits))
+    right_EN = np.concatenate([searched.right_EN[list(exits)], np.ones((1, len(place_N)), dtype=bool)])
+    return ~right_EN[place_N, np.arange(len(place_N))], place_N
 
 
 def price(engine: Engine, policy: ScorePolicy, reads: Sequence[Reads], exits: Sequence[int]) -> np.ndarray:

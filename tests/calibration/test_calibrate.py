@@ -9,7 +9,7 @@ import torch
 import dynamax
 from dynamax.calibration.calibrate import calibrate
 from dynamax.calibration.scores import outcome, scored, split, texts
-from dynamax.calibration.search import CONTEXT, Calibration, judged, price, thresholds
+from dynamax.calibration.search import CONTEXT, Calibration, Searched, judged, price, thresholds
 from dynamax.data.generated import SelfGenerated
 from dynamax.data.text import Document
 from dynamax.decoding.cost import CostModel
@@ -49,7 +49,7 @@ def test_scores_say_what_the_policy_does(engine: Engine, documents: list[Documen
         assert done.wrong_T.tolist() == (path.logits_TV.argmax(-1) != text.logits_TV.argmax(-1))[1:].tolist()
         levels = dict.fromkeys((2, 4, 6), policy.threshold)
         cost_E = np.array([2.0, 4.0, 6.0, 8.0])  # so that the cost is the depth
-        loss, depth = judged([scores], (2, 4, 6), exits, levels, cost_E, "document")
+        loss, depth = judged(Searched.of([scores]), (2, 4, 6), exits, levels, cost_E, "document")
         assert loss == pytest.approx(done.wrong_T.mean())
         assert depth == pytest.approx(done.depth_T.mean())
         seen += sum(done.depth_T < 8)
