@@ -1,17 +1,20 @@
-"""``tune``: a pretrained model learns to be right earlier, and its top is held to what it was. Knows no exit heads."""
+"""``tune``: a pretrained model learns to be right earlier; its top is held to what it was. Knows lenses, no gates."""
 
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, cast, final
 
 import torch
 from lightning.pytorch import Trainer
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 
 from dynamax.backbones.hf import HFBackbone
@@ -20,6 +23,9 @@ from dynamax.backbones.tuned import TUNED, Tuned
 from dynamax.data.batch import AnswerBatch
 from dynamax.data.written import WrittenText
 from dynamax.errors import UserError, at_least
+from dynamax.heads.bank import Exit, ExitBank, same_head
+from dynamax.heads.base import Lens
+from dynamax.heads.saved import WEIGHTS
 from dynamax.metrics.environment import environment
 from dynamax.metrics.language import DepthScores
 from dynamax.modules.adapter import LowRank
@@ -28,12 +34,16 @@ from dynamax.modules.language import LanguageModule, described
 from dynamax.modules.pretraining import check_exits
 from dynamax.modules.schedule import Optimiser
 from dynamax.objectives.tuning import TuningLoss, counted_logits
+from dynamax.paths import InputPath
 from dynamax.types import Span
 
 
 @final
 class TuningModule(LanguageModule):
-    """Tunes a pretrained model so that its exits, read by the logit lens, say what its top says.
+    """Tunes a pretrained model so that its exits say what its top says.
+
+    Exits are read by the logit lens, or through lenses that were trained for the model as it was and train along: they
+    begin where ``fit`` ended, and the model need not learn what an affine map can do.
 
     Checkpoints hold what is trained and its optimiser; ``ckpt_path`` resumes an interrupted run, with the text that
     comes next. Needs ``WrittenText`` by the same model. Validation reads every exit and the top beside the original,
@@ -45,6 +55,8 @@ class TuningModule(LanguageModule):
         adapter: What is trained: a low-rank adapter, of which the export holds nothing but the adapter; null for every
             weight, and a whole model.
         loss: What is trained towards.
+        heads: Folder of heads of the model; their lenses read the exits and train along, and are written with the tuned
+            model, to the folder ``heads`` in it. Left out, exits are read by the logit lens.
         seed: Of the adapter's first weights.
         learning_rate: Peak.
         warmup: Steps over which the learning rate rises.
@@ -70,6 +82,7 @@ class TuningModule(LanguageModule):
         adapter: LowRank | None,
         loss: TuningLoss,
         *,
+        heads: InputPath | None = None,
         seed: int = 0,
         learning_rate: float = 5e-4,
         warmup: int = 50,
@@ -83,6 +96,8 @@ class TuningModule(LanguageModule):
             at_least(adapter, 1, rank=adapter.rank)
             if not 0 < adapter.alpha < float("inf"):
                 raise UserError(f"The adapter was given alpha {adapter.alpha}; it must be positive and finite.")
+        self.heads = None if heads is None else str(heads)
+        self.lenses = nn.ModuleDict()
         self.source, self.adapter, self.objective, self.seed = backbone, adapter, loss, seed
         self.strict_loading = False  # what is not trained is in no checkpoint
         self._loaded: tuple[HFBackbone, ...] = ()  # in a tuple, so that it is no submodule
@@ -124,6 +139,15 @@ class TuningModule(LanguageModule):
         self._loaded, self.context = (loaded,), loaded.spec.context
         if self.adapter is not None:
             self.adapter.config(loaded)
+        if self.heads is not None:
+            bank = ExitBank.load(self.heads, loaded.site).to(loaded.output_matrix.device)
+            missing = sorted(set(self.exits) - set(bank.depths))
+            if missing:
+                raise UserError(
+                    f"Exits at {self.exits} are to be tuned, but the heads in {self.heads} stand at "
+                    f"{list(bank.depths)}. Train heads at {missing}, or leave these exits out."
+                )
+            self.lenses.update({str(depth): bank.lens(depth) for depth in self.exits})
 
     def build(self) -> HFBackbone:
         """The model with an adapter that changes nothing yet; or a copy of it, if every weight is trained."""
@@ -133,6 +157,16 @@ class TuningModule(LanguageModule):
         model, fingerprint = copy.deepcopy(self.original.model), self.original.spec.fingerprint
         return HFBackbone(model, fingerprint=fingerprint).requires_grad_(True)
 
+    @property
+    def _lenses(self) -> dict[int, Lens]:
+        """What exits are read through, by depth."""
+        return {int(depth): cast(Lens, lens) for depth, lens in self.lenses.items()}
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """See ``Optimiser``; lenses train along."""
+        steps = int(self.trainer.estimated_stepping_batches)
+        return self.optimiser.over([*self.backbone.parameters(), *self.lenses.parameters()], steps)
+
     def trained(self) -> dict[str, nn.Parameter]:
         """What is trained, by its name in this module."""
         return {name: each for name, each in self.named_parameters() if each.requires_grad}
@@ -141,7 +175,7 @@ class TuningModule(LanguageModule):
 
     def batch_loss(self, batch: AnswerBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of the model beside the original."""
-        return self.objective.loss(self.backbone, self.original, batch, self.exits, self.global_step)
+        return self.objective.loss(self.backbone, self.original, batch, self.exits, self.global_step, self._lenses)
 
     def size(self, batch: AnswerBatch) -> tuple[int, int]:
         """Documents, and tokens of their answers."""
@@ -150,7 +184,8 @@ class TuningModule(LanguageModule):
     def count(self, scores: DepthScores, backbone: HFBackbone, batch: AnswerBatch) -> None:
         """Read every depth at the counted positions, and compare with the original's top."""
         states = backbone.walk(backbone.embed(batch.tokens_BT), scores.depths)
-        logits = [counted_logits(backbone, h_BTD, batch.counted_BT) for _, h_BTD in states]
+        lenses, at = self._lenses, batch.counted_BT
+        logits = [counted_logits(backbone, h_BTD, at, lenses.get(depth)) for depth, h_BTD in states]
         scores.predicted(logits, batch.next_N)
         whole = Span(0, self.original.spec.depth)
         h_BTD = self.original.run(self.original.embed(batch.tokens_BT), whole)
@@ -200,8 +235,13 @@ class TuningModule(LanguageModule):
             "model": self.original.spec.fingerprint,
             "adapter": None if self.adapter is None else asdict(self.adapter),
             "objective": described(self.objective),
+            "lenses": None if self.heads is None else self.heads_digest(),
             "seed": self.seed,
         }
+
+    def heads_digest(self) -> str:
+        """Hash of the heads that were given."""
+        return hashlib.sha256((Path(str(self.heads)) / WEIGHTS).read_bytes()).hexdigest()[:16]
 
     def text_identity(self) -> dict[str, Any]:
         """Writer, prompts and sampling."""
@@ -226,6 +266,10 @@ class TuningModule(LanguageModule):
         written = source.load(device=str(self.device))
         after = self.measure(written)
         report = self._put(folder, facts, after, written.spec.fingerprint)
+        if self.lenses:
+            exits = {depth: Exit(partial(same_head, copy.deepcopy(lens))) for depth, lens in self._lenses.items()}
+            ExitBank(exits, written.site).save(Path(folder) / "heads", written.spec, source.recipe)
+            print(f"Wrote the lenses to {Path(folder) / 'heads'}")
         print(f"Wrote the model to {folder}. On held-out answers, before and after:")
         for depth, scores in after.items():
             before = report["before"][str(depth)]

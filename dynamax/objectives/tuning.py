@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal, final
 
 import torch
@@ -18,15 +18,20 @@ from torch.nn import functional as F
 from dynamax.backbones.base import Backbone
 from dynamax.data.batch import AnswerBatch
 from dynamax.errors import UserError, at_least
+from dynamax.heads.base import Lens
 from dynamax.objectives.early_exit import left_out
 from dynamax.types import Span
 
 Teacher = Literal["original", "top"]
 
 
-def counted_logits(backbone: Backbone, h_BTD: Tensor, counted_BT: Tensor) -> Tensor:
-    """``logits_NV`` of the counted positions, through the final norm and the output matrix."""
-    return backbone.unembed(h_BTD[counted_BT][None])[0]
+def counted_logits(backbone: Backbone, h_BTD: Tensor, counted_BT: Tensor, lens: Lens | None = None) -> Tensor:
+    """``logits_NV`` of the counted positions, through the final norm and the output matrix, or through a lens."""
+    h_1ND = h_BTD[counted_BT][None]
+    if lens is None:
+        return backbone.unembed(h_1ND)[0]
+    site = backbone.site(1)  # its norm and its output matrix are those of every depth
+    return site.project(lens.translate(h_1ND, site))[0]
 
 
 class TuningLoss(ABC):
@@ -34,7 +39,13 @@ class TuningLoss(ABC):
 
     @abstractmethod
     def loss(
-        self, tuned: Backbone, original: Backbone, batch: AnswerBatch, exits: Sequence[int], step: int
+        self,
+        tuned: Backbone,
+        original: Backbone,
+        batch: AnswerBatch,
+        exits: Sequence[int],
+        step: int,
+        lenses: Mapping[int, Lens] | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of one batch, and what it is made of.
 
@@ -45,6 +56,7 @@ class TuningLoss(ABC):
             exits: Depths at which the model is to be read, ascending.
             step: Number of the step, counted from 0. Chance depends on it and on nothing else, so that a resumed
                 run goes on as it would have.
+            lenses: What exits are read through, by depth; the logit lens where there is none.
 
         Returns:
             The loss, a scalar with a gradient, and detached scalars by name: ``cross_entropy/top`` and others.
@@ -55,7 +67,8 @@ class TuningLoss(ABC):
 class ExitTuning(TuningLoss):
     """Exits learn what the top says, the top stays what it was; deeper blocks are left out at random.
 
-    All depths are read by the logit lens: the final norm and the output matrix. The parts are means over the counted
+    Exits are read through the lenses that are given, else by the logit lens: the final norm and the output matrix. The
+    parts are means over the counted
     positions, in nats, and means over the exits that a step reads:
 
     - ``distil`` x KL(teacher || exit), which is self-distillation by depth;
@@ -102,7 +115,13 @@ class ExitTuning(TuningLoss):
         self.exits_at_once, self.dropout, self.seed = exits_at_once, dropout, seed
 
     def loss(
-        self, tuned: Backbone, original: Backbone, batch: AnswerBatch, exits: Sequence[int], step: int
+        self,
+        tuned: Backbone,
+        original: Backbone,
+        batch: AnswerBatch,
+        exits: Sequence[int],
+        step: int,
+        lenses: Mapping[int, Lens] | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """See ``TuningLoss.loss``."""
         top, read = tuned.spec.depth, min(self.exits_at_once, len(exits))
@@ -110,7 +129,8 @@ class ExitTuning(TuningLoss):
         logp: dict[int, Tensor] = {}
         absent = left_out(top, step, dropout=self.dropout, seed=self.seed)
         for depth, h_BTD in tuned.walk(tuned.embed(batch.tokens_BT), [*turn, top], leave_out=absent):
-            logp[depth] = counted_logits(tuned, h_BTD, batch.counted_BT).log_softmax(-1)
+            lens = (lenses or {}).get(depth)
+            logp[depth] = counted_logits(tuned, h_BTD, batch.counted_BT, lens).log_softmax(-1)
         parts: dict[str, Tensor] = {}
         taught_NV = logp[top].detach()
         if self.hold or (self.distil and self.teacher == "original"):

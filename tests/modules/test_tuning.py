@@ -18,9 +18,11 @@ from dynamax.backbones.sources import Folder, source_from
 from dynamax.backbones.tuned import Tuned
 from dynamax.data.generated import SelfGenerated
 from dynamax.data.written import WrittenText
+from dynamax.heads import Exit, ExitBank, TunedLens
 from dynamax.modules.adapter import LowRank
 from dynamax.modules.tuning import TuningModule
 from dynamax.objectives.tuning import ExitTuning
+from dynamax.testing import stir
 from tests.folders import model_folder
 from tests.modules.languages import WARNINGS, Start, Stop, StopAt, data, trainer, weights
 
@@ -287,3 +289,52 @@ def test_files_that_do_not_belong_together_are_refused(tuned, base: Folder, tmp_
     with pytest.raises(ValueError, match=r"has no tuning.json"):
         Tuned(tmp_path).load()
     assert all(each.dtype == torch.float16 for each in load_file(place / "adapter_model.safetensors").values())
+
+
+def test_lenses_train_along_and_are_written_for_the_tuned_model(base: Folder, folder: Path, tmp_path: Path) -> None:
+    loaded = base.load()
+    bank = ExitBank({depth: Exit(TunedLens) for depth in (1, 2, 3)}, loaded.site)
+    stir(bank)
+    bank.save(tmp_path / "before", loaded.spec, base.recipe)
+    place = tmp_path / "model"
+    built = module(base, loss=ExitTuning(dropout=0.0), export=str(place), heads=str(tmp_path / "before"))
+    start = Start()
+    trainer(tmp_path, start, steps=20).fit(built, datamodule=text(folder, base))
+
+    moved = {name for name, each in weights(built).items() if not each.equal(start.weights[name])}
+    assert {f"lenses.{depth}.shift.weight" for depth in EXITS} <= moved
+    assert "lenses.2.shift.weight" not in moved
+    report = json.loads((place / "tuning.json").read_text())
+    assert report["after"]["1"]["divergence"] < 0.8 * report["before"]["1"]["divergence"]
+
+    engine = dynamax.load(place / "heads", device="cpu")
+    assert engine.exits is not None
+    assert list(engine.exits.depths) == EXITS
+    agreed = count = 0
+    for number in range(len(built.data.held_out)):
+        for document in built.data.held_out.read(number):
+            read = engine.read(torch.tensor([document.tokens[:-1]]), start=document.prompt - 1)
+            agreed += int((read.exits[0].token == read.logits_TV.argmax(-1)).sum())
+            count += len(read.logits_TV)
+    assert report["after"]["1"]["agreement"] == pytest.approx(agreed / count)
+
+
+def test_lenses_are_part_of_what_a_checkpoint_is_of(base: Folder, folder: Path, tmp_path: Path) -> None:
+    loaded = base.load()
+    bank = ExitBank({depth: Exit(TunedLens) for depth in EXITS}, loaded.site)
+    stir(bank)
+    bank.save(tmp_path / "before", loaded.spec, base.recipe)
+    keep = ModelCheckpoint(tmp_path / "kept", save_last=True, every_n_train_steps=2)
+    trainer(tmp_path, keep, steps=4).fit(module(base, heads=str(tmp_path / "before")), datamodule=text(folder, base))
+    with pytest.raises(ValueError, match="made with another lenses"):
+        trainer(tmp_path, steps=6).fit(
+            module(base), datamodule=text(folder, base), ckpt_path=tmp_path / "kept/last.ckpt"
+        )
+
+
+def test_heads_without_a_tuned_exit_are_refused(base: Folder, folder: Path, tmp_path: Path) -> None:
+    loaded = base.load()
+    ExitBank({1: Exit(TunedLens)}, loaded.site).save(tmp_path / "before", loaded.spec, base.recipe)
+    built = module(base, heads=str(tmp_path / "before"))
+    with pytest.raises(ValueError, match=r"Exits at \[1, 3\] are to be tuned, but the heads in .* stand at \[1\]"):
+        trainer(tmp_path, steps=2).fit(built, datamodule=text(folder, base))
