@@ -25,6 +25,11 @@ from dynamax.progress import Bar
 
 def main(arguments: Sequence[str]) -> None:
     """Parse, calibrate, write."""
+    calibrate(**options(arguments), command=shlex.join(["dynamax", *arguments]))
+
+
+def options(arguments: Sequence[str]) -> dict[str, Any]:
+    """What ``calibrate`` is to be called with, its parts built."""
     prepare()
     parser = Parser(prog="dynamax calibrate", description="Choose and test thresholds with a promise.")
     parser.add_argument("-c", "--config", action="config", help="Options from a YAML file.")
@@ -34,7 +39,7 @@ def main(arguments: Sequence[str]) -> None:
     recipe = given.policy.as_dict()
     built = parser.instantiate(given).as_dict()
     built.pop("config")
-    calibrate(**built, recipe=recipe, command=shlex.join(["dynamax", *arguments]))
+    return {**built, "recipe": recipe}
 
 
 def calibrate(

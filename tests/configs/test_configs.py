@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from dynamax.backbones.sources import Source
 from dynamax.cli import main
-from dynamax.commands import generate, runs
+from dynamax.commands import calibrate, generate, runs
 from dynamax.commands.parsing import Parser, prepare
 from dynamax.data.answers import Answers
 from dynamax.data.language import LanguageData
@@ -28,6 +28,7 @@ from dynamax.modules.tuning import TuningModule
 from dynamax.objectives.base import Objective
 from dynamax.objectives.early_exit import LayerSkip, NextToken
 from dynamax.objectives.tuning import ExitTuning
+from dynamax.policies import ScorePolicy
 from dynamax.registry import ALL, CALLBACKS, FAMILIES, Registry
 from dynamax.tasks.base import Task
 from dynamax.testing import toy_site
@@ -49,6 +50,10 @@ DISTILL = "distill"
 """Whole runs of ``distill``; ``text.yaml`` is a part of them."""
 TUNE = "tune"
 """Whole runs of ``tune``."""
+JOINT = "jei-dnn"
+"""Runs of ``fit`` and ``test``; other files lie over ``fit.yaml``."""
+CALIBRATE = "calibrate"
+"""Options of ``calibrate``."""
 FILES = sorted(str(path.relative_to(CONFIGS)) for path in CONFIGS.rglob("*.yaml"))
 
 
@@ -69,6 +74,8 @@ def test_every_file_is_of_a_known_kind() -> None:
         SIBLINGS,
         DISTILL,
         TUNE,
+        JOINT,
+        CALIBRATE,
     }
     assert {"demo/fit.yaml", "demo/test.yaml", "demo/generate.yaml"} <= set(runs_found)
 
@@ -96,6 +103,24 @@ def test_a_run_is_built(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert ended.value.code == 0
     assert built[0].model is not None
     assert built[0].datamodule is not None
+
+
+@pytest.mark.parametrize("name", [name for name in named(JOINT) if Path(name).stem not in COMMANDS])
+def test_what_lies_over_a_joint_run_is_built(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    built: list[runs.DynamaxCLI] = []
+    monkeypatch.setattr(runs.DynamaxCLI, "_run_subcommand", lambda self, _: built.append(self))
+    with pytest.raises(SystemExit) as ended:
+        main(["fit", "-c", str(CONFIGS / JOINT / "fit.yaml"), "-c", str(CONFIGS / name)])
+    assert ended.value.code == 0
+    assert (len(built[0].model.alternate) > 0) == (Path(name).stem != "separate")
+
+
+@pytest.mark.parametrize("name", named(CALIBRATE))
+def test_a_calibration_is_built(name: str) -> None:
+    given = calibrate.options(["calibrate", "runs/demo/heads", "-c", str(CONFIGS / name)])
+    assert isinstance(given["policy"], ScorePolicy)
+    assert isinstance(given["text"], TextSource)
+    assert given["out"] == "runs/demo/calibrated.yaml"
 
 
 @pytest.mark.parametrize("name", [name for name in named(SIBLINGS) if Path(name).stem != "text"])
