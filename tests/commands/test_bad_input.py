@@ -19,7 +19,7 @@ CASES = {
     "gate": ([*FIT, "--model.exits={2: {gates: [Mamba]}}"], ["gates", "Did you mean MambaGate"]),
     "policy": (
         [*TEST, "--model.policies=[{policy: MaxProp}]"],
-        ["policy", "Did you mean MaxProb", "GateConfidence, Margin"],
+        ["policy", "Did you mean MaxProb", "GateConfidence, JEIGate, Margin"],
     ),
     "objective": ([*FIT, "--model.phases.gates.objective", "GateObj"], ["objective", "Did you mean GateObjective"]),
     "task": ([*TEST, "--data.task", "TriviaQ"], ["data.task", "Did you mean TriviaQA"]),
