@@ -28,7 +28,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.early_exit import answered
 from benchmarks.early_exit_costs import Answer
 from benchmarks.joint_images import calibration_error
 from dynamax.data.generated import questions
@@ -183,7 +182,7 @@ def measured(args: argparse.Namespace) -> dict[str, Any]:
     asked = asked_questions(args)
     for given in args.heads:
         name, _, folder = given.partition("=")
-        engine = load(folder, device="cpu")
+        engine = load(folder, device="cpu", precision="auto")
         bank = engine.exits
         assert bank is not None, "heads were given"
         answers = answered(engine, asked[: args.calibrate + args.questions], args.tokens)
@@ -209,6 +208,13 @@ def measured(args: argparse.Namespace) -> dict[str, Any]:
             report["rows"][kind] = row
         report["positions"] = {"calibration": border, "test": sum(lengths) - border}
     return report
+
+
+def answered(engine: Engine, asked: list[str], tokens: int) -> list[Answer]:
+    """The full model's answers, natural stopping, 16 side by side; those of fewer than four tokens are left out."""
+    found = engine.generate(asked, max_new_tokens=tokens, do_sample=False, rows=16)
+    pairs = [(engine.encode(text), torch.tensor([answer.tokens])) for text, answer in zip(asked, found, strict=True)]
+    return [Answer(prompt_1T, said_1T) for prompt_1T, said_1T in pairs if said_1T.shape[1] >= 4]
 
 
 def asked_questions(args: argparse.Namespace) -> list[str]:

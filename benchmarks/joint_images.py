@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -181,7 +182,6 @@ class Run:
         heads, costs = copy.deepcopy(warm), exit_costs(gated=True)
         gates = torch.optim.AdamW(heads.gates.parameters(), lr=2e-2)
         lenses = torch.optim.AdamW(heads.heads.parameters(), lr=1e-3)
-        schedules = [torch.optim.lr_scheduler.CosineAnnealingLR(each, steps) for each in (gates, lenses)]
         for step in range(steps):
             chosen = self.batch()
             logits_ENC, loss_EN = self.losses(heads, chosen)
@@ -199,8 +199,8 @@ class Run:
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            for schedule in schedules:
-                schedule.step()
+            for each, rate in ((gates, 2e-2), (lenses, 1e-3)):
+                each.param_groups[0]["lr"] = rate * (1 + math.cos(math.pi * step / steps)) / 2
         return heads
 
     @torch.no_grad()
