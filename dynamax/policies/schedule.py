@@ -150,7 +150,7 @@ class Budget(TerminationPolicy):
         blocks: Block calls a token, from 1 on; the prompt is not counted. A sweep changes this number.
         rate: How fast the threshold moves, greater than 0: ``L`` blocks too many lower it by ``rate``.
 
-    Source: adaptive conformal inference (Gibbs and Candes 2021, arXiv 2106.00172), with blocks in place of errors.
+    Source: adaptive conformal inference (Gibbs and Candès 2021, arXiv 2106.00172), with blocks in place of errors.
     """
 
     def __init__(self, policy: ScorePolicy, blocks: float, *, rate: float = 0.1) -> None:
