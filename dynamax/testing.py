@@ -21,7 +21,7 @@ from dynamax.errors import UserError
 from dynamax.heads.bank import Exit, ExitBank
 from dynamax.heads.base import ExitHead, Gate, Lens
 from dynamax.policies.base import TerminationPolicy
-from dynamax.types import Evidence, Memory, Site, Spec
+from dynamax.types import Evidence, Memory, Past, Site, Spec
 
 __all__ = ["Reference", "check_backbone", "check_head", "check_policy", "stir", "toy_evidence", "toy_site"]
 
@@ -209,8 +209,8 @@ def _continued(gate: Gate, h_BTD: Tensor, cuts: tuple[int, ...], memory: Memory)
 
 # -- policies ---------------------------------------------------------------------------------------
 
-World = tuple[Tensor, Tensor, Tensor]
-"""What there is to see at the exits of one step: ``hidden_EBD``, ``logits_EBV``, a gate's ``score_EB``."""
+World = tuple[Tensor, Tensor, Tensor, Tensor]
+"""What one step shows at its exits: ``hidden_EBD``, ``logits_EBV``, a gate's ``score_EB``; ``text_1BT``."""
 
 
 def check_policy(
@@ -258,10 +258,9 @@ def check_policy(
             demand(policy, nested, f"leaves at threshold {upper} where it stays at {lower}; greater must mean surer")
         same = torch.equal(_answers(policy, world, depths, gate), whole_EB)
         demand(policy, same, "was changed by at(); it must return a copy")
-    for hidden, logits, scores in worlds if read else ():
-        first_EB = _answers(policy, (hidden, logits, scores), depths, gate)
-        others = (_answers(policy, (hidden, other, scores), depths, gate) for _, other, _ in worlds)
-        if not all(torch.equal(other_EB, first_EB) for other_EB in others):
+    for hidden, _, scores, text in worlds if read else ():
+        others = [_answers(policy, (hidden, logits, scores, text), depths, gate) for _, logits, _, _ in worlds]
+        if not all(torch.equal(other_EB, others[0]) for other_EB in others):
             return
     message = "reads logits, which cost the output matrix, but its answers never depend on them; do not touch them"
     demand(policy, not read, message)
@@ -273,16 +272,25 @@ def _world(exits: int, seed: int) -> World:
     hidden_EBD = normal(1, ROWS, WIDTH) + normal(exits, ROWS, 1).abs() * normal(exits, ROWS, WIDTH)
     logits_EBV = normal(1 if seed % 2 else exits, ROWS, VOCAB).expand(exits, -1, -1)
     logits_EBV = logits_EBV * normal(exits, ROWS, 1).mul(2).exp()
-    return hidden_EBD, logits_EBV, normal(exits, ROWS).mul(3)
+    text_1BT = normal(1, ROWS, 9).mul(VOCAB).long() % VOCAB
+    return hidden_EBD, logits_EBV, normal(exits, ROWS).mul(3), text_1BT
 
 
 def _exits(world: World, depths: Sequence[int], gate: str) -> list[Evidence]:
-    """Evidence of the exits, shallowest first, each with the earlier ones in its trail."""
+    """Evidence of the exits, shallowest first, each with the earlier ones in its trail, and a past."""
+    *exits, text_1BT = world
+    texts, total = text_1BT[0].tolist(), depths[-1] + 1
+    past = Past(
+        lambda: texts,
+        lambda steps, count: [text[: steps * count] for text in texts],
+        blocks=lambda: [[1 + token % total for token in text] for text in texts],
+        top=lambda: world[1][-1].argmax(-1),
+    )
     seen: list[Evidence] = []
-    for hidden_BD, logits_BV, s_B, depth in zip(*world, depths, strict=True):
+    for hidden_BD, logits_BV, s_B, depth in zip(*exits, depths, strict=True):
         logits: Callable[[], Tensor] = lambda logits_BV=logits_BV: logits_BV  # noqa: E731 - bound now
         gates: dict[str, Callable[[Evidence], Tensor]] = {gate: lambda _, s_B=s_B: s_B}
-        seen.append(Evidence(depth, depths[-1] + 1, 3, hidden_BD, logits=logits, gates=gates, trail=seen))
+        seen.append(Evidence(depth, total, 3, hidden_BD, logits=logits, gates=gates, trail=seen, past=past))
     return seen
 
 

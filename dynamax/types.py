@@ -114,11 +114,23 @@ class Past:
         texts: The tokens that each row has read, prompt included and padding left out, newest last.
         likely: For each row, the most likely tokens of steps before: given how many steps and how many tokens of each,
             the newest step's first and the most likely first.
+        blocks: For each row, the block calls of each step before, without the prompt's own pass; None along a known
+            text, where they depend on the policy.
+        top: The full model's next token, ``top_B``; None while decoding, where nobody knows it.
     """
 
-    def __init__(self, texts: Callable[[], list[list[int]]], likely: Callable[[int, int], list[list[int]]]) -> None:
+    def __init__(
+        self,
+        texts: Callable[[], list[list[int]]],
+        likely: Callable[[int, int], list[list[int]]],
+        *,
+        blocks: Callable[[], list[list[int]]] | None = None,
+        top: Callable[[], Tensor] | None = None,
+    ) -> None:
         self._texts = texts
         self.likely = likely
+        self.blocks = blocks
+        self.top = top
         self._derived: dict[tuple[object, ...], Any] = {}
 
     @cached_property

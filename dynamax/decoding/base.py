@@ -126,6 +126,11 @@ class Decoder(ABC):
 
         ``sampler`` takes the place of the decoder's own.
         """
+        if self.policy is not None and self.policy.known_text:
+            raise UserError(
+                f"{self.policy.label} needs the full model's tokens, which nobody knows while decoding. Follow a known "
+                f"text with it (engine.read(text).apply_policy(policy), `dynamax test`), or decode with another policy."
+            )
         check_prompt(prompt_BT, max_new_tokens=max_new_tokens, spec=self.backbone.spec)
         rows, length = prompt_BT.shape
         if pad_B is not None and (pad_B.shape != (rows,) or bool(((pad_B < 0) | (pad_B >= length)).any())):

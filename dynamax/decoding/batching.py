@@ -348,8 +348,8 @@ class Scheduler:
         told = []
         parts = zip(rows, token_R.split(1), token_R.tolist(), logits_RV.split(1), strict=True)
         for row, token_1, token, logits_1V in parts:
-            row.session.history.say(logits_1V)
             work, own = row.session.cache.count_anew(), reads + row.reads + top
+            row.session.history.say(logits_1V, sum(work.calls))
             step = Step(token_1, depth_1, logits_1V, own, gates, work, prefill, rows_read=few)
             row.reads = ()
             told.append(row.end(step, token))
@@ -370,4 +370,5 @@ def joined(pasts: Sequence[Past]) -> Past:
     return Past(
         lambda: [each.texts[0] for each in pasts],
         lambda steps, count: [each.likely(steps, count)[0] for each in pasts],
+        blocks=lambda: [each.blocks()[0] for each in pasts if each.blocks is not None],
     )

@@ -33,13 +33,15 @@ class History:
         self._read: list[Tensor] = []
         self._rows: list[list[int]] = []  # on the host, as far as somebody has asked
         self._said: list[Said] = []
+        self._blocks: list[int] = []
 
     def read(self, token_B: Tensor) -> None:
         """A step reads these tokens."""
         self._read.append(token_B)
 
-    def say(self, logits_BV: Tensor) -> None:
-        """A step has drawn its tokens from these logits."""
+    def say(self, logits_BV: Tensor, blocks: int) -> None:
+        """A step has drawn its tokens from these logits, after so many block calls. The first is the prompt's."""
+        self._blocks.append(blocks)
         self._said.append(Said(logits_BV))
         del self._said[: -self.keep]
 
@@ -51,7 +53,7 @@ class History:
 
     def past(self) -> Past:
         """All of it, as a policy sees it."""
-        return Past(self._texts, self._likely)
+        return Past(self._texts, self._likely, blocks=lambda: [self._blocks[1:]] * len(self._prompt_BT))
 
     def _texts(self) -> list[list[int]]:
         if not self._rows:

@@ -229,12 +229,13 @@ class Session:
         before, self._counted, self._reads = self._counted, self.cache.work(), ()
         rows = tuple((evidence.depth, evidence.rows_read) for evidence in arrival.trail if evidence.rows_read)
         depth_B = torch.full((len(token_B),), depth)
-        self.history.say(logits_BV)
-        return Step(token_B, depth_B, logits_BV, reads, gates, self._counted - before, prefill, rows_read=rows)
+        work = self._counted - before
+        self.history.say(logits_BV, sum(work.calls))
+        return Step(token_B, depth_B, logits_BV, reads, gates, work, prefill, rows_read=rows)
 
     def verified(self, token_B: Tensor, logits_BV: Tensor) -> Step:
         """A step whose token was drafted without a block, and verified by a chunk whose step bears the cost."""
-        self.history.say(logits_BV)
+        self.history.say(logits_BV, 0)
         nothing = self._counted - self._counted
         return Step(token_B, torch.full((len(token_B),), self.total), logits_BV, work=nothing, accepted=True)
 

@@ -64,7 +64,7 @@ class TeacherForcedPass:
             )
         self.total = backbone.spec.depth
         self._bank, self._start = exits, start
-        self._past = Past(partial(prefixes, tokens_1T, start), self._likely)
+        self._past = Past(partial(prefixes, tokens_1T, start), self._likely, top=lambda: self.top_T)
         self._states: list[tuple[Site, Tensor]] = []
         depths = () if exits is None else exits.depths
         h_1TD = embedded_1TD = backbone.embed(tokens_1T)

@@ -95,7 +95,8 @@ class Generation(Evaluation):
         chat: Wrap prompts in the chat template.
         timed: Examples on which every policy is timed and charged, decoding along the full model's answer in turn
             with the full model. On the others only agreement and depth are taken: read off one pass where that gives
-            the same, else decoded too.
+            the same, else decoded too. A policy that needs a known text
+            is read off the pass alone, and has neither times nor scores.
         probes: Watchers of the policies' timed decoding.
     """
 
@@ -104,6 +105,16 @@ class Generation(Evaluation):
     chat: bool
     timed: int
     probes: Sequence[Probe]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for point in self.points:
+            if point.policy is not None and point.policy.known_text and not point.decoder.teacher_forced:
+                raise UserError(
+                    f"{point.stats.policy} is read off one exact pass, but {type(point.decoder).__name__} with "
+                    f"{point.decoder.options()} would do otherwise. Use EarlyExit with Exact state and without lenses "
+                    f"that run the last block, or leave the policy out."
+                )
 
     def add(self, example: Example) -> None:
         """Answer in full, follow every point along that answer, and let it answer on its own."""
@@ -118,7 +129,8 @@ class Generation(Evaluation):
         timed = self.examples < self.timed
         for point in self.points:
             self.tell(point_name(point.stats.policy, point.stats.threshold))
-            if timed or not point.decoder.teacher_forced:
+            known_text = point.policy is not None and point.policy.known_text
+            if (timed or not point.decoder.teacher_forced) and not known_text:
                 if timed:
                     self._along(self.full, prompt_1T, target_1T, timed=True)
                 steps = self._along(point, prompt_1T, target_1T, timed=timed)
@@ -127,7 +139,8 @@ class Generation(Evaluation):
                 point.stats.add_steps(steps, top_T[1:] if comparable else None)
             else:
                 point.stats.add_path(read.apply_policy(point.policy), top_T)
-            self._answer(point, example, prompt_1T, whole)
+            if not known_text:
+                self._answer(point, example, prompt_1T, whole)
         for depth, stats in self.exits.items() if timed else ():
             self.tell(f"time to depth {depth}")
             watch = clock(self.engine.device)

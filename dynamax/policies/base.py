@@ -23,7 +23,8 @@ class TerminationPolicy(ABC):
         gates: Names of the gates it may ask; None means any. Recurrent gates that it never asks are not run.
         depths: Depths of the exits it asks; None means all. Decoding passes the other exits as if there were none:
             they are not read, and stand in no trail.
-        recent: Earlier steps whose logits it looks at. What it decides then depends on where those steps left.
+        recent: Earlier steps whose logits or cost it looks at. What it decides then depends on where those steps left.
+        known_text: Whether it needs the full model's tokens; decoders refuse it, since only a known text has them.
         made_of: What its label names in brackets: a gate, or the policies it is made of.
     """
 
@@ -31,6 +32,7 @@ class TerminationPolicy(ABC):
     gates: Collection[str] | None = None
     depths: Collection[int] | None = None
     recent: int = 0
+    known_text: bool = False
     made_of: Sequence[str] = ()
 
     @property

@@ -61,14 +61,9 @@ class _Candidates(ScorePolicy):
 
     def _found(self, evidence: Evidence) -> Candidates | None:
         """Candidates of all rows; None if nothing is known."""
-        past, device = evidence.past, evidence.hidden.device
-        options = self.limit, self.recent, self.likely
-        read = next((before for before in reversed(evidence.trail) if before.logits_read), None)
-        if read is None:
-            return None if past is None else past.derive(gathered, *options, device)
-        likely = read.logits.topk(min(self.likely, read.logits.shape[-1]), -1).indices.tolist()
-        rows = [()] * len(likely) if past is None else past.derive(suggested, *options)
-        return together([unique(pair, self.limit) for pair in zip(likely, rows, strict=True)], device)
+        if evidence.past is None:
+            return None
+        return evidence.past.derive(gathered, self.limit, self.recent, self.likely, evidence.hidden.device)
 
 
 class CandidateProb(_Candidates):
@@ -80,7 +75,7 @@ class CandidateProb(_Candidates):
         threshold: In [0, 1]; one number for all exits, or a mapping from each exit's depth to its own.
         limit: Most candidates of a row.
         recent: Steps before whose likely tokens are candidates.
-        likely: Likely tokens of each such step, and of an earlier exit that was read in full.
+        likely: Likely tokens of each such step.
     """
 
     def score_few(self, probs: Tensor) -> Tensor:
@@ -97,7 +92,7 @@ class CandidateMargin(_Candidates):
         threshold: In [0, 1]; one number for all exits, or a mapping from each exit's depth to its own.
         limit: Most candidates of a row.
         recent: Steps before whose likely tokens are candidates.
-        likely: Likely tokens of each such step, and of an earlier exit that was read in full.
+        likely: Likely tokens of each such step.
     """
 
     def score_few(self, probs: Tensor) -> Tensor:

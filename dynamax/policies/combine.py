@@ -30,6 +30,7 @@ class _Combined(TerminationPolicy):
         depths = [policy.depths for policy in policies]
         self.depths = None if None in depths else {depth for some in depths for depth in some or ()}
         self.recent = max(policy.recent for policy in policies)
+        self.known_text = any(policy.known_text for policy in policies)
         self.made_of = [policy.label for policy in policies]
 
     @final
@@ -121,6 +122,7 @@ class OnlyAt(TerminationPolicy):
         self.threshold = policy.threshold
         self.gates = policy.gates
         self.recent = policy.recent
+        self.known_text = policy.known_text
         self.made_of = (policy.label, *map(str, self._asked))
 
     def __call__(self, evidence: Evidence) -> Tensor:

@@ -10,52 +10,82 @@ import math
 import torch
 from torch import Tensor
 
+from dynamax.errors import UserError
 from dynamax.policies.base import CountPolicy, ScorePolicy
 from dynamax.types import Evidence
 
 
-class MaxProb(ScorePolicy):
-    """Probability of the lens' most likely token.
-
-    Source: CALM's softmax response, without its second term (Schuster et al. 2022, arXiv 2207.07061).
-    """
+class _Softmax(ScorePolicy):
+    """Scores the distribution of the lens, ``softmax(logits / temperature)``."""
 
     gates = ()
+
+    def __init__(self, threshold: float | dict[int, float], *, temperature: float = 1.0) -> None:
+        super().__init__(threshold)
+        if not 0 < temperature < math.inf:
+            raise UserError(
+                f"{type(self).__name__} was given temperature {temperature}; it must be greater than 0 and finite. "
+                f"1 leaves the lens as it is, a greater one makes it less sure."
+            )
+        self.temperature = temperature
+        self.made_of = () if temperature == 1 else (f"temperature {temperature:g}",)
+
+    def probs(self, evidence: Evidence) -> Tensor:
+        """The lens' distribution at the temperature, ``probs_BV``."""
+        return evidence.probs if self.temperature == 1 else (evidence.logits / self.temperature).softmax(-1)
+
+
+class MaxProb(_Softmax):
+    """Probability of the lens' most likely token.
+
+    Args:
+        threshold: In [0, 1]; one number for all exits, or a mapping from each exit's depth to its own.
+        temperature: What logits are divided by.
+
+    Source: CALM's softmax response, without its second term (Schuster et al. 2022, arXiv 2207.07061); temperature:
+    Guo et al. 2017, arXiv 1706.04599.
+    """
 
     def score(self, evidence: Evidence) -> Tensor:
         """The greatest probability, ``score_B``."""
-        return evidence.probs.amax(-1)
+        return self.probs(evidence).amax(-1)
 
 
-class Margin(ScorePolicy):
+class Margin(_Softmax):
     """Probability of the lens' most likely token less that of the second.
 
-    Source: CALM's softmax response (Schuster et al. 2022, arXiv 2207.07061).
-    """
+    Args:
+        threshold: In [0, 1]; one number for all exits, or a mapping from each exit's depth to its own.
+        temperature: What logits are divided by.
 
-    gates = ()
+    Source: CALM's softmax response (Schuster et al. 2022, arXiv 2207.07061); temperature: Guo et al. 2017,
+    arXiv 1706.04599.
+    """
 
     def score(self, evidence: Evidence) -> Tensor:
         """The two greatest probabilities' difference, ``score_B``."""
-        best_B2 = evidence.probs.topk(2, dim=-1).values
+        best_B2 = self.probs(evidence).topk(2, dim=-1).values
         return best_B2[:, 0] - best_B2[:, 1]
 
 
-class Entropy(ScorePolicy):
+class Entropy(_Softmax):
     """One less the normalised entropy, ``1 - H(p) / log V``: 1 for a certain lens, 0 for a uniform one.
 
     Over a large vocabulary most scores lie close to 1: H = 1 nat at V = 49,152 scores 0.907.
 
-    Source: BranchyNet (Teerapittayanon et al. 2017, arXiv 1709.01686), which leaves below an entropy; here
-    the sign is changed, so that greater is surer.
-    """
+    Args:
+        threshold: In [0, 1]; one number for all exits, or a mapping from each exit's depth to its own.
+        temperature: What logits are divided by.
 
-    gates = ()
+    Source: BranchyNet (Teerapittayanon et al. 2017, arXiv 1709.01686), which leaves below an entropy; here
+    the sign is changed, so that greater is surer. Temperature: Guo et al. 2017, arXiv 1706.04599.
+    """
 
     def score(self, evidence: Evidence) -> Tensor:
         """Certainty of the whole distribution, ``score_B``."""
-        entropy_B = torch.special.entr(evidence.probs).sum(-1)
-        return (1 - entropy_B / math.log(evidence.probs.shape[-1])).clamp(0.0, 1.0)
+        probs_BV = self.probs(evidence)
+        entropy_B = torch.special.entr(probs_BV).sum(-1)
+        return (1 - entropy_B / math.log(probs_BV.shape[-1])).clamp(0.0, 1.0)
 
 
 class GateConfidence(ScorePolicy):
@@ -101,6 +131,33 @@ class Patience(CountPolicy):
         for before in evidence.trail[first:] if first >= 0 else ():
             leave_B = leave_B & (before.token == evidence.token)
         return leave_B
+
+
+class Voting(CountPolicy):
+    """Leaves when that many of the exits so far, this one included, give this exit's token.
+
+    ``Patience`` wants them one after the other; here other exits may lie between them.
+
+    Args:
+        votes: Exits that must agree, at least 1; 1 leaves at the first exit. A sweep changes this number.
+
+    Source: voting of internal classifiers (Sun et al. 2021, arXiv 2105.13792). There the token with most votes is the
+    answer, and the votes are divided by a power of the number of exits; here the exit answers with its own token.
+    """
+
+    gates = ()
+
+    def __init__(self, votes: int) -> None:
+        self.threshold = self.checked(votes)
+
+    def __call__(self, evidence: Evidence) -> Tensor:
+        """Where enough exits give the same token as this one; none is read before there are enough exits."""
+        if len(evidence.trail) + 1 < self.count:
+            return evidence.hidden.new_zeros(len(evidence.hidden), dtype=torch.bool)
+        votes_B = torch.ones_like(evidence.token)
+        for before in evidence.trail:
+            votes_B = votes_B + (before.token == evidence.token)
+        return votes_B >= self.count
 
 
 class Saturation(ScorePolicy):

@@ -1,7 +1,8 @@
-"""Policies of depth and time: never, at a fixed depth, and thresholds that fall as an answer grows."""
+"""Policies of depth and time: never, at a depth, at a depth or threshold that falls, within a budget of blocks."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Self
 
@@ -50,6 +51,46 @@ class AtDepth(CountPolicy):
             )
 
 
+class PositionSchedule(CountPolicy):
+    """Leaves at a depth that falls with the position of the token in the answer; the evidence is not read.
+
+    From ``deepest`` at the start of the answer the depth falls in equal steps to ``shallowest`` at ``horizon`` tokens,
+    and stays there. A token leaves at the first exit at this depth or above it.
+
+    Args:
+        shallowest: Depth from ``horizon`` on, in blocks completed. A sweep changes this number.
+        deepest: Depth at the start; with the depth of the backbone, the first tokens do not leave.
+        horizon: Tokens until the depth has fallen.
+
+    Source: SkipDecode (Del Corro et al. 2023, arXiv 2307.02628). There skipped blocks lie below the others; here they
+    lie above.
+    """
+
+    gates = ()
+
+    def __init__(self, shallowest: int, *, deepest: int, horizon: int) -> None:
+        if horizon < 1:
+            raise UserError(f"{type(self).__name__} was given horizon {horizon}; it must be at least 1 token.")
+        self.deepest = deepest
+        self.horizon = horizon
+        self.threshold = self.checked(shallowest)
+
+    def __call__(self, evidence: Evidence) -> Tensor:
+        """Where the exit is as deep as this step asks for."""
+        step = torch.as_tensor(evidence.step, device=evidence.hidden.device).clamp_max(self.horizon)
+        fallen = (self.deepest - self.count) * step / self.horizon
+        return (evidence.depth >= self.deepest - fallen).expand(len(evidence.hidden))
+
+    def checked(self, threshold: float) -> int:
+        """The depth; a UserError if it is no depth, or deeper than the deepest."""
+        if threshold > self.deepest:
+            raise UserError(
+                f"{type(self).__name__} was given shallowest {threshold} and deepest {self.deepest}; the depth must "
+                f"not rise. Lower the former, or raise the latter."
+            )
+        return super().checked(threshold)
+
+
 class Decaying(TerminationPolicy):
     """Another policy, with a threshold that falls as the answer grows: late errors do less harm.
 
@@ -89,6 +130,57 @@ class Decaying(TerminationPolicy):
     def at(self, threshold: float) -> Self:
         """The same schedule over the inner policy at another threshold."""
         return type(self)(self.policy.at(threshold), temperature=self.temperature, horizon=self.horizon)
+
+    def validate(self, depths: Sequence[int]) -> None:
+        """Check the inner policy."""
+        self.policy.validate(depths)
+
+
+class Budget(TerminationPolicy):
+    """Another policy, with a threshold that moves after each step, so that steps cost so many blocks on average.
+
+    After ``t`` steps that called ``n`` blocks together, of a backbone of ``L``, the threshold is
+    ``x + rate (t blocks - n) / L``, where ``x`` is the inner policy's: what was saved is spent on being surer. For a
+    row decoded alone the mean differs from ``blocks`` by at most ``L (1 + rate) / (rate t)``, whatever the scores are,
+    if ``blocks`` lies between the depth of the first exit and ``L``. It works only while decoding: along a known text
+    nobody knows what earlier steps cost.
+
+    Args:
+        policy: The policy whose score is used, and whose threshold is the first.
+        blocks: Block calls a token, from 1 on; the prompt is not counted. A sweep changes this number.
+        rate: How fast the threshold moves, greater than 0: ``L`` blocks too many lower it by ``rate``.
+
+    Source: adaptive conformal inference (Gibbs and Candès 2021, arXiv 2106.00172), with blocks in place of errors.
+    """
+
+    def __init__(self, policy: ScorePolicy, blocks: float, *, rate: float = 0.1) -> None:
+        if not 0 < rate < math.inf:
+            raise UserError(f"{type(self).__name__} was given rate {rate}; it must be greater than 0 and finite.")
+        self.policy = policy
+        self.rate = rate
+        self.threshold = self.checked(blocks)
+        self.gates = policy.gates
+        self.depths = policy.depths
+        self.recent = max(1, policy.recent)
+        self.made_of = (policy.label,)
+
+    def __call__(self, evidence: Evidence) -> Tensor:
+        """Where the inner policy's score is at least the threshold that the steps before have led to."""
+        if evidence.past is None or evidence.past.blocks is None:
+            raise UserError(
+                f"{self.label} goes by the blocks of earlier steps, which are known only while decoding. Decode with "
+                f"it, or use its policy {self.policy.label} here."
+            )
+        assert isinstance(self.threshold, float), "its constructor and at() have checked it"
+        saved = [len(blocks) * self.threshold - sum(blocks) for blocks in evidence.past.blocks()]
+        moved_B = torch.tensor(saved, device=evidence.hidden.device) * (self.rate / evidence.total)
+        return self.policy.score(evidence) >= self.policy.level(evidence.depth) + moved_B
+
+    def checked(self, threshold: float) -> float:
+        """The blocks; a UserError if they are less than 1 or without end."""
+        if not 1 <= threshold < math.inf:
+            raise UserError(f"{type(self).__name__} was given {threshold} blocks a token; wanted: at least 1.")
+        return float(threshold)
 
     def validate(self, depths: Sequence[int]) -> None:
         """Check the inner policy."""

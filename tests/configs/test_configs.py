@@ -21,7 +21,7 @@ from dynamax.data.language import LanguageData
 from dynamax.data.text import TextSource
 from dynamax.data.written import WrittenText
 from dynamax.heads import Exit, ExitBank
-from dynamax.modules.decoding import Sweep
+from dynamax.modules.decoding import DecodingModule, Sweep
 from dynamax.modules.distilling import DistillationModule
 from dynamax.modules.pretraining import PretrainingModule
 from dynamax.modules.tuning import TuningModule
@@ -29,7 +29,7 @@ from dynamax.objectives.base import Objective
 from dynamax.objectives.early_exit import LayerSkip, NextToken
 from dynamax.objectives.tuning import ExitTuning
 from dynamax.policies import ScorePolicy
-from dynamax.registry import ALL, CALLBACKS, FAMILIES, Registry
+from dynamax.registry import ALL, CALLBACKS, FAMILIES, POLICIES, Registry
 from dynamax.tasks.base import Task
 from dynamax.testing import toy_site
 
@@ -54,6 +54,8 @@ JOINT = "jei-dnn"
 """Runs of ``fit`` and ``test``; other files lie over ``fit.yaml``."""
 CALIBRATE = "calibrate"
 """Options of ``calibrate``."""
+SWEEP = "sweep"
+"""Lie over ``demo/test.yaml``."""
 FILES = sorted(str(path.relative_to(CONFIGS)) for path in CONFIGS.rglob("*.yaml"))
 
 
@@ -76,6 +78,7 @@ def test_every_file_is_of_a_known_kind() -> None:
         TUNE,
         JOINT,
         CALIBRATE,
+        SWEEP,
     }
     assert {"demo/fit.yaml", "demo/test.yaml", "demo/generate.yaml"} <= set(runs_found)
 
@@ -92,6 +95,23 @@ def test_a_part_is_built(name: str) -> None:
         assert ExitBank({2: part}, lambda depth: toy_site(depth=depth)).depths == (2,)
     if isinstance(part, Sweep):
         assert part.points()
+
+
+def test_every_policy_has_a_file_and_is_swept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The project's own; the run that sweeps them takes a file of each, and has no two points of one name."""
+    ours = {point.name for point in POLICIES.points() if point.value.startswith("dynamax.")}
+    prepare()
+    parser = Parser()
+    parser.add_argument("--part", type=Sweep, sub_configs=True)
+    parts = [
+        parser.instantiate(parser.read_arguments(["--part", str(CONFIGS / name)])).part for name in named("policy")
+    ]
+    assert {type(part.policy).__name__ for part in parts} == ours
+    run = built(monkeypatch, "test", "-c", str(CONFIGS / "demo/test.yaml"), "-c", str(CONFIGS / "sweep/policies.yaml"))
+    assert isinstance(run.model, DecodingModule)
+    assert {type(policy).__name__ for policy in run.model.policies} == ours
+    for policy in run.model.policies:
+        policy.validate([15, 19, 23, 27])
 
 
 @pytest.mark.parametrize("name", [name for name in FILES if COMMANDS.get(Path(name).stem) in {"fit", "test"}])

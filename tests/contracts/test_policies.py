@@ -11,6 +11,9 @@ from dynamax.policies import (
     AllOf,
     AnyOf,
     AtDepth,
+    BetaMixture,
+    BetaPair,
+    Budget,
     CandidateMargin,
     CandidateProb,
     Cascade,
@@ -22,14 +25,19 @@ from dynamax.policies import (
     MaxProb,
     Never,
     OnlyAt,
+    Oracle,
     Patience,
+    PositionSchedule,
+    Random,
     Saturation,
     ScorePolicy,
     TerminationPolicy,
+    Voting,
 )
-from dynamax.testing import check_policy
+from dynamax.testing import WORLDS, _exits, _world, check_policy
 
 COUNTS = (1, 2, 3, 4, 5, 6)
+MIXTURES = {depth: BetaPair((4.0, 2.0), (2.0, 3.0), 0.2 + 0.1 * depth) for depth in (2, 4, 6)}
 POLICIES = [
     (Never(), ()),
     (AtDepth(4), COUNTS),
@@ -37,12 +45,23 @@ POLICIES = [
     (MaxProb({2: 0.9, 4: 0.6, 6: 0.4}), None),
     (Margin(0.4), None),
     (Entropy(0.4), None),
+    (MaxProb(0.6, temperature=0.5), None),
+    (Margin(0.4, temperature=2.0), None),
+    (Entropy(0.4, temperature=3.0), None),
     (GateConfidence(0.6), None),
     (GateConfidence(0.6, gate="LinearGate"), None),
     (JEIGate(), None),
     (JEIGate({2: 0.9, 4: 0.6, 6: 0.4}, gate="LinearGate"), None),
     (Patience(2), COUNTS),
+    (Voting(2), COUNTS),
     (Saturation(0.7), None),
+    (Random(0.5), None),
+    (Oracle(), None),
+    (PositionSchedule(2, deepest=6, horizon=4), COUNTS),
+    (BetaMixture(0.6, policy=MaxProb(0.5), mixtures=MIXTURES), None),
+    (BetaMixture(0.6, policy=GateConfidence(0.5), mixtures=MIXTURES), None),
+    (Budget(GateConfidence(0.6), 4.0), (1.0, 2.5, 4.0, 5.5, 7.0)),
+    (Budget(MaxProb({2: 0.9, 4: 0.6, 6: 0.4}), 4.0, rate=0.5), (1.0, 2.5, 4.0, 5.5, 7.0)),
     (AnyOf([GateConfidence(0.9), MaxProb(0.8)]), None),
     (AnyOf([AtDepth(6), MaxProb(0.8)], swept=1), None),
     (AllOf([GateConfidence(0.4), MaxProb(0.5)], swept=1), None),
@@ -67,8 +86,23 @@ def test_contract(policy, thresholds):
 
 
 def test_every_policy_is_checked():
-    ours = {c for _, c in inspect.getmembers(dynamax.policies, inspect.isclass) if not inspect.isabstract(c)}
-    assert ours == {type(policy) for policy, _ in POLICIES}
+    known = [c for _, c in inspect.getmembers(dynamax.policies, inspect.isclass) if not inspect.isabstract(c)]
+    assert {c for c in known if issubclass(c, TerminationPolicy)} == {type(policy) for policy, _ in POLICIES}
+
+
+@pytest.mark.parametrize("policy", [policy for policy, _ in POLICIES if isinstance(policy, ScorePolicy)], ids=name)
+def test_each_exit_can_have_a_threshold_of_its_own(policy):
+    levels = {2: 0.9, 4: 0.5, 6: 0.2}
+    own, left = policy.at(levels), set()
+    for seed in range(WORLDS):
+        for evidence in _exits(_world(3, seed), (2, 4, 6), "LinearGate"):
+            leave_B = own(evidence)
+            assert leave_B.equal(policy.score(evidence) >= levels[evidence.depth])
+            left |= {(evidence.depth, leave) for leave in leave_B.tolist()}
+    assert {True, False} == {leave for _, leave in left}
+    own.validate([2, 4, 6])
+    with pytest.raises(ValueError, match="the exits are at"):
+        own.validate([2, 4])
 
 
 class Whole(TerminationPolicy):

@@ -24,6 +24,7 @@ from dynamax.heads.bank import Exit
 from dynamax.heads.gates import LinearGate, MambaGate
 from dynamax.modules.decoding import DecodingModule, Sweep, spec_facts
 from dynamax.modules.results import DecodingFacts
+from dynamax.policies.bounds import Oracle
 from dynamax.policies.combine import AnyOf
 from dynamax.policies.confidence import GateConfidence, Margin, MaxProb
 from dynamax.policies.schedule import AtDepth, Decaying, Never
@@ -115,6 +116,16 @@ def drafts_kept(module: DecodingModule) -> float:
         limit = len(list(Full(module.backbone).decode(prompt_1T, max_new_tokens=12, eos_token_id=[0])))
         accepted += [step.accepted for step in decoder.decode(prompt_1T, max_new_tokens=limit)][1:]
     return sum(accepted) / len(accepted)
+
+
+def test_an_oracle_is_a_bound_read_off_the_pass(folder: Folder) -> None:
+    full, oracle, first = run(folder, [Sweep(Oracle()), Sweep(AtDepth(2))], timed=1).results.frontier
+    assert oracle.agreement == 1.0
+    assert oracle.tokens == full.tokens == sum(oracle.depth_counts.values())
+    assert oracle.depth_counts.get(2, 0) / oracle.tokens == pytest.approx(first.agreement)
+    assert (oracle.score, oracle.ms_per_token, oracle.answer_agreement, oracle.timed_tokens) == (None, None, None, 0)
+    with pytest.raises(ValueError, match="Oracle is read off one exact pass, but SelfSpeculative"):
+        run(folder, [Sweep(Oracle())], decoder=SelfSpeculative)
 
 
 def test_results_tell_how_decoding_was_done(folder: Folder) -> None:

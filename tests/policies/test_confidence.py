@@ -75,3 +75,21 @@ def test_a_gate_is_named_where_there_are_several():
         GateConfidence(0.5)(seen)
     with pytest.raises(ValueError, match="FFNGate"):
         GateConfidence(0.5, gate="FFNGate")(seen)
+
+
+@pytest.mark.parametrize(("temperature", "power"), [(0.5, 2.0), (2.0, 0.5)])
+def test_a_temperature_is_a_power_of_the_probabilities(temperature, power):
+    p_BV = PROBS_BV**power / (PROBS_BV**power).sum(-1, keepdim=True)
+    best_B2 = p_BV.topk(2).values
+    expected = {
+        MaxProb: best_B2[:, 0],
+        Margin: best_B2[:, 0] - best_B2[:, 1],
+        Entropy: 1 - torch.distributions.Categorical(p_BV).entropy() / math.log(4),
+    }
+    for kind, wanted_B in expected.items():
+        policy = kind(0.5, temperature=temperature)
+        torch.testing.assert_close(policy.score(evidence(PROBS_BV.log())), wanted_B, atol=1e-5, rtol=1e-5)
+        assert policy.at(0.7).label == f"{kind.__name__}(temperature {temperature:g})", "figures can be told apart"
+        assert kind(0.5).label == kind.__name__
+    with pytest.raises(ValueError, match="must be greater than 0"):
+        Entropy(0.5, temperature=0.0)

@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from dynamax.policies import AtDepth, Decaying, MaxProb, Never
+from dynamax.policies import AtDepth, Budget, Decaying, MaxProb, Never, PositionSchedule
+from dynamax.types import Past
 from tests.policies.evidence import evidence
 
 LOGITS_BV = torch.tensor([[0.6, 0.4], [0.9, 0.1]]).log()
@@ -65,3 +66,54 @@ def test_decaying_is_swept_through_its_policy():
 def test_decaying_refuses_what_would_rise_or_divide_by_zero(options):
     with pytest.raises(ValueError, match="temperature must be at least 0"):
         Decaying(MaxProb(0.5), **options)
+
+
+def test_the_depth_falls_with_the_position_and_then_stays():
+    policy = PositionSchedule(2, deepest=8, horizon=3)  # depths 8, 6, 4, 2, 2
+    steps = torch.tensor([0, 1, 2, 3, 9])
+    for depth, expected in {2: [0, 0, 0, 1, 1], 4: [0, 0, 1, 1, 1], 7: [0, 1, 1, 1, 1], 8: [1, 1, 1, 1, 1]}.items():
+        seen = evidence(torch.zeros(5, 2), depth=depth, step=steps)
+        assert policy(seen).int().tolist() == expected
+        assert [policy(evidence(LOGITS_BV, depth=depth, step=int(t))).tolist() for t in steps] == [
+            [bool(leave)] * 2 for leave in expected
+        ]
+        assert not seen.logits_read
+    assert policy.at(6)(evidence(LOGITS_BV, depth=5, step=9)).tolist() == [False, False]
+    assert policy(evidence(LOGITS_BV, depth=5, step=9)).tolist() == [True, True]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"shallowest": 9, "deepest": 8, "horizon": 3}, "the depth must not rise"),
+        ({"shallowest": 2, "deepest": 8, "horizon": 0}, "at least 1 token"),
+        ({"shallowest": 0, "deepest": 8, "horizon": 3}, "whole number of at least 1"),
+    ],
+)
+def test_a_schedule_that_rises_or_has_no_length_is_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        PositionSchedule(**options)
+
+
+def test_a_budget_spends_what_was_saved():
+    policy = Budget(MaxProb(0.7), 5.0, rate=0.3)
+    seen = evidence(LOGITS_BV)
+    for blocks, level in (((), 0.7), ((5, 5), 0.7), ((3, 3), 0.7 + 0.3 * 4 / 12), ((9, 9, 3), 0.7 - 0.3 * 6 / 12)):
+        for score in (level - 1e-3, level + 1e-3):
+            probs_BV = torch.tensor([[score, 1 - score], [score, 1 - score]])
+            seen = evidence(probs_BV.log())
+            seen.past = Past(list, lambda steps, count: [], blocks=lambda blocks=blocks: [list(blocks), [5]])
+            assert policy(seen).tolist() == [score > level, score > 0.7], "each row has its own"
+    assert policy.threshold == 5.0
+    assert policy.at(6).threshold == 6.0
+
+
+def test_a_budget_is_for_decoding_alone():
+    seen = evidence(LOGITS_BV)
+    for seen.past in (None, Past(list, lambda steps, count: [])):
+        with pytest.raises(ValueError, match="known only while decoding"):
+            Budget(MaxProb(0.7), 5.0)(seen)
+    with pytest.raises(ValueError, match="rate 0; it must be greater than 0"):
+        Budget(MaxProb(0.7), 5.0, rate=0)
+    with pytest.raises(ValueError, match=r"0.5 blocks a token; wanted: at least 1"):
+        Budget(MaxProb(0.7), 0.5)

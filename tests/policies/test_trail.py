@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dynamax.errors import UserError
-from dynamax.policies import Patience, Saturation
+from dynamax.policies import Patience, Saturation, Voting
 from tests.policies.evidence import climb, evidence
 
 
@@ -50,3 +50,29 @@ def test_saturation_is_the_cosine_with_the_exit_before():
     assert Saturation(0.5)(second).tolist() == [True, True, False]
     assert not first.logits_read
     assert not second.logits_read
+
+
+@pytest.mark.parametrize(
+    ("votes", "expected"),
+    [
+        (1, [[1, 1], [1, 1], [1, 1], [1, 1]]),
+        (2, [[0, 0], [1, 0], [0, 1], [1, 1]]),
+        (3, [[0, 0], [0, 0], [0, 0], [1, 0]]),
+        (5, [[0, 0], [0, 0], [0, 0], [0, 0]]),
+    ],
+)
+def test_voting_counts_exits_in_any_order(votes, expected):
+    tokens_BE = [[3, 3, 1, 3], [2, 4, 2, 4]]
+    leave_EB = torch.stack([Voting(votes)(seen) for seen in climb(tokens_BE)])
+    assert leave_EB.int().tolist() == expected
+
+
+def test_voting_reads_no_logits_before_it_could_leave():
+    first, second, third = climb([[1, 2, 1]])
+    policy = Voting(3)
+    assert policy(first).tolist() == policy(second).tolist() == [False]
+    assert not first.logits_read
+    assert policy(third).tolist() == [False]
+    assert Voting(2)(third).tolist() == [True]
+    with pytest.raises(UserError, match="whole number of at least 1"):
+        Voting(0)
