@@ -16,7 +16,7 @@ from dynamax.errors import UserError
 from dynamax.suitability.prices import LENSES, Lens, Price, counted, timed
 from dynamax.suitability.ridge import RidgeLens
 
-PENALTY = 0.01
+PENALTY = 0.03
 """Of the ridge lenses."""
 WORTH = 0.05
 """Least share of a full token's cost that is worth saving."""
@@ -173,21 +173,16 @@ def study(
             f"suitability was given {len(documents)} documents: {len(fitting)} to fit lenses on, {len(held)} to read, "
             f"and in one of these parts there is no answer of two tokens. Give more documents, of more prompts."
         )
-    right_prob = {key: torch.cat(parts, 1) for key, parts in found.items()}
-    right = {lens: torch.stack([right_prob[lens, depth][0] for depth in depths]) for lens in LENSES}
+    scored = {key: torch.cat(parts, 1).unbind() for key, parts in found.items()}
+    right: dict[Lens, Tensor] = {lens: torch.stack([scored[lens, depth][0] for depth in depths]) for lens in LENSES}
     prices, times = counted(backbone, depths), timed(backbone, depths) if measure else {}
-    rows = [
-        Row(
-            depth,
-            {
-                lens: Reading(float(right_prob[lens, depth][0].mean()), leaves(*right_prob[lens, depth], keep))
-                for lens in LENSES
-            },
-            prices[depth],
-            times.get(depth),
-        )
-        for depth in depths
-    ]
+    rows = []
+    for depth in depths:
+        readings: dict[Lens, Reading] = {}
+        for lens in LENSES:
+            right_N, prob_N = scored[lens, depth]
+            readings[lens] = Reading(float(right_N.mean()), leaves(right_N, prob_N, keep))
+        rows.append(Row(depth, readings, prices[depth], times.get(depth)))
     return Study(
         blocks=total,
         documents=(len(fitting), len(held)),

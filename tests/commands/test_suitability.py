@@ -34,10 +34,10 @@ def test_a_model_is_judged_on_its_own_answers(run: Run, capfd: pytest.CaptureFix
 
 def test_texts_can_be_given(run: Run, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text(
-        "\n".join(f"{index} cats and {index * 7} dogs are in house {index}." for index in range(9))
+        "\n".join(f"{index} cats and {index * 7} dogs are in house {index}." for index in range(30))
     )
     text = ("--text", "SelfGenerated", "--text.prompts", "text.txt", "--text.field", "text", "--text.chat", "false")
-    more = ("--text.documents", "9", "--text.max_new_tokens", "8", "--every", "4", "--precision", "null")
+    more = ("--text.documents", "30", "--text.max_new_tokens", "8", "--every", "4", "--precision", "null")
     assert run("suitability", str(LLAMA), *text, *more) == 0
     assert "of the bytes" in capfd.readouterr().out
 
