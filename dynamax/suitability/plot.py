@@ -41,20 +41,24 @@ def draw(found: Study, *, title: str, subtitle: str, path: Path) -> None:
         readings = [row.readings[lens] for row in found.rows]
         right.plot(depths, [each.agreement for each in readings], label=f"{lens} lens", **style)
         right.axvline(found.oracle[lens].depth, color=style["color"], linestyle=":", linewidth=1.6)
-        leave.plot(depths, [each.leaves for each in readings], label=f"could leave, {lens} lens", **style)
+        leave.plot(depths, [each.leaves for each in readings], **style)
     for name, dashes in (("bytes", "--"), ("time", ":")):
         prices = [getattr(row, name) for row in found.rows]
         if None not in prices:
             shares = [price.break_even("logit") for price in prices]
             places = [(depth, share) for depth, share in zip(depths, shares, strict=True) if share is not None]
-            label = f"must leave, by {'bytes' if name == 'bytes' else 'time here'}"
+            label = "must leave so that reading costs nothing, by " + ("bytes" if name == "bytes" else "time here")
             leave.plot(*zip(*places, strict=True), color=INK, linestyle=dashes, linewidth=1.8, label=label, zorder=2)
     right.plot([], [], color=GREY, linestyle=":", linewidth=1.6, label="mean depth of the perfect gate")
     _finish(right, found.blocks, "Tokens at which the lens says what the top says")
-    _finish(leave, found.blocks, f"Tokens that leave at this exit alone ({found.keep:.0%} of all stay the top's)")
+    _finish(
+        leave, found.blocks, f"Tokens that could leave at this exit alone, {found.keep:.0%} of all staying the top's"
+    )
     figure.text(0.05, 0.955, title, va="center", fontsize=14, fontweight="bold", color=INK)
     figure.text(0.05, 0.925, subtitle, va="top", fontsize=9, color=GREY, linespacing=1.35)
-    figure.subplots_adjust(left=0.05, right=0.985, top=0.775, bottom=0.2, wspace=0.12)
+    handles = [handle for axes in (right, leave) for handle in axes.get_legend_handles_labels()[0]]
+    figure.legend(handles=handles, loc="lower center", ncols=5, frameon=False, fontsize=9, handlelength=2.2)
+    figure.subplots_adjust(left=0.05, right=0.985, top=0.765, bottom=0.18, wspace=0.12)
     content = BytesIO()
     figure.savefig(content, format="png")
     write_atomically(path, content.getvalue())
@@ -72,4 +76,3 @@ def _finish(axes: Axes, blocks: int, title: str) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color("#999999")
     axes.tick_params(colors="#555555", labelsize=9)
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=4, frameon=False, fontsize=9, handlelength=2.2)
