@@ -42,6 +42,9 @@ COMMANDS = {
     "tune": Command(RUNS, "tune a pretrained model so that it can be read early"),
     "distill": Command(RUNS, "train a Mamba-2 student of a Transformer, or a hybrid"),
     "generate": Command("dynamax.commands.generate", "answer a prompt, each token coloured by the depth it left at"),
+    "suitability": Command(
+        "dynamax.commands.suitability", "say whether early exits will pay on a model, before anything is trained"
+    ),
     "calibrate": Command("dynamax.commands.calibrate", "choose thresholds and test what can be promised of them"),
     "bench": Command("dynamax.commands.bench", "measure how fast a model decodes here, beside other packages", BENCH),
     "list": Command("dynamax.commands.list", "names that a configuration can use, such as exit heads and policies", ""),
@@ -124,7 +127,7 @@ def _dispatch(options: list[str], texts: list[str]) -> None:
 
 def overview() -> str:
     """The help page."""
-    commands = "\n".join(f"  {name:<10}{command.purpose}" for name, command in COMMANDS.items())
+    commands = "\n".join(f"  {name:<12}{command.purpose}" for name, command in COMMANDS.items())
     return f"""Dynamic depth (early exit) for decoder-only language models.
 
 usage: dynamax COMMAND [-c CONFIG]... [--OPTION VALUE]...

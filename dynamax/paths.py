@@ -1,12 +1,15 @@
-"""Paths of what is read, as options. Knows jsonargparse and nothing else."""
+"""Paths of what is read and written, as options. Knows jsonargparse and nothing else."""
 
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
 from jsonargparse._paths import _current_path_dir  # the folder of the file that is being parsed; None outside of files
 from jsonargparse.typing import register_type
+
+from dynamax.errors import UserError
 
 
 class ReadPath(str):
@@ -30,6 +33,26 @@ def read_path(given: object) -> ReadPath:
         raise ValueError(f"Expected a path, which is text. Got value: {given}")
     folder, path = _current_path_dir.get(), os.path.expanduser(given)
     return ReadPath(path if folder is None else os.path.normpath(os.path.join(folder, path)))
+
+
+def output_file(name: str | None, suffix: str) -> Path | None:
+    """Where a file goes; its folder is made now, so that one that cannot be written is refused before the work.
+
+    Raises:
+        UserError: If its name does not end in the suffix, or its folder cannot be made or written to.
+    """
+    if name is None:
+        return None
+    path = Path(name).expanduser()
+    if path.suffix != suffix or path.is_dir():
+        raise UserError(f"{name} was given for a file to write; wanted: a name that ends in {suffix}. Change it.")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"The folder {path.parent} cannot be made: {error.strerror}. Name another.") from error
+    if not os.access(path.parent, os.W_OK):
+        raise UserError(f"The folder {path.parent} cannot be written to. Name another.")
+    return path
 
 
 register_type(ReadPath, serializer=os.path.abspath, deserializer=read_path)  # what is printed holds in any folder

@@ -67,6 +67,7 @@ EXAMPLES = {
     "tune": "-c configs/tune/smollm2.yaml",
     "distill": "-c configs/distill/smollm2-to-mamba2.yaml",
     "generate": '"What is the capital of France?"',
+    "suitability": "SmolLM2 --plot runs/suitability.png",
     "calibrate": "runs/demo/heads -c configs/calibrate/demo.yaml",
     "bench": "SmolLM2",
 }
@@ -101,6 +102,7 @@ MODEL = Option(
 PRINT = Option("--print_config", None, "Print all options that the run would use, as YAML, and stop.")
 FUNCTIONS = {
     "generate": ("dynamax.commands.generate", PROMPT),
+    "suitability": ("dynamax.commands.suitability", MODEL),
     "calibrate": ("dynamax.commands.calibrate", MODEL),
     "bench": ("dynamax.commands.measuring", MODEL),
 }
@@ -142,7 +144,13 @@ def page(command: str, purpose: str) -> str:
             "",
             "Names of exit heads, policies, tasks and other parts: dynamax list. Options of one of them:",
             "  --OPTION.help NAME, such as "
-            + ("--policy.help MaxProb" if command in FUNCTIONS else "--model.help " + PARTS[command][0].name),
+            + (
+                "--text.help SelfGenerated"
+                if command == "suitability"
+                else "--policy.help MaxProb"
+                if command in FUNCTIONS
+                else "--model.help " + PARTS[command][0].name
+            ),
             "How files are put together: configs/README.md. Every option there is:",
             f"  dynamax {command} --help all",
         ]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,7 +29,7 @@ from dynamax.files import write_atomically
 from dynamax.generation import encode, generation_options
 from dynamax.heads.bank import Exit
 from dynamax.heads.saved import read_record
-from dynamax.paths import InputPath
+from dynamax.paths import InputPath, output_file
 from dynamax.policies.base import TerminationPolicy
 from dynamax.policies.confidence import GateConfidence
 
@@ -100,7 +99,7 @@ def bench(
     """
     wanted = chosen(contenders)
     _check(max_new_tokens=(max_new_tokens, 2), rounds=(rounds, 1), threads=(threads, 1))
-    report, picture = _place(out, ".json"), _place(plot, ".png")
+    report, picture = output_file(out, ".json"), output_file(plot, ".png")
     texts = read_prompts(None if prompts is None else Path(prompts), seed)
     torch.manual_seed(seed)
     torch.set_num_threads(threads or torch.get_num_threads())
@@ -143,22 +142,6 @@ def _check(**counts: tuple[int | None, int]) -> None:
     for name, (given, least) in counts.items():
         if given is not None and given < least:
             raise UserError(f"bench was given {name}={given}; wanted: {least} or more. Raise it.")
-
-
-def _place(file: str | None, suffix: str) -> Path | None:
-    """Where a file goes; its folder is made now, so that one that cannot be written is refused before measuring."""
-    if file is None:
-        return None
-    path = Path(file).expanduser()
-    if path.suffix != suffix or path.is_dir():
-        raise UserError(f"{file} was given for a file to write; wanted: a name that ends in {suffix}. Change it.")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"The folder {path.parent} cannot be made: {error.strerror}. Name another.") from error
-    if not os.access(path.parent, os.W_OK):
-        raise UserError(f"The folder {path.parent} cannot be written to. Name another.")
-    return path
 
 
 def _checked(
