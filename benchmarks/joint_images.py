@@ -42,7 +42,7 @@ BLOCKS, WIDTH, CLASSES = 7, 64, 10
 PATCHES = 17  # with the class token
 TRADEOFFS = (0.03, 0.1, 0.2, 0.4, 0.7, 1.0, 1.5, 2.5, 4.0, 7.0)
 THRESHOLDS = tuple(1 - 0.75 * 0.72**k for k in range(24))
-COSTS = (0.3, 0.4, 0.5, 0.6, 0.75)
+COSTS = (0.16, 0.2, 0.25, 0.3)
 MISS = 0.05
 CONTENDERS = ("fixed", "gates", "joint", "joint, rho not detached")
 
@@ -252,10 +252,14 @@ def calibration_error(prob_N: np.ndarray, right_N: np.ndarray, bins: int = 15) -
 
 
 def at_costs(curve: list[dict[str, float]], costs: Sequence[float]) -> list[dict[str, float]]:
-    """A contender's figures at given costs, between the nearest points of its curve."""
+    """A contender's figures at given costs, between the nearest points of its curve; nan where it has none so dear."""
     ordered = sorted(curve, key=lambda row: row["cost"])
     known = [row["cost"] for row in ordered]
-    return [{key: float(np.interp(cost, known, [row[key] for row in ordered])) for key in ordered[0]} for cost in costs]
+    outside = {"left": math.nan, "right": math.nan}
+    return [
+        {key: float(np.interp(cost, known, [row[key] for row in ordered], **outside)) for key in ordered[0]}
+        for cost in costs
+    ]
 
 
 def contend(seed: int, steps: int) -> dict[str, Any]:
