@@ -20,7 +20,6 @@ import argparse
 import copy
 import json
 import math
-import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -284,8 +283,8 @@ def contend(seed: int, steps: int) -> dict[str, Any]:
 
 
 def spread(values: Sequence[float]) -> tuple[float, float]:
-    """Mean, and standard deviation between seeds."""
-    return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
+    """Mean, and standard deviation between seeds; nan if a seed has no figure."""
+    return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
 
 
 def table(runs: list[dict[str, Any]]) -> str:
@@ -298,7 +297,7 @@ def table(runs: list[dict[str, Any]]) -> str:
             cells = []
             for key, scale in (("accuracy", 100), ("ece", 100), ("set size", 1), ("missed", 100)):
                 mean, deviation = spread([scale * run["at"][name][place][key] for run in runs])
-                cells.append(f"{mean:.2f} +- {deviation:.2f}")
+                cells.append("-" if math.isnan(mean) else f"{mean:.2f} +- {deviation:.2f}")
             lines.append(f"{cost:>5.2f}  {name:26}{cells[0]:>15}{cells[1]:>14}{cells[2]:>15}{cells[3]:>14}")
     return "\n".join(lines)
 

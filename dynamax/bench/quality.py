@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from statistics import median
@@ -91,11 +91,23 @@ def qualities(engine: Engine, text: str, positions: int) -> Iterator[Quality]:
         yield Quality(name, choice.format, None, step_ms(backbone, windows[0]), same, kl, positions)
 
 
-def compared(backbone: Backbone, windows: Sequence[Tensor], own: Sequence[Tensor]) -> tuple[float, float]:
-    """Share of equal argmax and mean divergence from ``own``, log-probabilities of the same windows."""
+def compared(
+    backbone: Backbone,
+    windows: Sequence[Tensor],
+    own: Sequence[Tensor],
+    reader: Callable[[Backbone, Tensor], Tensor] | None = None,
+) -> tuple[float, float]:
+    """Share of equal argmax and mean divergence from ``own``, log-probabilities of the same windows.
+
+    Args:
+        backbone: Reads the windows.
+        windows: Tokens ``[1, T]`` each.
+        own: Log-probabilities ``[T, V]`` of each.
+        reader: How they are read; ``read`` if left out.
+    """
     same, kl, count = 0, 0.0, 0
     for window_1T, wanted_TV in zip(windows, own, strict=True):
-        found_TV = read(backbone, window_1T)
+        found_TV = (reader or read)(backbone, window_1T)
         same += int((found_TV.argmax(-1) == wanted_TV.argmax(-1)).sum())
         kl += float((wanted_TV.exp() * (wanted_TV - found_TV)).sum(-1).double().sum())
         count += len(found_TV)
