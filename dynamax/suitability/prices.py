@@ -99,17 +99,21 @@ def timed(backbone: Backbone, depths: Sequence[int]) -> dict[int, Price]:
         times[name, depth].append(time.perf_counter() - begin)
         return done
 
+    def above(depth: int, rows: int) -> Tensor:
+        """A step of some rows, whose blocks above a depth are timed; then it is taken back."""
+        snapshot = cache.snapshot()
+        h_1RD = backbone.embed(tokens_1T[:, :rows], cache)
+        h_1RD = backbone.run(h_1RD, Span(0, depth), cache) if depth else h_1RD
+        h_1RD = timing(f"above, {rows}", depth, lambda: backbone.run(h_1RD, Span(depth, total), cache))
+        cache.rollback(snapshot)
+        return h_1RD
+
     for _ in range(WARMUP + ROUNDS):
         for depth in (0, *depths):
-            for rows in (1, 2):
-                snapshot = cache.snapshot()
-                h_1RD = backbone.embed(tokens_1T[:, :rows], cache)
-                h_1RD = backbone.run(h_1RD, Span(0, depth), cache) if depth else h_1RD
-                above = lambda h_1RD=h_1RD, depth=depth: backbone.run(h_1RD, Span(depth, total), cache)  # noqa: E731
-                h_1RD = timing(f"above, {rows}", depth, above)
-                cache.rollback(snapshot)
-            u_1TD = backbone.normalize(h_1RD[:, -1:]).float()
-            timing("read", 0, lambda h_1RD=h_1RD: backbone.unembed(h_1RD[:, -1:]))
+            above(depth, 1)
+            h_1TD = above(depth, 2)[:, -1:]
+            u_1TD = backbone.normalize(h_1TD).float()
+            timing("read", 0, lambda h_1TD=h_1TD: backbone.unembed(h_1TD))
             timing("map", 0, lambda u_1TD=u_1TD: linear(u_1TD, a_DD))
     spent = {
         key: statistics.median(values[WARMUP * len(values) // (WARMUP + ROUNDS) :]) for key, values in times.items()
