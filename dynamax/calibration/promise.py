@@ -9,6 +9,7 @@ from typing import Any, Literal
 import numpy as np
 import yaml
 
+from dynamax.errors import UserError
 from dynamax.policies.base import TerminationPolicy
 from dynamax.policies.combine import OnlyAt
 
@@ -65,6 +66,14 @@ class Promise:
     def losses(self, wrong_T: np.ndarray) -> np.ndarray:
         """The losses of one document whose tokens are wrong where ``wrong_T`` says so; see ``losses``."""
         return losses(wrong_T, np.array([0]), self.level)
+
+    def check_model(self, fingerprint: str) -> None:
+        """Refuse (UserError) another model than the one that the promise is about."""
+        if self.model != fingerprint:
+            raise UserError(
+                f"The promise is about the model {self.model}, but this one is {fingerprint}. Calibrate anew, or leave "
+                f"the promise out."
+            )
 
     @property
     def text(self) -> str:

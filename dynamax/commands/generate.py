@@ -120,13 +120,10 @@ def generate(
         engine = load(backbone or folder, heads=folder, **numbers)
     else:
         engine = load(backbone or SmolLM2(), heads=None if heads is None else str(heads), exits=exits, **numbers)
+    if promise is not None:
+        promise.check_model(engine.backbone.spec.fingerprint)
     show(engine, engine.stream(prompt, policy, decoder=decoder, chat=chat, **options))
     if promise is not None:
-        if promise.model != engine.backbone.spec.fingerprint:
-            raise UserError(
-                f"The promise is about the model {promise.model}, but this one is {engine.backbone.spec.fingerprint}. "
-                f"Calibrate anew, or leave the promise out."
-            )
         print(f"Promised: {promise.text}.")
 
 

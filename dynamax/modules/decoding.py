@@ -168,8 +168,10 @@ class DecodingModule(LightningModule):
                 compile=self.compile_steps,
                 device=str(self.trainer.strategy.root_device) if attached else "cpu",
             )
-            for policy in self.policies:
+            for policy, promise in zip(self.policies, self.promises, strict=True):
                 engine.decoder(policy, self.decoder)
+                if promise is not None:
+                    promise.check_model(engine.backbone.spec.fingerprint)
             self.backbone, self.bank = engine.backbone, engine.exits  # as submodules, so that they move with this one
             self.engine = engine
 

@@ -69,6 +69,10 @@ def test_what_is_written_is_tested_and_generated_with(
     assert run(*asked, "--exits", EXITS[1], "--max_new_tokens", "4", "A kitten") == 2
     assert "The promise is about the model" in capfd.readouterr().err
 
+    (tmp_path / "other.yaml").write_text(TESTED.format(llama=mamba, policy="calibrated.yaml"))
+    assert run("test", "-c", "other.yaml") == 2
+    assert "The promise is about the model" in capfd.readouterr().err
+
 
 def test_nothing_can_be_promised(run: Run, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert calibrate(run, "--epsilon", "0.05", "--delta", "0.0001") == 0
