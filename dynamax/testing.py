@@ -50,12 +50,17 @@ def toy_site(*, depth: int = 2, width: int = 64, vocab: int = 97, fingerprint: s
         logits = u_BTD @ rows.to(u_BTD).T
         return logits if u_BTD.dtype == torch.float64 else logits.float()
 
+    def last_blocks(h_BTD: Tensor, count: int) -> Tensor:
+        for _ in range(count):
+            h_BTD = h_BTD + (h_BTD @ block_DD.to(h_BTD)).tanh()
+        return h_BTD
+
     return Site(
         depth,
         Spec("toy", 4, width, vocab, 512, fingerprint),
         normalize=lambda h_BTD: F.rms_norm(h_BTD, (width,)),
         project=project,
-        last_block=lambda h_BTD: h_BTD + (h_BTD @ block_DD.to(h_BTD)).tanh(),
+        last_blocks=last_blocks,
     )
 
 

@@ -68,15 +68,15 @@ class Site:
         spec: Facts about the backbone.
         normalize: The backbone's final norm, ``h_BTD -> u_BTD``.
         project: The output matrix, ``u_BTD -> logits_BTV`` (or ``_BTC`` over candidate tokens), in float32.
-        last_block: The backbone's last block, ``h_BTD -> h_BTD``; while decoding it attends to
-            the keys its cache holds and records nothing.
+        last_blocks: So many of the backbone's last blocks, ``h_BTD, count -> h_BTD``; while decoding they attend to the
+            keys that the cache holds, and record nothing.
     """
 
     depth: int
     spec: Spec
     normalize: Callable[[Tensor], Tensor]
     project: Project
-    last_block: Callable[[Tensor], Tensor]
+    last_blocks: Callable[[Tensor, int], Tensor]
 
 
 @dataclass

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from functools import partial
 from itertools import pairwise
 from typing import Any, final
 
@@ -243,11 +242,15 @@ class Backbone(nn.Module, ABC):
     def site(self, depth: int, cache: AnyCache | None = None) -> Site:
         """The place after ``depth`` blocks, as exit heads see it."""
         top = self.spec.depth
-        if cache is None:
-            last_block = partial(self.run, span=Span(top - 1, top))
-        else:
-            last_block = partial(self.peek, index=top - 1, cache=cache)
-        return Site(depth, self.spec, self.normalize, self.project, last_block)
+
+        def last_blocks(h_BTD: Tensor, count: int) -> Tensor:
+            if cache is None:
+                return self.run(h_BTD, Span(top - count, top))
+            for index in range(top - count, top):
+                h_BTD = self.peek(h_BTD, index, cache)
+            return h_BTD
+
+        return Site(depth, self.spec, self.normalize, self.project, last_blocks)
 
     @final
     def new_cache(self, capacity: int = 256, pad_B: Tensor | None = None, span: Span | None = None) -> Cache:

@@ -101,11 +101,11 @@ class Source(ABC):
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The model's tokenizer."""
 
-    def output_stage(self, *, dtype: str = "float32", device: str = "cpu") -> Backbone:
-        """A backbone of which at least the last block, the final norm and the output matrix can be used.
+    def output_stage(self, *, dtype: str = "float32", device: str = "cpu", blocks: int = 1) -> Backbone:
+        """A backbone of which at least the last blocks, the final norm and the output matrix can be used.
 
         Heads are trained with no more. Here it is the whole backbone; a source that can read a part reads that.
-        Arguments and errors as for ``load``.
+        Arguments and errors as for ``load``; ``blocks`` is how many of the last blocks are needed.
         """
         return self.load(dtype=dtype, device=device)
 
@@ -158,11 +158,11 @@ class FolderSource(Source):
         return load_backbone(self.folder(), dtype=dtype, device=device)
 
     @final
-    def output_stage(self, *, dtype: str = "float32", device: str = "cpu") -> HFBackbone:
-        """Last block, final norm and output matrix, without keeping the rest."""
+    def output_stage(self, *, dtype: str = "float32", device: str = "cpu", blocks: int = 1) -> HFBackbone:
+        """Last blocks, final norm and output matrix, without keeping the rest."""
         folder = self.folder()
         depth = read_config(folder).num_hidden_layers
-        return load_backbone(folder, dtype=dtype, device=device, span=Span(depth - 1, depth), embedding=False)
+        return load_backbone(folder, dtype=dtype, device=device, span=Span(depth - blocks, depth), embedding=False)
 
     @final
     def tokenizer(self) -> PreTrainedTokenizerBase:

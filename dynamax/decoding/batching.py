@@ -316,7 +316,7 @@ class Scheduler:
         else:  # of these rows alone
             evidence = self._exits.evidence(self.backbone.site(depth, chosen), h_R1D, pick=newest)
             logits_RV, read = evidence.answer, [*read, evidence]
-        self._rule.leave(self.backbone, chosen, depth, h_R1D, last_block_ran=self._exits.lens(depth).runs_last_block)
+        self._rule.leave(self.backbone, chosen, depth, h_R1D, last_block_ran=self._exits.lens(depth).writes_last_block)
         if self._rule.gates_read_exit:
             for above in self._exits.recurrent_depths:
                 if above > depth:

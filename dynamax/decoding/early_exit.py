@@ -45,7 +45,7 @@ class EarlyExit(Decoder):
     def teacher_forced(self) -> bool:
         """Whether leaving early changes nothing later: the state is exact, and the policy looks at no earlier step."""
         exact = self.skipped_state.exact and not self._policy.recent
-        return exact and not any(self._bank.lens(d).runs_last_block for d in self._bank.depths)
+        return exact and not any(self._bank.lens(d).last_blocks for d in self._bank.depths)
 
     def options(self) -> dict[str, object]:
         """What becomes of skipped state."""

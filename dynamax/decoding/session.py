@@ -160,7 +160,7 @@ class Session:
         """
         assert self._exits is not None
         logits_BV = arrival.trail[-1].answer
-        ran = self._exits.lens(arrival.depth).runs_last_block
+        ran = self._exits.lens(arrival.depth).writes_last_block
         skipped_state.leave(self.backbone, self.cache, arrival.depth, arrival.h_BTD, last_block_ran=ran)
         if skipped_state.gates_read_exit:
             for depth in self._recurrent:

@@ -3,10 +3,11 @@
 from dynamax.heads.bank import Exit, ExitBank
 from dynamax.heads.base import ExitHead, Gate, Lens
 from dynamax.heads.gates import AttentionGate, FFNGate, LinearGate, MambaGate, MLPGate, UncertaintyGate
-from dynamax.heads.lenses import LastBlockLens, LogitLens, LowRankLens, TunedLens
+from dynamax.heads.lenses import BridgeLens, LastBlockLens, LogitLens, LowRankLens, MLPLens, TunedLens
 
 __all__ = [
     "AttentionGate",
+    "BridgeLens",
     "Exit",
     "ExitBank",
     "ExitHead",
@@ -18,6 +19,7 @@ __all__ = [
     "LogitLens",
     "LowRankLens",
     "MLPGate",
+    "MLPLens",
     "MambaGate",
     "TunedLens",
     "UncertaintyGate",

@@ -162,10 +162,10 @@ class ExitBank(nn.Module):
         lens = self.lens(site.depth)
 
         def logits() -> Tensor:
-            if lens.runs_last_block:
+            if lens.last_blocks:
                 raise UserError(
                     f"A recurrent gate at depth {site.depth} asked for the logits of {type(lens).__name__}, which runs "
-                    f"the last block and has none of earlier positions. Give the exit another lens."
+                    f"blocks of the backbone and has none of earlier positions. Give the exit another lens."
                 )
             return site.project(lens.translate(h_BTD, site))
 

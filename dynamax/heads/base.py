@@ -45,10 +45,13 @@ class Lens(ExitHead):
     """Says *which* token: translates a hidden state into the space the output matrix reads.
 
     Attributes:
-        runs_last_block: True if it runs the backbone's last block, which is then charged to it.
+        last_blocks: How many of the backbone's last blocks it runs; they count their own calls, which are charged.
+        writes_last_block: True if it runs the last block on the exit's own state. A rule for skipped state then writes
+            that block's state from there.
     """
 
-    runs_last_block: ClassVar[bool] = False
+    last_blocks: int = 0
+    writes_last_block: ClassVar[bool] = False
 
     @abstractmethod
     def translate(self, h_BTD: Tensor, site: Site) -> Tensor:

@@ -6,6 +6,7 @@ FLOPs count a lens' own matrix products: the output matrix, additions and the fi
 from __future__ import annotations
 
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from dynamax.errors import UserError
 from dynamax.heads.base import Lens
@@ -83,19 +84,76 @@ class LowRankLens(Lens):
         return u_BTD + self.up(self.down(u_BTD.to(self.up.weight.dtype))).to(u_BTD.dtype)
 
 
+class MLPLens(Lens):
+    """Two layers with a SiLU between, added to the normed state: ``u + W2 silu(W1 u + c) + b``.
+
+    Parameters: 2 D hidden + hidden + D. FLOPs: 4 D hidden. ``W2`` and ``b`` start at zero: it starts as the logit lens.
+
+    Args:
+        hidden: Units of the hidden layer.
+    """
+
+    def __init__(self, site: Site, *, hidden: int = 1024) -> None:
+        super().__init__()
+        self.enter = nn.Linear(site.spec.width, positive("hidden", hidden))
+        self.leave = nn.Linear(hidden, site.spec.width)
+        nn.init.zeros_(self.leave.weight)
+        nn.init.zeros_(self.leave.bias)
+
+    def translate(self, h_BTD: Tensor, site: Site) -> Tensor:
+        """Final norm, then the two layers."""
+        u_BTD = site.normalize(h_BTD)
+        return u_BTD + self.leave(F.silu(self.enter(u_BTD.to(self.leave.weight.dtype)))).to(u_BTD.dtype)
+
+
+class BridgeLens(Lens):
+    """An affine map to the input of a late block, then the backbone's own blocks from there, then the final norm.
+
+    The map takes the exit's state h to ``h + A u + b``, where u is h behind the final norm. While decoding, the blocks
+    attend to the keys that they hold; positions that are owed have none there yet.
+
+    Source: DYNAMAX (arXiv 2504.20922) runs the last block behind each exit; the map across the blocks between is that
+    of Yom Din et al., "Jump to Conclusions" (arXiv 2303.09435).
+
+    Parameters: D^2 + D. FLOPs: 2 D^2 of its own; the blocks count their calls, which are charged beside it. A and b
+    start at zero, so that it starts as the late blocks alone.
+
+    Args:
+        blocks: How many of the backbone's last blocks are run.
+    """
+
+    def __init__(self, site: Site, *, blocks: int = 3) -> None:
+        super().__init__()
+        if not 1 <= blocks <= site.spec.depth - site.depth:
+            raise UserError(
+                f"BridgeLens at depth {site.depth} was given blocks {blocks}; above it there are "
+                f"{site.spec.depth - site.depth} of the {site.spec.depth}. Choose 1 to that many."
+            )
+        self.last_blocks = blocks
+        self.shift = nn.Linear(site.spec.width, site.spec.width)
+        nn.init.zeros_(self.shift.weight)
+        nn.init.zeros_(self.shift.bias)
+
+    def translate(self, h_BTD: Tensor, site: Site) -> Tensor:
+        """The affine map, the late blocks, then the final norm."""
+        u_BTD = site.normalize(h_BTD).to(self.shift.weight.dtype)
+        return site.normalize(site.last_blocks(h_BTD + self.shift(u_BTD).to(h_BTD.dtype), self.last_blocks))
+
+
 class LastBlockLens(Lens):
     """The backbone's own last block, run on the exit's state, then the final norm.
 
     Source: DYNAMAX (arXiv 2504.20922): the last block runs behind every exit.
 
-    Parameters: none of its own. FLOPs: 0 of its own; ``runs_last_block`` has the block charged beside it.
+    Parameters: none of its own. FLOPs: 0 of its own; the block counts its calls, which are charged beside it.
     """
 
-    runs_last_block = True
+    last_blocks = 1
+    writes_last_block = True
 
     def __init__(self, site: Site) -> None:
         super().__init__()
 
     def translate(self, h_BTD: Tensor, site: Site) -> Tensor:
         """Last block, then final norm."""
-        return site.normalize(site.last_block(h_BTD))
+        return site.normalize(site.last_blocks(h_BTD, 1))

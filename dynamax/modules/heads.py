@@ -48,7 +48,8 @@ class HeadsModule(LightningModule):
     Checkpoints hold heads and optimiser, not the backbone; ``ckpt_path`` resumes an interrupted run.
 
     Args:
-        backbone: Where the model comes from; its last block, final norm and output matrix are loaded.
+        backbone: Where the model comes from; its final norm, its output matrix and as many of its last blocks as the
+            lenses run are loaded.
         exits: The heads at each depth, in blocks completed.
         phases: What is trained, by a name of your choice, in this order; see ``dynamax.modules.phases.Phase``.
         alternate: Names of the phases that take turns; all others come before them.
@@ -107,6 +108,10 @@ class HeadsModule(LightningModule):
         rank_zero_info(f"Loading the output stage of {type(self.backbone).__name__}")
         top = self.backbone.output_stage().eval().requires_grad_(False)
         bank = ExitBank(self.exits, top.site)
+        blocks = max(bank.lens(depth).last_blocks for depth in bank.depths)
+        if blocks > 1:
+            top = self.backbone.output_stage(blocks=blocks).eval().requires_grad_(False)
+            bank = ExitBank(self.exits, top.site)
         if self.saved is not None:
             fresh, bank = bank, ExitBank.load(self.saved, top.site)
             asked, found = (json.dumps(each.record(top.spec)["exits"], sort_keys=True) for each in (fresh, bank))

@@ -54,7 +54,7 @@ def test_a_family_of_another_package(offer, tmp_path):
     whole, top = Folder(str(tmp_path)).load(dtype="float64"), Folder(str(tmp_path)).output_stage(dtype="float64")
     assert top.spec == whole.spec
     h_BTD = torch.randn(1, 4, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(top.site(2).last_block(h_BTD), whole.site(2).last_block(h_BTD), rtol=0, atol=0)
+    torch.testing.assert_close(top.site(2).last_blocks(h_BTD, 1), whole.site(2).last_blocks(h_BTD, 1), rtol=0, atol=0)
 
 
 def test_two_rows_of_one_type_are_refused(offer):

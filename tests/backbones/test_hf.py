@@ -36,7 +36,7 @@ def test_gradients_pass_through():
     backbone = HFBackbone(tiny("llama"))
     h_BTD = torch.randn(1, 4, 32, dtype=torch.float64, requires_grad=True)
     site = backbone.site(3)
-    site.project(site.normalize(site.last_block(h_BTD))).sum().backward()
+    site.project(site.normalize(site.last_blocks(h_BTD, 1))).sum().backward()
     assert h_BTD.grad.abs().sum() > 0
 
 

@@ -86,7 +86,7 @@ def test_whole_and_top_say_what_transformers_says(name, write, tmp_path):
     assert top.spec == whole.spec
     h_BTD = whole.run(whole.embed(TOKENS_BT), Span(0, DEPTH - 1))
     here, there = top.site(DEPTH - 1), whole.site(DEPTH - 1)
-    torch.testing.assert_close(here.last_block(h_BTD), there.last_block(h_BTD), rtol=0, atol=0)
+    torch.testing.assert_close(here.last_blocks(h_BTD, 1), there.last_blocks(h_BTD, 1), rtol=0, atol=0)
     u_BTD = here.normalize(h_BTD)
     logits = here.project(u_BTD)
     torch.testing.assert_close(logits, there.project(there.normalize(h_BTD)), rtol=0, atol=0)
@@ -162,7 +162,7 @@ def test_names_with_and_without_the_prefix(prefix, tmp_path):
     whole, top = Folder(str(tmp_path)).load(), Folder(str(tmp_path)).output_stage()
     torch.testing.assert_close(whole.reference(TOKENS_BT), model(TOKENS_BT).logits)
     h_BTD = torch.randn(1, 3, 32, generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(top.site(2).last_block(h_BTD), whole.site(2).last_block(h_BTD), rtol=0, atol=0)
+    torch.testing.assert_close(top.site(2).last_blocks(h_BTD, 1), whole.site(2).last_blocks(h_BTD, 1), rtol=0, atol=0)
 
 
 @torch.no_grad()

@@ -102,7 +102,7 @@ def test_labels_of_a_half_precision_backbone_need_a_float32_readout():
         return whole.normalize(h_BTD)
 
     site = whole.site(6)
-    readout = Site(6, site.spec, normalize, site.project, site.last_block)
+    readout = Site(6, site.spec, normalize, site.project, site.last_blocks)
     stored = reader(half, readout=readout).read([Document([3, 4, 5])])[0]
     assert seen == [torch.float32]
     h_TD = half.run(half.embed(torch.tensor([[3, 4, 5]])), (0, 6))[0].float()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from dynamax.decoding.speculative import SelfSpeculative
 from dynamax.heads.bank import Exit, ExitBank
 from dynamax.heads.base import Gate
 from dynamax.heads.gates import AttentionGate, LinearGate, MambaGate
-from dynamax.heads.lenses import LastBlockLens, TunedLens
+from dynamax.heads.lenses import BridgeLens, LastBlockLens, TunedLens
 from dynamax.policies.confidence import GateConfidence, MaxProb
 from dynamax.policies.schedule import AtDepth
 from dynamax.testing import toy_evidence
@@ -223,3 +224,19 @@ def test_gates_above_an_exit_are_charged_where_a_rule_lets_them_read() -> None:
     written = sum(costs._write(costs.blocks[index], 1).flops for index in range(2, 6))
     assert costs.step(steps[1], 9).flops == pytest.approx(without + written + head)
     assert all(not any(step.work.writes) for step in exact)
+
+
+@pytest.mark.parametrize("family", ["llama", "mamba2"])
+def test_a_bridge_runs_the_late_blocks_and_is_charged(family: str) -> None:
+    """At the depth where its blocks begin, with a map of zero, it says what the top says; the state stays as it was."""
+    backbone = HFBackbone(tiny(family, dtype=torch.float64))
+    bank = ExitBank({4: Exit(partial(BridgeLens, blocks=2))}, backbone.site)
+    prompt_BT = torch.arange(7)[None]
+    plain = list(Full(backbone).decode(prompt_BT, max_new_tokens=2))
+    steps = list(EarlyExit(backbone, bank, AtDepth(4)).decode(prompt_BT, max_new_tokens=3))
+    torch.testing.assert_close(steps[1].logits_BV, plain[1].logits_BV, rtol=1e-9, atol=1e-9)
+    assert steps[1].work.calls == (1, 1, 1, 1, 1, 1)
+    assert [step.depth for step in steps] == [6, 4, 4]
+    lossless = list(SelfSpeculative(backbone, bank, AtDepth(4)).decode(prompt_BT, max_new_tokens=6))
+    top = list(Full(backbone).decode(prompt_BT, max_new_tokens=6))
+    assert [int(step.token_B) for step in lossless] == [int(step.token_B) for step in top]

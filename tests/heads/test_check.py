@@ -6,6 +6,7 @@ from torch import nn
 
 from dynamax.heads import (
     AttentionGate,
+    BridgeLens,
     FFNGate,
     Gate,
     LastBlockLens,
@@ -15,6 +16,7 @@ from dynamax.heads import (
     LowRankLens,
     MambaGate,
     MLPGate,
+    MLPLens,
     TunedLens,
     UncertaintyGate,
 )
@@ -28,6 +30,8 @@ from dynamax.testing import check_head, toy_evidence
         (LogitLens, {}),
         (TunedLens, {}),
         (LowRankLens, {"rank": 4}),
+        (MLPLens, {"hidden": 8}),
+        (BridgeLens, {"blocks": 2}),
         (LastBlockLens, {}),
         (LinearGate, {}),
         (MLPGate, {"hidden": 8}),

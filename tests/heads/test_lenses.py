@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from dynamax.heads import LastBlockLens, LogitLens, LowRankLens, TunedLens
+from dynamax.heads import BridgeLens, LastBlockLens, LogitLens, LowRankLens, MLPLens, TunedLens
 from dynamax.testing import stir, toy_site
 
 SITE = toy_site()
@@ -16,7 +16,7 @@ def states(*shape, dtype=torch.float64):
     return torch.randn(*shape, WIDTH, dtype=dtype)
 
 
-@pytest.mark.parametrize("lens_class", [LogitLens, TunedLens, LowRankLens])
+@pytest.mark.parametrize("lens_class", [LogitLens, TunedLens, LowRankLens, MLPLens])
 def test_starts_as_the_logit_lens(lens_class):
     h_BTD = states(2, 3, dtype=torch.float32)
     assert torch.equal(lens_class(SITE).translate(h_BTD, SITE), SITE.normalize(h_BTD))
@@ -54,10 +54,28 @@ def test_low_rank_lens_at_full_rank_can_be_any_tuned_lens():
 
 def test_last_block_lens_runs_the_last_block_then_the_norm():
     h_BTD = states(2, 3)
-    wanted = SITE.normalize(SITE.last_block(h_BTD))
+    wanted = SITE.normalize(SITE.last_blocks(h_BTD, 1))
     assert torch.equal(LastBlockLens(SITE).translate(h_BTD, SITE), wanted)
-    assert LastBlockLens.runs_last_block
-    assert not TunedLens.runs_last_block
+    assert LastBlockLens.writes_last_block
+    assert (LastBlockLens.last_blocks, TunedLens.last_blocks) == (1, 0)
+
+
+def test_a_bridge_maps_the_state_and_runs_the_late_blocks():
+    lens = BridgeLens(SITE, blocks=2).double()
+    h_BTD = states(2, 3)
+    assert torch.equal(lens.translate(h_BTD, SITE), SITE.normalize(SITE.last_blocks(h_BTD, 2)))
+    stir(lens)
+    u_BTD = h_BTD / h_BTD.square().mean(-1, keepdim=True).add(torch.finfo(torch.float64).eps).sqrt()
+    late_BTD = h_BTD + torch.einsum("ed,btd->bte", lens.shift.weight, u_BTD) + lens.shift.bias
+    wanted = SITE.normalize(SITE.last_blocks(SITE.last_blocks(late_BTD, 1), 1))
+    torch.testing.assert_close(lens.translate(h_BTD, SITE), wanted, rtol=1e-12, atol=1e-12)
+    assert (lens.last_blocks, lens.writes_last_block) == (2, False)
+
+
+@pytest.mark.parametrize("blocks", [0, 3])
+def test_a_bridge_to_below_its_own_exit_is_refused(blocks):
+    with pytest.raises(ValueError, match=f"at depth 2 was given blocks {blocks}; above it there are 2 of the 4"):
+        BridgeLens(SITE, blocks=blocks)
 
 
 @pytest.mark.parametrize(
@@ -66,6 +84,8 @@ def test_last_block_lens_runs_the_last_block_then_the_norm():
         (LogitLens(SITE), 0),
         (TunedLens(SITE), WIDTH**2 + WIDTH),
         (LowRankLens(SITE, rank=5), 2 * WIDTH * 5 + WIDTH),
+        (MLPLens(SITE, hidden=7), 2 * WIDTH * 7 + 7 + WIDTH),
+        (BridgeLens(SITE, blocks=2), WIDTH**2 + WIDTH),
         (LastBlockLens(SITE), 0),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, torch.nn.Module) else "",
@@ -76,7 +96,7 @@ def test_parameters_and_flops_are_as_told(lens, parameters):
     counter = FlopCounterMode(display=False)
     with counter:
         lens.translate(states(1, 1, dtype=torch.float32), own)
-    block = 2 * WIDTH**2 if lens.runs_last_block else 0
+    block = 2 * WIDTH**2 * lens.last_blocks
     assert counter.get_total_flops() == lens.flops() + block
 
 

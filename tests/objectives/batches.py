@@ -22,7 +22,7 @@ def toy_sites(depths: Sequence[int], *, vocab: int, total: int = 12, identity: b
     def project(u_BTD: Tensor, tokens_C: Tensor | None = None) -> Tensor:
         return u_BTD @ (matrix_VD if tokens_C is None else matrix_VD[tokens_C]).to(u_BTD).T
 
-    return {depth: Site(depth, spec, lambda h_BTD: h_BTD, project, lambda h_BTD: h_BTD) for depth in depths}
+    return {depth: Site(depth, spec, lambda h_BTD: h_BTD, project, lambda h_BTD, count: h_BTD) for depth in depths}
 
 
 def toy_bank(sites: dict[int, Site]) -> ExitBank:
