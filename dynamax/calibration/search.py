@@ -117,7 +117,12 @@ def found(
     assert engine.exits is not None, "an engine with exits"
     depths, full = engine.exits.depths, CostModel(engine.backbone).full(CONTEXT).bytes
     path = best_path(
-        searched, depths, epsilon, level, lambda exits: price(engine, policy, searched.reads, exits) / full
+        searched,
+        depths,
+        epsilon,
+        level,
+        lambda exits: price(engine, policy, searched.reads, exits) / full,
+        together=policy.reads_trail,
     )
     if path is None:
         return []
@@ -131,6 +136,8 @@ def best_path(
     epsilon: float,
     level: Level,
     cost_of: Callable[[Sequence[int]], np.ndarray],
+    *,
+    together: bool = False,
 ) -> Path | None:
     """The set of exits that costs least at the bound on the search documents; None if full decoding costs no more.
 
@@ -141,10 +148,11 @@ def best_path(
         level: What one loss is.
         cost_of: For the places of the exits that are asked, the cost of a token by where it leaves, over that of full
             decoding; the top is last.
+        together: Whether all exits are asked, since the score of one depends on the others.
     """
     maps = [Calibration(*pair) for pair in zip(searched.score_EN, searched.right_EN, strict=True)]
     best, kept = 1.0, None
-    for size in range(1, len(depths) + 1):
+    for size in range(len(depths) if together else 1, len(depths) + 1):
         for exits in combinations(range(len(depths)), size):
             cost_E, path = cost_of(exits), thresholds(maps, depths, exits)
             results = [judged(searched, depths, exits, levels, cost_E, level) for levels in path]

@@ -6,7 +6,7 @@ import copy
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
-from typing import Self
+from typing import ClassVar, Self
 
 from torch import Tensor
 
@@ -63,7 +63,13 @@ class ScorePolicy(TerminationPolicy):
 
     Args:
         threshold: In [0, 1]; one number for all exits, or a mapping from each exit's depth to its own.
+
+    Attributes:
+        reads_trail: Whether the score depends on the exits that were read before. It then changes if one of them is no
+            longer asked.
     """
+
+    reads_trail: ClassVar[bool] = False
 
     def __init__(self, threshold: float | dict[int, float]) -> None:
         self.threshold = self._all_checked(threshold)

@@ -169,6 +169,7 @@ class Saturation(ScorePolicy):
     """
 
     gates = ()
+    reads_trail = True
 
     def score(self, evidence: Evidence) -> Tensor:
         """Cosine similarity with the exit before, ``score_B``."""

@@ -43,6 +43,8 @@ class JEIGate(ScorePolicy):
     Source: JEI-DNN (Regol et al. 2024, arXiv 2310.09163), which leaves at 0.5.
     """
 
+    reads_trail = True
+
     def __init__(self, threshold: float | dict[int, float] = 0.5, *, gate: str | None = None) -> None:
         super().__init__(threshold)
         self.gate = gate

@@ -9,7 +9,7 @@ import torch
 import dynamax
 from dynamax.calibration.calibrate import calibrate
 from dynamax.calibration.scores import outcome, scored, split, texts
-from dynamax.calibration.search import CONTEXT, Calibration, Searched, judged, price, thresholds
+from dynamax.calibration.search import CONTEXT, Calibration, Searched, found, judged, price, thresholds
 from dynamax.data.generated import SelfGenerated
 from dynamax.data.text import Document
 from dynamax.decoding.cost import CostModel
@@ -70,6 +70,24 @@ def test_prices_are_those_of_decoding(engine: Engine, documents: list[Document])
             assert model.step(step, CONTEXT).bytes == pytest.approx(cost_E[place])
             seen.add(place)
     assert len(seen) > 1
+
+
+@pytest.mark.parametrize("policy", [MaxProb(0.5), JEIGate(0.5), Saturation(0.9)], ids=lambda policy: policy.label)
+def test_the_search_judges_what_the_policy_does(engine: Engine, documents: list[Document], policy: ScorePolicy) -> None:
+    """Also where a score depends on which other exits are asked."""
+    read = list(texts(engine, documents[:12]))
+    searched = Searched.of([scored(text, policy) for text in read])
+    candidates = found(engine, policy, searched, 0.9, "document")
+    assert candidates, "the case finds nothing"
+    for candidate in candidates[:: max(1, len(candidates) // 4)]:
+        assert isinstance(candidate, OnlyAt)
+        asked = sorted(candidate.depths or ())
+        levels = {depth: candidate.policy.level(depth) for depth in asked}
+        places, cost_E = [(2, 4, 6).index(depth) for depth in asked], np.array([*asked, 8.0])
+        done = [outcome(text, candidate) for text in read]
+        loss, depth = judged(searched, (2, 4, 6), places, levels, cost_E, "document")
+        assert loss == pytest.approx(np.mean([each.wrong_T.mean() for each in done]))
+        assert depth == pytest.approx(np.concatenate([each.depth_T for each in done]).mean())
 
 
 def test_one_sureness_gives_each_exit_its_threshold() -> None:
