@@ -87,9 +87,9 @@ def check_head(head_class: type[ExitHead], **options: object) -> None:
     """Check a lens or a gate against the contract of its kind.
 
     Shapes and precision, at one position too; the input is left alone; rows do not mix; no position sees a later one;
-    every parameter gets a finite gradient; a recurrent gate gives the same however its sequence is cut, with padding
-    at the left or without, and keeps old memories intact; any other gate scores a position as if it were alone; FLOPs
-    and memory are counted; saved and loaded it is the same head.
+    every parameter gets a finite gradient; a recurrent head gives the same however its sequence is cut, with padding
+    at the left or without, and keeps old memories intact; any other reads a position as if it were alone; FLOPs and
+    memory are counted; saved and loaded it is the same head.
 
     Args:
         head_class: A subclass of ``Lens`` or ``Gate``.
@@ -106,8 +106,7 @@ def check_head(head_class: type[ExitHead], **options: object) -> None:
     flops, least = head.flops(), 1 if isinstance(head, Gate) else 0
     demand(head, type(flops) is int and flops >= least, f"flops() gave {flops!r}, not a whole number from {least} on")
     _check_values(head)
-    if isinstance(head, Gate):
-        _check_memory(copy.deepcopy(head).double())
+    _check_memory(copy.deepcopy(head).double())
 
     factory: Any = partial(head_class, **options)
     bank = ExitBank({2: Exit(factory) if isinstance(head, Lens) else Exit(gates=[factory])}, lambda _: site)
@@ -171,43 +170,48 @@ def _check_values(head: ExitHead) -> None:
 
 
 @torch.no_grad()
-def _check_memory(gate: Gate) -> None:
-    """Cut anywhere, padded or not, a sequence gives the same scores; an old memory is not changed by later reads."""
+def _check_memory(head: ExitHead) -> None:
+    """Cut anywhere, padded or not, a sequence gives the same; an old memory is not changed by later reads."""
     h_BTD = _states(2, 9, dtype=torch.float64)
-    whole_BT = _output(gate, h_BTD)
+    whole = _output(head, h_BTD)
     remedy = "carry over everything it needs in memory.values"
-    if not gate.recurrent:
+    if not head.recurrent:
         remedy = "set recurrent = True and carry over what it needs in memory.values"
-        alone_BT = torch.cat([_output(gate, h_BTD[:, t : t + 1]) for t in range(9)], 1)
-        said = "says recurrent = False, but its score of a position depends on earlier ones"
-        demand(gate, near(alone_BT, whole_BT), f"{said}; {remedy}")
+        alone = torch.cat([_output(head, h_BTD[:, t : t + 1]) for t in range(9)], 1)
+        said = "says recurrent = False, but what it makes of a position depends on earlier ones"
+        demand(head, near(alone, whole), f"{said}; {remedy}")
+        if isinstance(head, Lens):
+            return  # it has no memory
     for cuts in ((9,), (1,) * 9, (4, 5), (2, 6, 1)):
-        same = near(_continued(gate, h_BTD, cuts, Memory()), whole_BT)
-        demand(gate, same, f"gives other scores when nine positions come in chunks of {cuts}; {remedy}")
+        same = near(_continued(head, h_BTD, cuts, Memory()), whole)
+        demand(head, same, f"gives other numbers when nine positions come in chunks of {cuts}; {remedy}")
     memory = Memory()
-    _continued(gate, h_BTD[:, :4], (4,), memory)
-    first, second = (_continued(gate, h_BTD[:, 4:], (5,), memory.copy()) for _ in range(2))
-    demand(gate, torch.equal(first, second), "writes into the tensors of its memory; replace them, so that copies stay")
+    _continued(head, h_BTD[:, :4], (4,), memory)
+    first, second = (_continued(head, h_BTD[:, 4:], (5,), memory.copy()) for _ in range(2))
+    demand(head, torch.equal(first, second), "writes into the tensors of its memory; replace them, so that copies stay")
     for length in (3, 5):
         memory = Memory()
-        _continued(gate, h_BTD[:1, :length], (length,), memory)
+        _continued(head, h_BTD[:1, :length], (length,), memory)
         kept = sum(each.numel() for each in memory.values.values() if each.is_floating_point())  # masks do not count
-        stated = gate.state + length * gate.keys
+        stated = head.state + length * head.keys
         message = f"keeps {kept} values after {length} positions, but states {stated}; set keys and state"
-        demand(gate, kept == stated, message)
-    if gate.recurrent:
+        demand(head, kept == stated, message)
+    if head.recurrent:
         padded_BTD = torch.cat([_states(2, 3, dtype=torch.float64), h_BTD], 1)
         padded_BTD[0, 3:], pad_B = h_BTD[0], torch.tensor([3, 0])
-        scores_BT = _continued(gate, padded_BTD, (2, 5, 5), Memory(pad_B))
-        same = near(scores_BT[:1, 3:], whole_BT[:1])
-        demand(gate, same, "gives a row other scores when it is padded at the left; mask by memory.live(T)")
+        found = _continued(head, padded_BTD, (2, 5, 5), Memory(pad_B))
+        same = near(found[:1, 3:], whole[:1])
+        demand(head, same, "gives a row other numbers when it is padded at the left; mask by memory.live(T)")
 
 
-def _continued(gate: Gate, h_BTD: Tensor, cuts: tuple[int, ...], memory: Memory) -> Tensor:
-    """Scores of a sequence read in chunks."""
+def _continued(head: ExitHead, h_BTD: Tensor, cuts: tuple[int, ...], memory: Memory) -> Tensor:
+    """What a head makes of a sequence read in chunks."""
     parts = []
     for chunk_BTD in h_BTD.split(list(cuts), 1):
-        parts.append(gate.score(toy_evidence(chunk_BTD, recurrent=gate.recurrent), memory))
+        if isinstance(head, Lens):
+            parts.append(head.continued(chunk_BTD, toy_site(), memory))
+        else:
+            parts.append(cast(Gate, head).score(toy_evidence(chunk_BTD, recurrent=head.recurrent), memory))
         memory.read += chunk_BTD.shape[1]
     return torch.cat(parts, 1)
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from dynamax.backbones.base import Backbone
 from dynamax.heads.bank import ExitBank
-from dynamax.heads.base import ExitHead, Gate
+from dynamax.heads.base import ExitHead
 from dynamax.types import BlockCost, Step
 
 
@@ -86,11 +86,13 @@ class CostModel:
         cost = FREE
         for depth, rows in step.logits_read:
             cost += self._weights(self.spec.vocab * self.spec.width, rows)
-            if depth < self.spec.depth and self.bank is not None:
+            if depth < self.spec.depth and self.bank is not None and not self.bank.lens(depth).recurrent:
                 cost += self._head(self.bank.lens(depth), rows)
         for depth, tokens in step.rows_read:
             assert self.bank is not None
-            cost += self._weights(tokens * self.spec.width, 1) + self._head(self.bank.lens(depth), 1)
+            cost += self._weights(tokens * self.spec.width, 1)
+            if not self.bank.lens(depth).recurrent:
+                cost += self._head(self.bank.lens(depth), 1)
         for depth, name in step.gates_read:
             assert self.bank is not None
             gate = self.bank.gates(depth)[name]
@@ -99,19 +101,18 @@ class CostModel:
         return cost
 
     def _recurrent(self, step: Step, context: int) -> Cost:
-        """Recurrent gates read every position that passes them, asked or not."""
+        """Recurrent heads read every position that passes them, asked or not."""
         cost = FREE
         for depth in self.bank.recurrent_depths if self.bank is not None else ():
             rows = step.work.rows[depth - 1] + step.work.writes[depth - 1]  # written by a rule that lets gates read
-            for gate in self.bank.gates(depth).values() if self.bank is not None else ():
-                if gate.recurrent and rows:
-                    cost += self._head(gate, rows) + self._memory(gate, rows, context)
+            for head in self.bank.recurrent_heads(depth).values() if self.bank is not None and rows else ():
+                cost += self._head(head, rows) + self._memory(head, rows, context)
         return cost
 
     def _head(self, head: ExitHead, rows: int) -> Cost:
         held = sum(p.numel() * p.element_size() for p in head.parameters())
         return Cost(float(head.flops()) * rows, held / self.batch)
 
-    def _memory(self, gate: Gate, rows: int, context: int) -> Cost:
-        size = max((p.element_size() for p in gate.parameters()), default=self.size)
-        return Cost(2.0 * gate.keys * context * rows, size * (gate.keys * (context + 1 + rows) + 2.0 * gate.state))
+    def _memory(self, head: ExitHead, rows: int, context: int) -> Cost:
+        size = max((p.element_size() for p in head.parameters()), default=self.size)
+        return Cost(2.0 * head.keys * context * rows, size * (head.keys * (context + 1 + rows) + 2.0 * head.state))

@@ -3,10 +3,20 @@
 from dynamax.heads.bank import Exit, ExitBank
 from dynamax.heads.base import ExitHead, Gate, Lens
 from dynamax.heads.gates import AttentionGate, FFNGate, LinearGate, MambaGate, MLPGate, UncertaintyGate
-from dynamax.heads.lenses import BridgeLens, LastBlockLens, LogitLens, LowRankLens, MLPLens, TunedLens
+from dynamax.heads.lenses import (
+    AttentionLens,
+    BridgeLens,
+    LastBlockLens,
+    LogitLens,
+    LowRankLens,
+    MambaLens,
+    MLPLens,
+    TunedLens,
+)
 
 __all__ = [
     "AttentionGate",
+    "AttentionLens",
     "BridgeLens",
     "Exit",
     "ExitBank",
@@ -21,6 +31,7 @@ __all__ = [
     "MLPGate",
     "MLPLens",
     "MambaGate",
+    "MambaLens",
     "TunedLens",
     "UncertaintyGate",
 ]

@@ -23,6 +23,9 @@ from dynamax.heads.memories import Reads, RunState, alike_rows, joined, part_ove
 from dynamax.heads.recorded import GateRecordings
 from dynamax.types import Evidence, Memory, Past, Site, Spec
 
+LENS = "lens"
+"""Stands for the lens where heads of an exit are told apart by name."""
+
 
 def same_head(head: ExitHead, site: Site) -> Any:  # noqa: ANN401 - a lens or a gate, as it was given
     """A head that is built already, where a factory of heads is wanted."""
@@ -44,7 +47,7 @@ class ExitBank(nn.Module):
 
     Attributes:
         depths: Depths that have an exit, ascending.
-        recurrent_depths: Those with a recurrent gate, ascending.
+        recurrent_depths: Those with a recurrent head, ascending.
 
     Raises:
         UserError: If there is no exit, a depth is none of the model's or not a whole number (such as "2", which could
@@ -60,7 +63,7 @@ class ExitBank(nn.Module):
         self.exits = nn.ModuleDict({str(depth): build_exit(exits[depth], sites(depth)) for depth in self.depths})
         self._found = {depth: found_in(self.exits[str(depth)]) for depth in self.depths}
         self._recordings = GateRecordings()
-        self.recurrent_depths = tuple(d for d in self.depths if any(gate.recurrent for gate in self.gates(d).values()))
+        self.recurrent_depths = tuple(depth for depth in self.depths if self.recurrent_heads(depth))
 
     def select_gates(self, names: Collection[str] | None, *, depths: Collection[int] | None = None) -> ExitBank:
         """A bank of the same heads with the named gates alone, so that other recurrent gates are not run.
@@ -95,6 +98,11 @@ class ExitBank(nn.Module):
         """The gates of the exit at ``depth``, by class name, in the order they were given."""
         return self._exit(depth)[1]
 
+    def recurrent_heads(self, depth: int) -> dict[str, ExitHead]:
+        """The recurrent heads of the exit at ``depth``, gates by class name and the lens as ``lens``."""
+        lens, gates = self._exit(depth)
+        return {name: head for name, head in {**gates, LENS: lens}.items() if head.recurrent}
+
     def _exit(self, depth: int) -> tuple[Lens, dict[str, Gate]]:
         if depth not in self._found:
             raise UserError(
@@ -125,8 +133,8 @@ class ExitBank(nn.Module):
             pick: Takes the wanted ones of the ``[B, T, ...]`` positions.
             step: Tokens generated before.
             trail: Evidence of the step's earlier exits.
-            recurrent: Scores ``s_BT`` of recurrent gates that have read these positions already; the others read
-                ``h_BTD`` as a whole sequence.
+            recurrent: What recurrent heads make of these positions, which they have read already: scores ``s_BT`` of
+                gates, ``u_BTD`` of the lens; the others read ``h_BTD`` as a whole sequence.
             recordings: Run the other gates; None runs them as they are.
             past: What was read and said before the step.
         """
@@ -140,16 +148,19 @@ class ExitBank(nn.Module):
                 return lambda _: pick(gate.score(self.sequence(site, h_BTD, step)))
             return gate.score if recordings is None else partial(recordings.score, (depth, name), gate)
 
+        def translated() -> Tensor:
+            return pick(known[LENS] if LENS in known else lens.translate(h_BTD, site))
+
         return Evidence(
             depth,
             site.spec.depth,
             step,
             pick(self._residual(h_BTD)),
-            logits=lambda: site.project(pick(lens.translate(h_BTD, site))),
+            logits=lambda: site.project(translated()),
             gates={name: scorer(name, gate) for name, gate in gates.items()},
             trail=trail,
             past=past,
-            candidates=lambda tokens_C: site.project(pick(lens.translate(h_BTD, site)), tokens_C),
+            candidates=lambda tokens_C: site.project(translated(), tokens_C),
             vocab=site.spec.vocab,
         )
 
@@ -162,10 +173,10 @@ class ExitBank(nn.Module):
         lens = self.lens(site.depth)
 
         def logits() -> Tensor:
-            if lens.last_blocks:
+            if lens.last_blocks or lens.recurrent:
                 raise UserError(
-                    f"A recurrent gate at depth {site.depth} asked for the logits of {type(lens).__name__}, which runs "
-                    f"blocks of the backbone and has none of earlier positions. Give the exit another lens."
+                    f"A recurrent gate at depth {site.depth} asked for the logits of {type(lens).__name__}, which "
+                    f"depend on earlier positions and are known of the newest alone. Give the exit another lens."
                 )
             return site.project(lens.translate(h_BTD, site))
 
@@ -202,10 +213,10 @@ class ExitBank(nn.Module):
         step: int | Tensor = 0,
         recordings: GateRecordings | None = None,
     ) -> tuple[dict[str, Tensor], list[Reads]]:
-        """Let the recurrent gates of one exit read on, up to and including the caller's rows.
+        """Let the recurrent heads of one exit read on, up to and including the caller's rows.
 
         Rows owed at this depth and not yet read are read first, in the same chunk. Where a rule for skipped state has
-        left no debts, the gates go on without the skipped rows.
+        left no debts, the heads go on without the skipped rows.
 
         Args:
             site: The exit's place.
@@ -215,8 +226,8 @@ class ExitBank(nn.Module):
             recordings: Run the gates; None runs them as they are.
 
         Returns:
-            Scores ``s_BT`` of the caller's rows, for each recurrent gate; and for each run, (depth, positions) of each
-            reading of logits that a gate asked for.
+            For each recurrent head, scores ``s_BT`` of the caller's rows, or ``u_BTD`` of a lens; and for each run,
+            (depth, positions) of each reading of logits that a gate asked for.
         """
         depth, count = site.depth, h_BTD.shape[1]
         reads: list[Reads] = [()] * len(runs)
@@ -224,9 +235,7 @@ class ExitBank(nn.Module):
         if depth not in self.recurrent_depths:
             return scores, reads
         parts = [h_BTD] if len(runs) == 1 else h_BTD.split(1)
-        for name, gate in self.gates(depth).items():
-            if not gate.recurrent:
-                continue
+        for name, head in self.recurrent_heads(depth).items():
             memories = [self._memory(depth, name, run) for run in runs]
             chunks = [unread(depth, part, run, memory) for part, run, memory in zip(parts, runs, memories, strict=True)]
             found: list[Tensor] = [h_BTD] * len(runs)
@@ -235,10 +244,12 @@ class ExitBank(nn.Module):
                 chunk_BTD = chunks[alike[0]] if len(alike) == 1 else torch.cat([chunks[row] for row in alike])
                 own = step if isinstance(step, int) else step[alike]
                 evidence = self.sequence(site, chunk_BTD, own)
-                if recordings is None:
-                    score_BT = gate.score(evidence, memory)
+                if isinstance(head, Lens):
+                    score_BT = head.continued(chunk_BTD, site, memory)
+                elif recordings is None:
+                    score_BT = cast(Gate, head).score(evidence, memory)
                 else:
-                    score_BT = recordings.score((depth, name), gate, evidence, memory)
+                    score_BT = recordings.score((depth, name), cast(Gate, head), evidence, memory)
                 memory.read += chunk_BTD.shape[1]
                 part_over(memory, [memories[row] for row in alike])
                 for row, score in zip(alike, score_BT.split(len(score_BT) // len(alike)), strict=True):
@@ -249,15 +260,17 @@ class ExitBank(nn.Module):
         return scores, reads
 
     def advance(self, site: Site, h_BTD: Tensor, cache: RunState) -> None:
-        """Let the recurrent gates of one exit read skipped positions, or those kept by a rollback, as ``h_BTD``."""
-        for name, gate in self.gates(site.depth).items() if h_BTD.shape[1] else ():
-            if gate.recurrent:
-                memory = self._memory(site.depth, name, cache)
-                gate.score(self.sequence(site, h_BTD, 0), memory)
-                memory.read += h_BTD.shape[1]
+        """Let the recurrent heads of one exit read skipped positions, or those kept by a rollback, as ``h_BTD``."""
+        for name, head in self.recurrent_heads(site.depth).items() if h_BTD.shape[1] else ():
+            memory = self._memory(site.depth, name, cache)
+            if isinstance(head, Lens):
+                head.continued(h_BTD, site, memory)
+            else:
+                cast(Gate, head).score(self.sequence(site, h_BTD, 0), memory)
+            memory.read += h_BTD.shape[1]
 
     def _memory(self, depth: int, name: str, run: RunState) -> Memory:
-        """What a recurrent gate remembers in a decoding run; empty at first."""
+        """What a recurrent head remembers in a decoding run; empty at first."""
         return run.memories.setdefault((depth, name), Memory(pad_B=run.pad_B))
 
     # -- on disk ----------------------------------------------------------------------------------

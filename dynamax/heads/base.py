@@ -14,14 +14,20 @@ from dynamax.types import Evidence, Memory, Site
 class ExitHead(nn.Module, ABC):
     """A small network at one depth. A subclass takes ``site`` first, then its own options.
 
+    A recurrent head states the size of its memory of one row, so that reading and writing it is charged.
+
     Attributes:
         recurrent: True if its output for a position depends on the positions before. Such a head reads every position,
             in order, and remembers through ``Memory``.
+        keys: Values kept of each position; each is read by every later one, at a multiply-add.
+        state: Values of recurrent state, read and written by every call.
         recipe: The options it was built with, defaults included; with its class and a site, enough to build it again.
             It is recorded here, so that no subclass has to.
     """
 
     recurrent: ClassVar[bool] = False
+    keys: int = 0
+    state: int = 0
     recipe: dict[str, object]
 
     def __new__(cls, site: Site | None = None, *values: object, **options: object) -> Self:
@@ -55,21 +61,22 @@ class Lens(ExitHead):
 
     @abstractmethod
     def translate(self, h_BTD: Tensor, site: Site) -> Tensor:
-        """Residual stream to normalised states ``u_BTD``; the logits are ``site.project(u_BTD)``."""
+        """Residual stream to normalised states ``u_BTD``; the logits are ``site.project(u_BTD)``.
+
+        A recurrent lens reads a whole sequence from its start here.
+        """
+
+    def continued(self, h_BTD: Tensor, site: Site, memory: Memory) -> Tensor:
+        """As ``translate``, behind the positions that the memory holds; a recurrent lens has it.
+
+        It replaces the entries of ``memory.values`` (never writes into the tensors) and masks padding by
+        ``memory.live(T)``. ``memory.read`` is advanced by the caller.
+        """
+        raise NotImplementedError(f"{type(self).__name__} says recurrent = True, so it needs a method continued")
 
 
 class Gate(ExitHead):
-    """Says *whether* leaving here is right.
-
-    A recurrent gate states the size of its memory of one row, so that reading and writing it is charged.
-
-    Attributes:
-        keys: Values kept of each position; each is read by every later one, at a multiply-add.
-        state: Values of recurrent state, read and written by every call.
-    """
-
-    keys: int = 0
-    state: int = 0
+    """Says *whether* leaving here is right."""
 
     @abstractmethod
     def score(self, evidence: Evidence, memory: Memory | None = None) -> Tensor:

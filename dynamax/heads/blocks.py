@@ -32,12 +32,12 @@ def rms_normalize(h_BTD: Tensor, dtype: torch.dtype) -> Tensor:
     return (x_BTD * mean_BT1.rsqrt()).to(dtype)
 
 
-def zero_init(width: int) -> nn.Linear:
-    """A gate's last layer, ``width`` to one logit, at zero: every position starts at p = 0.5.
+def zero_init(width: int, outputs: int = 1) -> nn.Linear:
+    """A head's last layer at zero: a gate starts at p = 0.5; a lens that adds to the state starts as the logit lens.
 
-    A random start would only add noise; the bias learns the base rate of an exit within a few steps.
+    A random start would only add noise; a gate's bias learns the base rate of an exit within a few steps.
     """
-    last = nn.Linear(width, 1)
+    last = nn.Linear(width, outputs)
     nn.init.zeros_(last.weight)
     nn.init.zeros_(last.bias)
     return last

@@ -10,8 +10,17 @@ from torch.nn import functional as F
 
 from dynamax.errors import UserError
 from dynamax.heads.base import Lens
-from dynamax.heads.blocks import positive
-from dynamax.types import Site
+from dynamax.heads.blocks import (
+    CausalAttention,
+    MambaBlock,
+    SwiGLU,
+    input_projection,
+    positive,
+    rms_normalize,
+    swiglu_width,
+    zero_init,
+)
+from dynamax.types import Memory, Site
 
 
 class LogitLens(Lens):
@@ -42,11 +51,8 @@ class TunedLens(Lens):
 
     def __init__(self, site: Site) -> None:
         super().__init__()
-        width = site.spec.width
-        self.shift = nn.Linear(width, width)
         # A residual at zero starts as the logit lens, and weight decay pulls back to it, not to a dead map.
-        nn.init.zeros_(self.shift.weight)
-        nn.init.zeros_(self.shift.bias)
+        self.shift = zero_init(site.spec.width, site.spec.width)
 
     def translate(self, h_BTD: Tensor, site: Site) -> Tensor:
         """Final norm, then the affine map."""
@@ -74,9 +80,7 @@ class LowRankLens(Lens):
                 f"Choose a smaller rank, or TunedLens for the full map."
             )
         self.down = nn.Linear(site.spec.width, rank, bias=False)
-        self.up = nn.Linear(rank, site.spec.width)
-        nn.init.zeros_(self.up.weight)
-        nn.init.zeros_(self.up.bias)
+        self.up = zero_init(rank, site.spec.width)
 
     def translate(self, h_BTD: Tensor, site: Site) -> Tensor:
         """Final norm, then the low-rank map."""
@@ -96,9 +100,7 @@ class MLPLens(Lens):
     def __init__(self, site: Site, *, hidden: int = 1024) -> None:
         super().__init__()
         self.enter = nn.Linear(site.spec.width, positive("hidden", hidden))
-        self.leave = nn.Linear(hidden, site.spec.width)
-        nn.init.zeros_(self.leave.weight)
-        nn.init.zeros_(self.leave.bias)
+        self.leave = zero_init(hidden, site.spec.width)
 
     def translate(self, h_BTD: Tensor, site: Site) -> Tensor:
         """Final norm, then the two layers."""
@@ -130,14 +132,113 @@ class BridgeLens(Lens):
                 f"{site.spec.depth - site.depth} of the {site.spec.depth}. Choose 1 to that many."
             )
         self.last_blocks = blocks
-        self.shift = nn.Linear(site.spec.width, site.spec.width)
-        nn.init.zeros_(self.shift.weight)
-        nn.init.zeros_(self.shift.bias)
+        self.shift = zero_init(site.spec.width, site.spec.width)
 
     def translate(self, h_BTD: Tensor, site: Site) -> Tensor:
         """The affine map, the late blocks, then the final norm."""
         u_BTD = site.normalize(h_BTD).to(self.shift.weight.dtype)
         return site.normalize(site.last_blocks(h_BTD + self.shift(u_BTD).to(h_BTD.dtype), self.last_blocks))
+
+
+class AttentionLens(Lens):
+    """A transformer block of its own behind the final norm, recurrent through keys and values: ``u + leave(block(u))``.
+
+    It reads every position that passes the exit, whether or not the exit is asked, and is charged for that.
+
+    Source: Balcony (arXiv 2503.05005), whose exits are blocks of the model's own width; the output matrix is shared.
+
+    With W the block's width and F = 8/3 W, up to the next multiple of 64:
+    Parameters: 2 D W + 4 W^2 + 3 W F + D, with ``width: null`` D^2 less. FLOPs: two for each but the D of a bias, and
+    4 W for each key. Memory: 2 W values a position. ``leave`` starts at zero: it starts as the logit lens.
+
+    Args:
+        heads: Attention heads.
+        width: The block's own width, reached by a projection of the input; None for the backbone's.
+    """
+
+    recurrent = True
+
+    def __init__(self, site: Site, *, heads: int = 4, width: int | None = 256) -> None:
+        super().__init__()
+        self.enter, inner = input_projection(site.spec.width, width)
+        self.keys = 2 * inner
+        self.attention = CausalAttention(inner, heads)
+        self.inner = SwiGLU(inner, swiglu_width(inner))
+        self.down = nn.Linear(swiglu_width(inner), inner, bias=False)
+        self.leave = zero_init(inner, site.spec.width)
+
+    def translate(self, h_BTD: Tensor, site: Site) -> Tensor:
+        """Final norm, block, projection."""
+        return self._read(site.normalize(h_BTD), None)
+
+    def continued(self, h_BTD: Tensor, site: Site, memory: Memory) -> Tensor:
+        """The same behind the keys and values that the memory holds."""
+        return self._read(site.normalize(h_BTD), memory)
+
+    def _read(self, u_BTD: Tensor, memory: Memory | None) -> Tensor:
+        dtype = self.leave.weight.dtype
+        x_BTD = self.enter(u_BTD.to(dtype))
+        x_BTD = x_BTD + self.attention(rms_normalize(x_BTD, dtype), memory)
+        x_BTD = x_BTD + self.down(self.inner(rms_normalize(x_BTD, dtype)))
+        return u_BTD + self.leave(rms_normalize(x_BTD, dtype)).to(u_BTD.dtype)
+
+    def flops(self) -> int:
+        """The formula of the class: products with weights, and attending to one key."""
+        return super().flops() + 2 * self.keys
+
+
+class MambaLens(Lens):
+    """A Mamba-2 block of its own behind the final norm, recurrent over positions: ``u + leave(block(u))``.
+
+    It reads every position that passes the exit, whether or not the exit is asked, and is charged for that.
+
+    Source: one block behind each exit as in Balcony (arXiv 2503.05005), here of the kind that DYNAMAX (arXiv
+    2504.20922) uses as exit classifier.
+
+    Parameters and FLOPs: those of a ``MambaGate`` with these options, whose last layer has D outputs. ``leave`` starts
+    at zero: it starts as the logit lens.
+
+    Args:
+        d_state: State size of each channel, N.
+        expand: Inner width as a multiple of the block's width.
+        d_conv: Positions the convolution sees.
+        headdim: Channels that share one decay.
+        width: The block's own width, reached by a projection of the input; None for the backbone's.
+    """
+
+    recurrent = True
+
+    def __init__(
+        self,
+        site: Site,
+        *,
+        d_state: int = 64,
+        expand: int = 2,
+        d_conv: int = 4,
+        headdim: int = 64,
+        width: int | None = 256,
+    ) -> None:
+        super().__init__()
+        self.enter, inner = input_projection(site.spec.width, width)
+        self.block = MambaBlock(inner, d_state=d_state, d_conv=d_conv, expand=expand, headdim=headdim)
+        self.state = self.block.state
+        self.leave = zero_init(self.block.d_inner, site.spec.width)
+
+    def translate(self, h_BTD: Tensor, site: Site) -> Tensor:
+        """Final norm, block, projection."""
+        return self._read(site.normalize(h_BTD), None)
+
+    def continued(self, h_BTD: Tensor, site: Site, memory: Memory) -> Tensor:
+        """The same behind the state that the memory holds."""
+        return self._read(site.normalize(h_BTD), memory)
+
+    def _read(self, u_BTD: Tensor, memory: Memory | None) -> Tensor:
+        x_BTD = self.block(self.enter(u_BTD.to(self.leave.weight.dtype)), memory)
+        return u_BTD + self.leave(x_BTD).to(u_BTD.dtype)
+
+    def flops(self) -> int:
+        """Products with weights, and writing and reading the state."""
+        return super().flops() + 4 * self.block.d_inner * self.block.d_state
 
 
 class LastBlockLens(Lens):

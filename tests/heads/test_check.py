@@ -6,6 +6,7 @@ from torch import nn
 
 from dynamax.heads import (
     AttentionGate,
+    AttentionLens,
     BridgeLens,
     FFNGate,
     Gate,
@@ -15,6 +16,7 @@ from dynamax.heads import (
     LogitLens,
     LowRankLens,
     MambaGate,
+    MambaLens,
     MLPGate,
     MLPLens,
     TunedLens,
@@ -32,6 +34,10 @@ from dynamax.testing import check_head, toy_evidence
         (LowRankLens, {"rank": 4}),
         (MLPLens, {"hidden": 8}),
         (BridgeLens, {"blocks": 2}),
+        (AttentionLens, {"width": 16}),
+        (AttentionLens, {"width": None, "heads": 2}),
+        (MambaLens, {"width": 32, "d_state": 8, "headdim": 16}),
+        (MambaLens, {"width": None, "d_conv": 2}),
         (LastBlockLens, {}),
         (LinearGate, {}),
         (MLPGate, {"hidden": 8}),
