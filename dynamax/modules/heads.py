@@ -53,8 +53,8 @@ class HeadsModule(LightningModule):
         exits: The heads at each depth, in blocks completed.
         phases: What is trained, by a name of your choice, in this order; see ``dynamax.modules.phases.Phase``.
         alternate: Names of the phases that take turns; all others come before them.
-        heads: Folder of saved heads to begin with, or to validate; they must be those of ``exits``. Left out, heads
-            begin anew.
+        heads: Folder of saved heads to begin with, or to validate; they must be those of ``exits``, which may have more
+            gates. Their lenses may rest in all phases. Left out, heads begin anew.
         weight_decay: Of AdamW.
         warmup: Part of each phase, in [0, 1), over which the learning rate rises; then it falls as a cosine.
 
@@ -113,18 +113,28 @@ class HeadsModule(LightningModule):
             top = self.backbone.output_stage(blocks=blocks).eval().requires_grad_(False)
             bank = ExitBank(self.exits, top.site)
         if self.saved is not None:
-            fresh, bank = bank, ExitBank.load(self.saved, top.site)
-            asked, found = (json.dumps(each.record(top.spec)["exits"], sort_keys=True) for each in (fresh, bank))
-            if asked != found:
-                raise UserError(
-                    f"The heads in {self.saved} are not those of the exits. Saved: {found}. Exits: {asked}. Give the "
-                    f"exits they were trained with, or leave heads out and train anew."
-                )
+            self._take_up(bank, ExitBank.load(self.saved, top.site), top.spec)
         self._top, self.bank = (top,), bank
         self.sites: dict[int, Site] = {depth: top.site(depth) for depth in bank.depths}
         gates = [f"{depth}/{name}" for depth in bank.depths for name in bank.gates(depth)]
         self.aurocs = nn.ModuleDict({name: GateAUROC() for name in gates})
-        check_trained(bank, self.phases)
+        check_trained(bank, self.phases, may_rest=["lenses"] if self.saved is not None else [])
+
+    def _take_up(self, bank: ExitBank, begun: ExitBank, spec: Spec) -> None:
+        """Copy saved heads into the bank; only gates may be new."""
+        asked, found = (each.record(spec)["exits"] for each in (bank, begun))
+        same = set(asked) == set(found) and all(
+            asked[depth]["lens"] == found[depth]["lens"]
+            and all(gate in asked[depth]["gates"] for gate in found[depth]["gates"])
+            for depth in asked
+        )
+        if not same:
+            raise UserError(
+                f"The heads in {self.saved} are not those of the exits. Saved: {json.dumps(found)}. Exits: "
+                f"{json.dumps(asked)}. Give the exits they were trained with, and new gates if you like; or leave "
+                f"heads out and train anew."
+            )
+        bank.load_state_dict(begun.state_dict(), strict=False)
 
     @property
     def spec(self) -> Spec:

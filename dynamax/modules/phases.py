@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -109,8 +109,8 @@ def heads_of(bank: ExitBank, kinds: Iterable[Kind]) -> Iterator[ExitHead]:
             yield from [bank.lens(depth)] if kind == "lenses" else bank.gates(depth).values()
 
 
-def check_trained(bank: ExitBank, phases: Mapping[str, Phase]) -> None:
-    """Raise a UserError for a phase with nothing to train, and for heads that no phase trains."""
+def check_trained(bank: ExitBank, phases: Mapping[str, Phase], *, may_rest: Collection[Kind] = ()) -> None:
+    """Raise a UserError for a phase with nothing to train, and for heads that no phase trains, unless they may rest."""
     learn = {kind for kind in KINDS if any(True for head in heads_of(bank, [kind]) for _ in head.parameters())}
     for name, phase in phases.items():
         if not phase.trains & learn:
@@ -120,7 +120,7 @@ def check_trained(bank: ExitBank, phases: Mapping[str, Phase]) -> None:
                 f"the exits, or leave the phase out of model.phases."
             )
     for kind in sorted(learn):
-        if not any(kind in phase.trains for phase in phases.values()):
+        if kind not in may_rest and not any(kind in phase.trains for phase in phases.values()):
             raise UserError(
                 f"The exits have {kind} to train, but no phase trains {kind}. Add one to model.phases, such as "
                 f"{kind}: {{objective: {'LensDistillation' if kind == 'lenses' else 'GateObjective'}}}."

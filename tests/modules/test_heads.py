@@ -266,6 +266,19 @@ def test_saved_heads_are_taken_up(folder, tmp_path):
     assert moved(weights(heads), weights(again)) == (True, True)
 
 
+def test_saved_lenses_get_new_gates_and_rest(folder, tmp_path):
+    begun = module(folder, exits=dict.fromkeys(DEPTHS, Exit(TunedLens)), phases=lenses(epochs=None))
+    trainer(tmp_path, epochs=1).fit(begun, loader(begun))
+    begun.bank.save(tmp_path / "heads", begun.spec)
+    exits = dict.fromkeys(DEPTHS, Exit(TunedLens, [LinearGate]))
+    heads = module(folder, exits=exits, phases=gates(), heads=str(tmp_path / "heads"))
+    known = weights(begun)
+    assert all(torch.equal(weights(heads)[name], tensor) for name, tensor in known.items())
+    before = weights(heads)
+    trainer(tmp_path, epochs=1).fit(heads, loader(heads))
+    assert all(torch.equal(weights(heads)[name], tensor) == (name in known) for name, tensor in before.items())
+
+
 def test_half_precision_trains_the_same_heads(folder, tmp_path):
     heads = module(folder)
     trainer(tmp_path, epochs=3, precision="bf16-mixed").fit(heads, loader(heads), loader(heads, first=50))
