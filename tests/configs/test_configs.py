@@ -49,7 +49,7 @@ SIBLINGS = "siblings"
 DISTILL = "distill"
 """Whole runs of ``distill``; ``text.yaml`` is a part of them."""
 TUNE = "tune"
-"""Whole runs of ``tune``."""
+"""Whole runs of ``tune``, and of ``fit`` and ``test`` behind it."""
 JOINT = "jei-dnn"
 """Runs of ``fit`` and ``test``; other files lie over ``fit.yaml``."""
 CALIBRATE = "calibrate"
@@ -186,7 +186,7 @@ def test_a_distillation_is_built(name: str, monkeypatch: pytest.MonkeyPatch) -> 
     assert all(corpus.text.identity() for corpus in written), "their prompts are there"
 
 
-@pytest.mark.parametrize("name", named(TUNE))
+@pytest.mark.parametrize("name", [name for name in named(TUNE) if Path(name).stem not in COMMANDS])
 def test_a_tuning_is_built(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     made = built(monkeypatch, "tune", "-c", str(CONFIGS / name))
     model, data = made.model, made.datamodule
