@@ -6,6 +6,7 @@
     shapes    Mistral-7B and Codestral-Mamba-7B with random weights, every exit, eager and captured
     frontier  SmolLM2: policies beside the full model, latency of every exit by CUDA events
     siblings  the small models in assets/
+    tune      early-exit tuning of SmolLM2 on text that it writes itself, in eight minutes; runs when it is named
 
 Each part runs in a process of its own and writes ``gpu-PART.json`` as findings come. One that fails or runs out of time
 says why there, and the next one goes on. ``--rehearse`` runs everything in small on the CPU.
@@ -32,11 +33,14 @@ from dynamax.files import write_atomically
 PARTS = {"laws": 2.0, "shapes": 5.0, "frontier": 2.0, "siblings": 3.5}
 """Minutes of each part, most worth first; the last has what the others leave, too."""
 REHEARSAL = {"laws": 1.6, "shapes": 0.8, "frontier": 0.7, "siblings": 0.7}
+NAMED = {"tune": 8.0}
+"""Minutes of parts that run only if they are named: each fills a short loan by itself."""
 NEEDS = {
     "laws": ("torch", "transformers", "pytest"),
     "shapes": ("torch", "transformers"),
     "frontier": ("torch", "transformers", "lightning", "torchmetrics", "jsonargparse", "datasets"),
     "siblings": ("torch", "transformers"),
+    "tune": ("torch", "transformers", "lightning", "torchmetrics", "jsonargparse", "datasets", "peft"),
 }
 """Packages without which a part cannot run at all."""
 MODULE = "benchmarks.gpu_{}"
@@ -51,8 +55,8 @@ Report = dict[str, Any]
 
 def boxes(chosen: Sequence[str], minutes: float | None, *, rehearse: bool) -> dict[str, float]:
     """Seconds of each chosen part, in order of worth; in proportion if other minutes are given."""
-    usual = REHEARSAL if rehearse else PARTS
-    known = {part: 60 * usual[part] for part in PARTS if part in chosen}
+    usual = {**PARTS, **NAMED, **(REHEARSAL if rehearse else {})}
+    known = {part: 60 * usual[part] for part in usual if part in chosen}
     scale = 1.0 if minutes is None else 60 * minutes / sum(known.values())
     return {part: seconds * scale for part, seconds in known.items()}
 
@@ -157,7 +161,7 @@ def check(args: argparse.Namespace) -> None:
 def main(given: Sequence[str] | None = None) -> int:
     """Run the parts, print a summary; 0 if all are done."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=PARTS, action="append", help="a part; may be given again")
+    parser.add_argument("--only", choices=[*PARTS, *NAMED], action="append", help="a part; may be given again")
     parser.add_argument("--minutes", type=float, default=None, help="for all parts together")
     parser.add_argument("--parts", type=Path, default=None, help="folder of benchmarks.parts with SmolLM2's wheel")
     parser.add_argument("--out", type=Path, default=None, help=f"folder; {RESULTS}, rehearsed {REHEARSED}")

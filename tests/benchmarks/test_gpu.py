@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import gpu, gpu_frontier, gpu_part, gpu_shapes, gpu_siblings, models
+from benchmarks import gpu, gpu_frontier, gpu_part, gpu_shapes, gpu_siblings, gpu_tune, models
 from benchmarks.gpu_part import Box
 from benchmarks.models import Contestant
 from benchmarks.parts import split
@@ -49,6 +49,7 @@ def test_parts_keep_their_order_and_share_the_minutes() -> None:
     assert list(gpu.boxes(["frontier", "laws"], None, rehearse=False)) == ["laws", "frontier"]
     halves = gpu.boxes(["frontier", "laws"], 2.0, rehearse=False)
     assert halves == {"laws": pytest.approx(60), "frontier": pytest.approx(60)}
+    assert gpu.boxes(["tune"], None, rehearse=False) == {"tune": 480}, "it runs only where it is named"
 
 
 @pytest.mark.slow
@@ -270,3 +271,17 @@ def test_siblings_are_rehearsed(tmp_path: Path) -> None:
     fast = made.report["findings"]["mamba2 float32, batch 1, captured"]
     assert list(fast["ms"]) == ["2", "4", "6", "8"]
     assert made.report["findings"]["mamba2, 2 questions"]["report"]["frontier"]
+
+
+@pytest.mark.slow
+def test_tuning_in_a_time_box_is_rehearsed(tmp_path: Path) -> None:
+    made = box(tmp_path, "tune", seconds=600.0)
+    gpu_tune.run(made)
+    made.end()
+    assert made.report["status"] == "done", made.report["reason"]
+    found = made.report["findings"]
+    assert found["text"]["tokens"] > 0
+    assert found["tuning"]["steps"] == found["pace"]["steps planned"] == 4
+    assert set(found["tuning"]["before"]) == set(found["tuning"]["after"]) == {"2", "4", "6", "8"}
+    assert found["tuning"]["before"]["8"]["fidelity"] == 1.0
+    assert "4 steps" in made.report["table"]
