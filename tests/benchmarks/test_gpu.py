@@ -274,6 +274,8 @@ def test_siblings_are_rehearsed(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:Found .* in eval mode")
+@pytest.mark.filterwarnings("ignore:The .*_dataloader. does not have many workers")
 def test_tuning_in_a_time_box_is_rehearsed(tmp_path: Path) -> None:
     made = box(tmp_path, "tune", seconds=600.0)
     gpu_tune.run(made)
