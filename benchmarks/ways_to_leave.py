@@ -55,6 +55,7 @@ Scores = dict[str, Tensor]
 """By name, ``[exits, positions]``: what a policy scores; and whether its token is the full model's (``NAME right``)."""
 
 
+@torch.no_grad()
 def scores_of(engine: Engine, answers: Sequence[Answer]) -> Scores:
     """What every exit says at all positions after the first of each answer."""
     assert engine.exits is not None, "heads or exits were given"
@@ -253,23 +254,30 @@ def opened(given: str, precision: str) -> Engine:
     return load(given, device="cpu", precision=precision)
 
 
+def kept(folder: Path | None, name: str, make: Callable[[], Any]) -> Any:  # noqa: ANN401 - what is made
+    """What was made before, from its file in the folder; else made now, and kept there. None keeps nothing."""
+    file = None if folder is None else folder / f"{name}.pt"
+    if file is not None and file.is_file():
+        return torch.load(file)
+    made = make()
+    if file is not None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(made, file)
+    return made
+
+
 def one_model(name: str, given: str, asked: list[str], args: argparse.Namespace) -> dict[str, Any]:
     """All ways of leaving that one folder of heads allows."""
     engine = opened(given, args.precision)
     assert engine.exits is not None, "heads or exits were given"
     depths = [*engine.exits.depths, engine.backbone.spec.depth]
-    kept = None if args.cache is None else args.cache / f"{name}.pt"
-    if kept is not None and kept.is_file():
-        held = torch.load(kept)
-        answers = [Answer(*each) for each in held["answers"]]
-        scores = held["scores"]
-    else:
-        answers = answered(engine, asked[: args.calibrate + args.questions], args.tokens)
-        with torch.inference_mode():
-            scores = {key: value.clone() for key, value in scores_of(engine, answers).items()}
-        if kept is not None:
-            kept.parent.mkdir(parents=True, exist_ok=True)
-            torch.save({"answers": [tuple(each) for each in answers], "scores": scores}, kept)
+    answers = kept(
+        args.cache,
+        f"answers-{engine.backbone.spec.fingerprint}",
+        lambda: [tuple(each) for each in answered(engine, asked[: args.calibrate + args.questions], args.tokens)],
+    )
+    answers = [Answer(*each) for each in answers]
+    scores = kept(args.cache, name, lambda: scores_of(engine, answers))
     if args.only_scores:
         return {}
     border = sum(each.said_1T.shape[1] - 1 for each in answers[: args.calibrate])
