@@ -18,7 +18,7 @@ from dynamax.backbones.sources import Folder
 from dynamax.decoding.sampling import Sampled
 from dynamax.decoding.speculative import SelfSpeculative
 from dynamax.engine import Engine
-from dynamax.modules import results
+from dynamax.modules import results, rows
 from dynamax.modules.decoding import Sweep
 from dynamax.policies.confidence import MaxProb
 from dynamax.policies.schedule import Never
@@ -77,7 +77,7 @@ def test_the_report_of_a_run_keeps_to_its_schema(source: Folder, tmp_path: Path,
 def test_a_report_that_breaks_the_schema_is_found(source: Folder) -> None:
     report = json.loads(json.dumps(ran(module(source), questions()).results.as_json()))
     broken = [
-        {**report, "schema_version": 3},
+        {**report, "schema_version": 4},
         {**report, "rows": []},
         {**report, "frontier": [{**report["frontier"][0], "agreement": 1.5}]},
         {**report, "frontier": [{k: v for k, v in report["frontier"][0].items() if k != "tokens"}]},
@@ -92,8 +92,12 @@ PLACES: dict[type, Mapping[str, Any]] = {
     results.TaskFacts: SCHEMA["properties"]["task"],
     results.DecodingFacts: SCHEMA["properties"]["decoding"],
     results.ExitRow: SCHEMA["properties"]["exits"]["items"],
-    results.PolicyRow: SCHEMA["properties"]["frontier"]["items"],
+    results.PolicyRow: SCHEMA["$defs"]["row"],
     results.HeadRow: SCHEMA["$defs"]["head"],
+    rows.ReliabilityRow: SCHEMA["properties"]["reliability"]["items"],
+    rows.Bin: SCHEMA["properties"]["reliability"]["items"]["properties"]["bins"]["items"],
+    rows.AnswersRow: SCHEMA["properties"]["answers"]["items"],
+    rows.GivenAnswer: SCHEMA["properties"]["answers"]["items"]["properties"]["given"]["items"],
     Spec: SCHEMA["properties"]["backbone"],
 }
 
@@ -117,7 +121,7 @@ def test_infinite_scores_are_none() -> None:
     row = results.PolicyStats("MaxProb", 0.5, scores=[{"loglikelihood": -1e6, "tokens": 1.0, "bytes": 4.0}])
     found = row.row(Perplexity(), row)
     assert found.scores["perplexity"] == found.score == math.inf
-    made = results.DecodingResults(results.TaskFacts("a", "b", 1), {}, None, {}, [], [found])  # type: ignore[arg-type]
+    made = results.DecodingResults(results.TaskFacts("a", "b", 1), {}, None, {}, [], [found], [], [], [], None)  # type: ignore[arg-type]
     assert made.as_json()["frontier"][0]["score"] is None
 
 
