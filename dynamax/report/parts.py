@@ -9,11 +9,11 @@ from dynamax.report.charts import RING, SHAPES, STAR, Axis, Series, plot, stacke
 from dynamax.report.markup import figure, legend, made, missing, panel, panels, point, share, table, text, threshold
 from dynamax.report.read import Run
 
-OLDER = "The report has schema version 2, and `dynamax test` did not write this yet. Run the command again."
+OLDER = "The report has schema version 2, from before dynamax test wrote this. Run dynamax test again."
 COSTS = {
     "flops_fraction": "FLOPs, share of full decoding",
-    "bytes_fraction": "Bytes moved, share of full decoding",
-    "time": "Measured time, share of full decoding",
+    "bytes_fraction": "Bytes, share of full decoding",
+    "time": "Time, share of full decoding",
 }
 PROMPT = 600
 """Characters of a prompt that are shown, from its end."""
@@ -29,7 +29,7 @@ def cost(row: dict[str, Any], name: str) -> float | None:
 def quality(runs: Sequence[Run]) -> tuple[str, str]:
     """What is kept: agreement, or drafts where decoding is lossless in all runs; and its name."""
     drafted = all(any(row["drafts_kept"] is not None for row in run.report["frontier"]) for run in runs)
-    return ("drafts_kept", "Drafts kept") if drafted else ("agreement", "Same tokens as the full model")
+    return ("drafts_kept", "Drafts kept") if drafted else ("agreement", "Same tokens")
 
 
 # -- frontier ---------------------------------------------------------------------------------------
@@ -82,7 +82,8 @@ def frontier(run: Run) -> str:
                 drawn.append(panel(f"{label.partition(' (')[0]} and {axis.partition(',')[0]}", picture))
     if drawn:
         out += panels(drawn) + legend(signs)
-        out += "<p>Up is better, left is cheaper. The vertical line is full decoding.</p>\n"
+        out += "<p>Same tokens: share of tokens that are the full model's own. Up is better, left is "
+        out += "cheaper; the vertical line is full decoding. Bytes are those moved; time was measured in turn with full decoding.</p>\n"
     else:
         why = "Nothing was timed or charged, as for tasks that score likelihoods, or with timed: 0."
         out += missing("pictures over FLOPs, bytes and time", why if rows else "The run has no policy.")

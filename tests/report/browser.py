@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import os
+import select
 import shutil
 import subprocess
 from pathlib import Path
@@ -17,6 +18,9 @@ FLAGS = (
     *("--disable-background-networking", "--disable-component-update", "--disable-sync", "--disable-extensions"),
     *("--remote-debugging-pipe", "--hide-scrollbars", "--mute-audio"),
 )
+
+PATIENCE = 60
+"""Seconds until a silent browser is given up."""
 
 
 class Browser:
@@ -75,6 +79,7 @@ class Browser:
 
     def _next(self) -> dict[str, Any]:
         while b"\0" not in self._rest:
+            assert select.select([self._in], [], [], PATIENCE)[0], "the browser is silent"
             part = os.read(self._in, 1 << 20)
             assert part, "the browser ended"
             self._rest += part
@@ -101,7 +106,7 @@ class Browser:
         self.call("Page.navigate", url=file.resolve().as_uri())
         while self._next().get("method") != "Page.loadEventFired":
             pass
-        self.evaluate("new Promise(done => requestAnimationFrame(() => setTimeout(done, 50)))")
+        self.call("Page.getLayoutMetrics")  # what happened until now has been told before its answer
 
     def evaluate(self, script: str) -> Any:  # noqa: ANN401 - any JSON
         """The value of an expression in the page."""
