@@ -99,7 +99,9 @@ class Evaluation(ABC):
         top_T = read.logits_TV.argmax(-1) if top_T is None else top_T
         for evidence in read.exits:
             self.exits[evidence.depth].add(evidence, tuple(self.bank.gates(evidence.depth)), top_T)
-        scored = {point.stats.policy: point for point in reversed(self.points)}  # thresholds change no score
+        scored: dict[str, OperatingPoint] = {}
+        for point in self.points:
+            scored.setdefault(point.stats.policy, point)  # thresholds change no score
         for label, point in scored.items():
             policy = point.policy.policy if isinstance(point.policy, OnlyAt) else point.policy
             if isinstance(policy, ScorePolicy) and point.policy is not None and point.decoder.teacher_forced:

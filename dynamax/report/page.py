@@ -40,7 +40,7 @@ def page(runs: Sequence[Run], command: str) -> str:
         runs: What the page is about, at least one.
         command: What makes the page.
     """
-    style, script = ((files(__package__) / name).read_text("utf-8") for name in ("page.css", "page.js"))
+    style, script = ((files("dynamax.report") / name).read_text("utf-8") for name in ("page.css", "page.js"))
     title = f"Early exits: {', '.join(run.name for run in runs)}"
     sections = [(f"run-{index}", run.name, section(run, index)) for index, run in enumerate(runs)]
     if len(runs) > 1:

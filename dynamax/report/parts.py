@@ -51,7 +51,9 @@ def curves(run: Run, x: str, y: str, *, colour: int | None = None, prefix: str =
         rows = [row for row in run.report["frontier"][1:] if row["policy"] == name]
         rows.sort(key=lambda row: row["threshold"] if isinstance(row["threshold"], int | float) else 0)
         shown = [(cost(row, x), row[y], threshold(row["threshold"])) for row in rows]
-        points = [(a, b, f"threshold {level}" if level else "") for a, b, level in shown if None not in (a, b)]
+        points = [
+            (a, b, f"threshold {level}" if level else "") for a, b, level in shown if a is not None and b is not None
+        ]
         mark = SHAPES[index % len(SHAPES)]
         found.append(Series(prefix + name, points, index if colour is None else colour, mark))
     full = run.full
@@ -82,8 +84,8 @@ def frontier(run: Run) -> str:
                 drawn.append(panel(f"{label.partition(' (')[0]} and {axis.partition(',')[0]}", picture))
     if drawn:
         out += panels(drawn) + legend(signs)
-        out += "<p>Same tokens: share of tokens that are the full model's own. Up is better, left is "
-        out += "cheaper; the vertical line is full decoding. Bytes are those moved; time was measured in turn with full decoding.</p>\n"
+        out += "<p>Same tokens: share of tokens that are the full model's own. Up is better, left is cheaper; the "
+        out += "vertical line is full decoding. Bytes are those moved; time was measured in turn with it.</p>\n"
     else:
         why = "Nothing was timed or charged, as for tasks that score likelihoods, or with timed: 0."
         out += missing("pictures over FLOPs, bytes and time", why if rows else "The run has no policy.")
