@@ -46,7 +46,7 @@ COMMANDS = {
         "dynamax.commands.suitability", "say whether early exits will pay on a model, before anything is trained"
     ),
     "calibrate": Command("dynamax.commands.calibrate", "choose thresholds and test what can be promised of them"),
-    "report": Command("dynamax.commands.report", "make one page of what runs of test, fit and calibrate found", ""),
+    "report": Command("dynamax.commands.report", "make one page of what runs of test, fit and calibrate found"),
     "bench": Command("dynamax.commands.bench", "measure how fast a model decodes here, beside other packages", BENCH),
     "list": Command("dynamax.commands.list", "names that a configuration can use, such as exit heads and policies", ""),
     "info": Command("dynamax.commands.info", "versions, device, kernels"),

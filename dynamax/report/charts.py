@@ -81,7 +81,8 @@ def extent(axis: Axis, values: Sequence[float]) -> tuple[float, float]:
     """Where an axis begins and ends: a little beyond its values."""
     low, high = min([*values, *axis.marked]), max([*values, *axis.marked])
     gap = 0.07 * (high - low) or 0.05 * abs(high) or 0.5
-    return (low - gap if axis.low is None else axis.low), (high + gap if axis.high is None else axis.high)
+    least = 0.0 if low - gap < 0 <= low else low - gap  # figures that cannot be negative begin at 0
+    return (least if axis.low is None else axis.low), (high + gap if axis.high is None else axis.high)
 
 
 def plot(

@@ -58,7 +58,8 @@ def table(caption: str, heads: Sequence[str], lines: Sequence[Sequence[str]], *,
     head = "".join(f'<th scope="col" {kind}>{text(each)}</th>' for each, kind in zip(heads, side, strict=True))
     body = ""
     for first, *others in lines:
-        cells = "".join(f"<td {kind}>{text(each)}</td>" for each, kind in zip(others, side[1:], strict=True))
+        kinds = ['class="long"' if len(each) > 48 else kind for each, kind in zip(others, side[1:], strict=True)]
+        cells = "".join(f"<td {kind}>{text(each)}</td>" for each, kind in zip(others, kinds, strict=True))
         body += f'<tr><th scope="row">{text(first)}</th>{cells}</tr>\n'
     return (
         f'<div class="wide" role="region" aria-label="{text(caption)}" tabindex="0"><table>'
