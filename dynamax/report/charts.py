@@ -17,6 +17,7 @@ SHAPES = (
     "M-1.4,-4.6h2.8v3.2h3.2v2.8h-3.2v3.2h-2.8v-3.2h-3.2v-2.8h3.2Z",
 )
 """Marks of curves: disc, square, triangle, diamond, triangle on its tip, cross."""
+TICK = "M-1.3,-5h2.6v10h-2.6Z"
 STAR = "M0,-7L1.8,-2.3L6.7,-2.2L2.8,0.9L4.1,5.7L0,2.9L-4.1,5.7L-2.8,0.9L-6.7,-2.2L-1.8,-2.3Z"
 RING = "M-5.5,0a5.5,5.5 0 1,0 11,0a5.5,5.5 0 1,0 -11,0ZM-2.8,0a2.8,2.8 0 1,1 5.6,0a2.8,2.8 0 1,1 -5.6,0Z"
 WIDTH, HEIGHT = 360, 268

@@ -8,6 +8,9 @@ from typing import Any
 
 from dynamax.report.charts import Series, key
 
+OLDER = "The report has schema version 2, from before dynamax test wrote this. Run dynamax test again."
+"""Why an older report lacks a part."""
+
 
 def text(value: object) -> str:
     """Any value as text of HTML."""

@@ -7,19 +7,9 @@ from importlib.resources import files
 from typing import Any
 
 from dynamax.report.charts import Axis, Series, plot
+from dynamax.report.frontiers import COSTS, cost, curves, frontier, policies, quality
 from dynamax.report.markup import legend, made, missing, panel, panels, table, text
-from dynamax.report.parts import (
-    COSTS,
-    answers,
-    cost,
-    curves,
-    frontier,
-    gates,
-    histograms,
-    promises,
-    quality,
-    reliability,
-)
+from dynamax.report.parts import answers, gates, histograms, promises, reliability
 from dynamax.report.read import Run
 
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"
@@ -112,17 +102,15 @@ def comparison(runs: Sequence[Run]) -> str:
         out += missing("a comparison of task scores", f"The runs had other tasks ({named}).")
     fingerprints = {run.report["backbone"]["fingerprint"] for run in runs}
     if len(fingerprints) > 1:
-        out += (
-            "<p>The runs are of different models. Each cost is a share of the own full model's, so that curves compare "
-        )
-        out += "what exits save, not how fast the models are.</p>\n"
+        out += "<p>The runs are of different models. Each cost is a share of what its own full model costs, so "
+        out += "that curves compare what exits save, not how fast the models are.</p>\n"
     drawn, signs = [], []
     for y, label, is_share in wanted:
         for x, axis in COSTS.items():
             series: list[Series] = []
             for index, run in enumerate(runs):
                 if any(cost(row, x) is not None and row[y] is not None for row in run.report["frontier"][1:]):
-                    series += curves(run, x, y, colour=index, prefix=f"{run.name}: ")
+                    series += curves(run, x, y, policies(runs), colour=index)
             if series:
                 signs += series
                 title = f"All runs: {label} against {axis}. The numbers are in the tables of the runs."
