@@ -155,6 +155,14 @@ def stacked(parts: Sequence[tuple[float, str, str]], title: str) -> str:
     return picture(width, height, title, drawn, stretched=True)
 
 
+def bullet(value: float, limit: float, style: str, title: str) -> str:
+    """A bar from 0 to a value, and a line at the limit that it should not pass."""
+    width, height, most = 600, 22, 1.25 * max(value, limit)
+    bar = f'<rect class="value {style}" y="5" width="{width * value / most:.1f}" height="12"/>'
+    line = f'<rect class="limit" x="{width * limit / most:.1f}" width="5" height="{height}"/>'
+    return picture(width, height, title, [bar, line], stretched=True)
+
+
 def picture(width: int, height: int, title: str, parts: Sequence[str], *, stretched: bool = False) -> str:
     """Parts as one SVG picture with a name."""
     fit = ' preserveAspectRatio="none"' if stretched else ""

@@ -19,7 +19,7 @@ COSTS = {
 def cost(row: dict[str, Any], name: str) -> float | None:
     """What a row cost, beside full decoding."""
     if name == "time":
-        return None if row["speed_up"] is None else 1 / row["speed_up"]
+        return 1 / row["speed_up"] if row["speed_up"] else None
     return row[name]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from dynamax.report.charts import SHAPES, Axis, Series, plot, stacked
+from dynamax.report.charts import SHAPES, Axis, Series, bullet, plot, stacked
 from dynamax.report.markup import (
     OLDER,
     figure,
@@ -131,6 +131,8 @@ def reliability(run: Run) -> str:
         mine = [row for row in rows if row["policy"] == name]
         bins = [together(parts) for parts in zip(*(row["bins"] for row in mine), strict=False)]
         tokens = sum(count for count, _, _ in bins)
+        if not tokens:
+            continue
         ece = sum(count * abs(score - right) for count, score, right in bins) / tokens
         brier = sum(row["brier"] * row["tokens"] for row in mine) / tokens
         points = [(s, r, f"{count} tokens, score {s:.3f}, right {share(r)}") for count, s, r in bins if count]
@@ -215,15 +217,25 @@ def gates(run: Run) -> str:
 def promises(run: Run) -> str:
     """What was promised beside what happened."""
     rows = [row for row in run.report["frontier"] if row.get("promise") is not None]
-    out, lines = "", []
+    out, lines, bars = "", [], ""
     for row in rows:
         facts = row["promise"]
+        if facts["loss"] is not None:
+            told = f"{point(row)}: promised at most {share(facts['epsilon'])}, here {share(facts['loss'])}"
+            colour = "c2" if facts["loss"] <= facts["epsilon"] else "c1"
+            picture = bullet(facts["loss"], facts["epsilon"], colour, told)
+            bars += f'<div class="bar"><span>{text(told)}</span>{picture}</div>\n'
         known = next((each for each in run.calibrations if each.text == facts["promise"]), None)
         before = f"{share(known.promise['loss'])} of {known.promise['documents']}" if known else "–"
         cells = [row["policy"], verdict(facts), facts["promise"], share(facts["epsilon"]), share(facts["loss"])]
         lines.append([*cells, str(facts["documents"]), before])
     if lines:
         heads = ["policy", "verdict", "promise", "at most", "here", "examples here", "when calibrated"]
+        out += (
+            f'<div class="bars">{bars}</div>\n<p>Bar: what happened. Line: what was promised at most.</p>\n'
+            if bars
+            else ""
+        )
         out += table(f"{run.name}: promises beside what happened", heads, lines, words=3) + made(run.report["command"])
         out += (
             "<p>A promise is about the mean over texts drawn as those of the calibration. Few examples, or examples of "

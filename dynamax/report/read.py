@@ -160,6 +160,10 @@ def read_run(folder: Path) -> Run:
     check(report, SHAPE, f"{file}: ")
     if not report["frontier"]:
         raise UserError(f"{file}: frontier is empty; wanted: the full model's row first. Run `dynamax test` again.")
+    given = [each for row in report["answers"] for each in row["given"]]
+    for row in (*report["frontier"], *report["bounds"], *given):
+        if isinstance(row["threshold"], dict):
+            check(row["threshold"], Map(NUMBER), f"{file}: threshold")
     for row in (*report["frontier"], *report["bounds"]):
         if not all(depth.isdecimal() for depth in row["depth_counts"]):
             raise UserError(f"{file}: a key of depth_counts is no depth. Run `dynamax test` again.")

@@ -12,7 +12,7 @@ import jsonschema
 import pytest
 
 from dynamax.modules.results import SCHEMA_VERSION
-from dynamax.report.charts import Axis, Series, plot, ticks
+from dynamax.report.charts import Axis, Series, bullet, plot, ticks
 from dynamax.report.page import page
 from dynamax.report.read import VERSIONS, read_runs
 from tests.report.made import LINE, report, row, run_folder
@@ -248,6 +248,13 @@ def test_ticks_are_few_round_numbers_inside(low: float, high: float) -> None:
     found = ticks(low, high)
     assert 2 <= len(found) <= 11
     assert all(low - 1e-12 <= each <= high + 1e-12 for each in found)
+
+
+def test_a_bar_passes_the_line_where_a_promise_is_broken() -> None:
+    for value in (0.05, 0.2):
+        drawn = bullet(value, 0.1, "c0", "t")
+        bar, line = re.findall(r'y="5" width="([\d.]+)".*limit" x="([\d.]+)"', drawn)[0]
+        assert float(bar) / float(line) == pytest.approx(value / 0.1, rel=1e-2)
 
 
 def test_one_point_has_a_picture() -> None:

@@ -39,6 +39,7 @@ DAMAGED = {
     "in a mapping": (broken(lambda whole: whole["environment"].update(torch=[1])), r"environment.torch is \[1\]"),
     "no rows": (broken(lambda whole: whole.update(frontier=[])), "frontier is empty"),
     "depth": (broken(lambda whole: whole["frontier"][1]["depth_counts"].update(x=1)), "a key of depth_counts"),
+    "threshold": (broken(lambda whole: whole["frontier"][2].update(threshold={"2": "x"})), "threshold.2 is x"),
     "promise": (broken(lambda whole: whole["frontier"][2]["promise"].pop("loss")), "promise.loss is missing"),
 }
 
