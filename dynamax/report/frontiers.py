@@ -91,9 +91,9 @@ def frontier(run: Run) -> str:
     if run.report["bounds"]:
         oracle, *_ = [row for row in run.report["bounds"] if row["policy"] == "Oracle"] or [None]
         out += (
-            "<p>The oracle leaves at the first exit that is right, and what choosing it costs is not counted: no gate "
+            "<p>The oracle leaves at the first exit that is right; what choosing it costs is not counted. No gate on "
         )
-        out += "on these exits can do better."
+        out += "these exits keeps all tokens with fewer blocks."
         if oracle is not None:
             total = run.report["backbone"]["depth"]
             out += f" It needs {text(figure(oracle['blocks_per_token'], 1))} of {total} blocks a token."
