@@ -19,15 +19,17 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,eval]'
 	touch $@
 
-# Store, heads at four exits, threshold sweep, report and picture in runs/demo.
+# Store, heads at four exits, threshold sweep; report, picture and page in runs/demo.
 demo: $(READY)
 	$(PY) -m dynamax fit -c configs/demo/fit.yaml
 	$(PY) -m dynamax test -c configs/demo/test.yaml
+	$(PY) -m dynamax report runs/demo --out runs/demo/report.html
 
 # The same on the Mamba-2 in assets/, which was trained with exits.
 demo-mamba: $(READY)
 	$(PY) -m dynamax fit -c configs/demo-mamba/fit.yaml
 	$(PY) -m dynamax test -c configs/demo-mamba/test.yaml
+	$(PY) -m dynamax report runs/demo-mamba --out runs/demo-mamba/report.html
 
 test: $(READY)
 	$(PY) -m pytest

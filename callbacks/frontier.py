@@ -79,8 +79,20 @@ class ExitFrontier(Callback):
 
 
 def write(content: Mapping[str, Any], path: Path) -> None:
-    """Write JSON whole or not at all."""
-    write_atomically(path, f"{json.dumps(content, indent=2, allow_nan=False)}\n".encode())
+    """Write JSON whole or not at all; a list of single values takes one line."""
+    write_atomically(path, f"{_lines(content, '')}\n".encode())
+
+
+def _lines(value: Any, indent: str) -> str:  # noqa: ANN401 - any value of JSON
+    inner = indent + "  "
+    if isinstance(value, Mapping) and value:
+        parts = [f"{json.dumps(key)}: {_lines(each, inner)}" for key, each in value.items()]
+    elif isinstance(value, list) and any(isinstance(each, Mapping | list) for each in value):
+        parts = [_lines(each, inner) for each in value]
+    else:
+        return json.dumps(value, allow_nan=False)
+    first, last = "{}" if isinstance(value, Mapping) else "[]"
+    return f"{first}\n{inner}" + f",\n{inner}".join(parts) + f"\n{indent}{last}"
 
 
 def picture(found: DecodingResults, path: Path) -> None:

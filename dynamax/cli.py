@@ -46,6 +46,7 @@ COMMANDS = {
         "dynamax.commands.suitability", "say whether early exits will pay on a model, before anything is trained"
     ),
     "calibrate": Command("dynamax.commands.calibrate", "choose thresholds and test what can be promised of them"),
+    "report": Command("dynamax.commands.report", "make one page of what runs of test, fit and calibrate found"),
     "bench": Command("dynamax.commands.bench", "measure how fast a model decodes here, beside other packages", BENCH),
     "list": Command("dynamax.commands.list", "names that a configuration can use, such as exit heads and policies", ""),
     "info": Command("dynamax.commands.info", "versions, device, kernels"),
@@ -115,7 +116,7 @@ def _dispatch(options: list[str], texts: list[str]) -> None:
             if COMMANDS[first].begins:
                 print(f"dynamax {first}: {COMMANDS[first].begins}", file=sys.stderr, flush=True)
             import_module(COMMANDS[first].module).main([*options, *texts])
-        elif options[asked + 1 :] == ["all"] and first not in ("list", "info"):
+        elif options[asked + 1 :] == ["all"] and first not in ("list", "info", "report"):
             import_module(COMMANDS[first].module).main([first, "--help"])
         else:
             print(import_module("dynamax.commands.help").page(first, COMMANDS[first].purpose))

@@ -99,6 +99,7 @@ MODEL = Option(
     None,
     "Which model: a folder, a name on the Hub, a GGUF file, a folder of trained heads, or a source such as SmolLM2.",
 )
+RUN = Option("RUN...", None, "Folders that dynamax test wrote, each with a report.json.")
 PRINT = Option("--print_config", None, "Print all options that the run would use, as YAML, and stop.")
 FUNCTIONS = {
     "generate": ("dynamax.commands.generate", PROMPT),
@@ -114,11 +115,21 @@ HIDDEN = ("prompt", "model", "recipe", "command")
 def page(command: str, purpose: str) -> str:
     """The page of a command."""
     usage = {"list": "[KIND]", "info": "[--precision [MODEL] [--positions N] [--text FILE]]"}
+    usage |= {"report": "RUN... [--out FILE]"}
     usage |= {name: f"{first.name} [-c FILE]... [--OPTION VALUE]..." for name, (_, first) in FUNCTIONS.items()}
     shown = usage.get(command, "[-c FILE]... [--OPTION VALUE]...")
     lines = [f"usage: dynamax {command} {shown}".rstrip(), "", f"{purpose[0].upper()}{purpose[1:]}."]
     if command == "list":
         lines += ["", "KIND is heads, policies, tasks or another heading of the whole list."]
+    if command == "report":
+        lines += [
+            "",
+            "  dynamax report runs/demo runs/demo-mamba --out report.html",
+            "",
+            "Options",
+            *_entries("", [RUN]),
+        ]
+        lines += _entries("--", [each for each in options("dynamax.commands.report", command) if each.name == "out"])
     if command in EXAMPLES:
         lines += ["", f"  dynamax {command} {EXAMPLES[command]}", "", "Options", *_entries("", [CONFIG, PRINT])]
     if command in FUNCTIONS:

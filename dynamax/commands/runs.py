@@ -6,6 +6,7 @@ import contextlib
 import json
 import logging
 import re
+import shlex
 import sys
 import time
 import warnings
@@ -157,7 +158,8 @@ class DynamaxCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parse; a message about a mistake fits on one screen."""
-        self.config = cast(RunParser, parser).read_arguments(cast(Sequence[str], args))
+        self._given = [str(each) for each in cast(Sequence[str], args)]
+        self.config = cast(RunParser, parser).read_arguments(self._given)
         path = self.config[self.config.subcommand].get("ckpt_path")
         if path and not re.fullmatch(CHECKPOINTS, str(path)) and not Path(path).is_file():
             raise UserError(f"There is no checkpoint {path}. Correct the path after --ckpt_path.")
@@ -215,6 +217,8 @@ class DynamaxCLI(LightningCLI):
             meant = next((name for name, kind in MEANT.items() if isinstance(self.model, kind)), "fit")
             name = type(self.model).__name__
             raise UserError(f"{command} {does}, but the model is {name}. Use: dynamax {meant} ...")
+        if isinstance(self.model, DecodingModule):
+            self.model.command = shlex.join(["dynamax", *self._given])
 
     def instantiate_trainer(self, **options: Any) -> Trainer:  # noqa: ANN401 - those of Trainer
         """With our progress bars, unless others are given or none are wanted."""

@@ -8,12 +8,15 @@ activations are left out.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+
+import torch
 
 from dynamax.backbones.base import Backbone
 from dynamax.heads.bank import ExitBank
 from dynamax.heads.base import ExitHead
-from dynamax.types import BlockCost, Step
+from dynamax.types import BlockCost, Step, Work
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,28 @@ class CostModel:
             if step.work.writes[index]:
                 cost += self._write(block, step.work.writes[index])
         return cost + self._reads(step) + self._recurrent(step, context)
+
+    def path(self, depths: Sequence[int], context: int) -> Cost:
+        """Tokens of one text that leave at given depths, state being exact.
+
+        Only the lens of the exit where a token leaves is read, and no gate without memory: what choosing these depths
+        costs is left out. Positions that left are taken along by the next token that goes further.
+
+        Args:
+            depths: Depth of each token.
+            context: Positions before the first of them.
+        """
+        cost, owed, total = FREE, [0] * self.spec.depth, self.spec.depth
+        nothing = torch.empty(0)
+        for place, depth in enumerate(depths, context):
+            lens = self.bank.lens(depth) if self.bank is not None and depth < total else None
+            late = 0 if lens is None else lens.last_blocks
+            above = (0,) * (total - depth - late) + (1,) * late
+            rows = tuple(1 + waiting for waiting in owed[:depth]) + above
+            owed = [0] * depth + [1 + waiting for waiting in owed[depth:]]
+            work = Work((1,) * depth + above, rows, (0,) * total)
+            cost += self.step(Step(nothing, nothing, nothing, ((depth, 1),), work=work), place)
+        return cost
 
     def _block(self, block: BlockCost, rows: int, context: int, calls: int = 1) -> Cost:
         seen = context + 1 if block.window is None else min(context + 1, block.window)

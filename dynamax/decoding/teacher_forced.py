@@ -110,8 +110,8 @@ class TeacherForcedPass:
             depth_T[leaves_T] = evidence.depth
         return PolicyPath(depth_T, logits_TV)
 
-    def departures(self, policy: TerminationPolicy) -> Iterator[tuple[Evidence, Tensor]]:
-        """The exits at which a policy lets positions leave, shallowest first, and which ones, ``leaves_T`` bool.
+    def asked(self, policy: TerminationPolicy) -> list[Evidence]:
+        """Evidence of the exits that a policy asks, shallowest first.
 
         Raises:
             UserError: As ``apply_policy``.
@@ -119,10 +119,19 @@ class TeacherForcedPass:
         if not self.exits:
             raise UserError(f"The policy {policy.label} was given, but there are no exits. Load the model with some.")
         policy.validate([evidence.depth for evidence in self.exits])
-        read = self.exits
-        if policy.depths is not None:
-            depths = tuple(sorted(policy.depths))
-            read = self._some[depths] = self._some.get(depths) or self._evidence(depths)
+        if policy.depths is None:
+            return self.exits
+        depths = tuple(sorted(policy.depths))
+        self._some[depths] = self._some.get(depths) or self._evidence(depths)
+        return self._some[depths]
+
+    def departures(self, policy: TerminationPolicy) -> Iterator[tuple[Evidence, Tensor]]:
+        """The exits at which a policy lets positions leave, shallowest first, and which ones, ``leaves_T`` bool.
+
+        Raises:
+            UserError: As ``apply_policy``.
+        """
+        read = self.asked(policy)
         stays_T = torch.ones(len(self.logits_TV), dtype=torch.bool, device=self.logits_TV.device)
         stays_T[:1] = False
         for evidence in read:

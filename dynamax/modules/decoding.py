@@ -28,6 +28,7 @@ from dynamax.modules.bars import RunBars
 from dynamax.modules.checks import one_device
 from dynamax.modules.evaluation import TIMED, Evaluation, Generation, Likelihood, OperatingPoint, check_options
 from dynamax.modules.results import DecodingFacts, DecodingResults, PolicyStats, TaskFacts, point_name
+from dynamax.modules.rows import reliability_row
 from dynamax.paths import InputPath
 from dynamax.policies.base import TerminationPolicy
 from dynamax.tasks.base import ChoiceTask, Example, GenerationTask, Task, TextTask
@@ -86,6 +87,7 @@ class DecodingModule(LightningModule):
     Attributes:
         engine: The model and its exits; there once ``configure_model`` has run.
         probes: Watch every policy's decoding in the next test run; a run takes them out.
+        command: The command line that started the run, for the report; None if none did.
         results: What was found; there once testing has ended.
     """
 
@@ -131,6 +133,7 @@ class DecodingModule(LightningModule):
         self.decoder, self.sampler, self.chat, self.timed = decoder, sampler, chat, timed
         self.dtype_name, self.precision, self.compile_steps = dtype, precision, compile
         self.probes: list[Probe] = []
+        self.command: str | None = None
         self._evaluation: Evaluation | None = None
 
     def setup(self, stage: str) -> None:
@@ -232,6 +235,15 @@ class DecodingModule(LightningModule):
             ),
             exits=[stats.row(run.bank.lens(depth), run.bank.gates(depth)) for depth, stats in run.exits.items()],
             frontier=[point.stats.row(task, run.full.stats) for point in (run.full, *run.points)],
+            bounds=[stats.row(task, run.full.stats) for _, stats in run.bounds.values()],
+            reliability=[
+                reliability_row(label, depth, metric)
+                for label, scored in run.reliability.items()
+                for depth, metric in scored.items()
+                if metric.count_K.any()
+            ],
+            answers=run.answers,
+            command=self.command,
         )
         for row in self.results.frontier:
             for name in ("agreement", "blocks_per_token", "flops_fraction", "speed_up", "score"):

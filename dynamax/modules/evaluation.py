@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dynamax.calibration.scores import outcome
 from dynamax.data.text import silent
 from dynamax.decoding.base import Decoder
-from dynamax.decoding.cost import CostModel
+from dynamax.decoding.cost import FREE, CostModel
 from dynamax.decoding.early_exit import EarlyExit
 from dynamax.decoding.probe import Probe, Together, clock
 from dynamax.decoding.sampling import Greedy, Sampler
@@ -24,15 +25,21 @@ from dynamax.decoding.teacher_forced import TeacherForcedPass
 from dynamax.engine import Engine
 from dynamax.errors import UserError
 from dynamax.heads.bank import ExitBank
+from dynamax.metrics.reliability import Reliability
 from dynamax.modules.results import ExitStats, PolicyStats, point_name
-from dynamax.policies.base import TerminationPolicy
+from dynamax.modules.rows import AnswersRow, GivenAnswer
+from dynamax.policies.base import ScorePolicy, TerminationPolicy
+from dynamax.policies.bounds import Oracle
+from dynamax.policies.combine import OnlyAt
 from dynamax.policies.schedule import AtDepth
-from dynamax.stream import Answer
+from dynamax.stream import Answer, TextStream
 from dynamax.tasks.base import ChoiceExample, ChoiceTask, Example, GenerationTask, TextExample, TextTask
 from dynamax.types import Step
 
 TIMED = 8
 """Examples that are timed if no other number is given."""
+SHOWN = 3
+"""Examples whose answers stand in the report."""
 
 
 @dataclass
@@ -55,6 +62,9 @@ class Evaluation(ABC):
         points: Policies at thresholds.
         bank: The exits' heads.
         exits: What each exit predicted.
+        bounds: What the oracle does (by None), and leaving always at one depth (by that depth).
+        reliability: Scores against whether the exit was right, by policy and depth.
+        answers: Those of the first examples.
         examples: Examples run so far.
         tell: Called with the name of each policy as its turn comes.
     """
@@ -65,12 +75,19 @@ class Evaluation(ABC):
     tell: Callable[[str], object] = silent
     bank: ExitBank = field(init=False)
     exits: dict[int, ExitStats] = field(init=False)
+    bounds: dict[int | None, tuple[TerminationPolicy, PolicyStats]] = field(init=False)
+    reliability: dict[str, dict[int, Reliability]] = field(default_factory=dict, init=False)
+    answers: list[AnswersRow] = field(default_factory=list, init=False)
     examples: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
         assert self.engine.exits is not None, "policies have exits to leave at"
         self.bank = self.engine.exits
         self.exits = {depth: ExitStats(depth) for depth in self.bank.depths}
+        self.bounds = {}
+        if not any(self.bank.lens(depth).runs_last_block for depth in self.bank.depths):  # else one pass does not tell
+            self.bounds[None] = Oracle(), PolicyStats("Oracle", None)
+            self.bounds |= {depth: (AtDepth(depth), PolicyStats("AtDepth", depth)) for depth in self.bank.depths}
 
     @abstractmethod
     def add(self, example: Any) -> None:  # noqa: ANN401 - each kind has its own class of example
@@ -82,6 +99,15 @@ class Evaluation(ABC):
         top_T = read.logits_TV.argmax(-1) if top_T is None else top_T
         for evidence in read.exits:
             self.exits[evidence.depth].add(evidence, tuple(self.bank.gates(evidence.depth)), top_T)
+        scored: dict[str, OperatingPoint] = {}
+        for point in self.points:
+            scored.setdefault(point.stats.policy, point)  # thresholds change no score
+        for label, point in scored.items():
+            policy = point.policy.policy if isinstance(point.policy, OnlyAt) else point.policy
+            if isinstance(policy, ScorePolicy) and point.policy is not None and point.decoder.teacher_forced:
+                for evidence in read.asked(point.policy):
+                    metric = self.reliability.setdefault(label, {}).setdefault(evidence.depth, Reliability())
+                    metric.update(policy.score(evidence)[1:].cpu(), (evidence.token == top_T)[1:].cpu())
         return read
 
 
@@ -108,6 +134,7 @@ class Generation(Evaluation):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self._lenses = CostModel(self.engine.backbone, self.bank.select_gates(()))
         for point in self.points:
             if point.policy is not None and point.policy.known_text and not point.decoder.teacher_forced:
                 raise UserError(
@@ -127,6 +154,12 @@ class Generation(Evaluation):
         start = prompt_1T.shape[1] - 1
         read = self._read(torch.cat([prompt_1T, target_1T[:, :-1]], 1), start, top_T)
         timed = self.examples < self.timed
+        for policy, stats in self.bounds.values():
+            found = outcome(read, policy)
+            stats.add_outcome(found)
+            if timed:
+                stats.cost += self._lenses.path(found.depth_T.tolist(), start + 1)
+                stats.full_cost += sum(map(self.full.costs.full, range(start + 1, start + len(top_T))), FREE)
         for point in self.points:
             self.tell(point_name(point.stats.policy, point.stats.threshold))
             known_text = point.policy is not None and point.policy.known_text
@@ -146,7 +179,11 @@ class Generation(Evaluation):
             watch = clock(self.engine.device)
             decoder = EarlyExit(self.engine.backbone, self.bank, AtDepth(depth))
             list(decoder.decode(prompt_1T, max_new_tokens=target_1T.shape[1], forced_BT=target_1T, probe=watch))
-            stats.times_ms += watch.read().get("end", {}).get(depth, [])
+            times = watch.read().get("end", {}).get(depth, [])
+            stats.times_ms += times
+            if depth in self.bounds:
+                bound = self.bounds[depth][1]
+                bound.ms, bound.timed = bound.ms + sum(times), bound.timed + len(times)
         self.examples += 1
 
     def _answer(
@@ -160,6 +197,14 @@ class Generation(Evaluation):
         answer = self.engine.answer(point.decoder, prompt_1T, options)
         point.stats.scores.append(self.task.score(example, answer.text))
         point.stats.answers.update([answer.text], [answer.text if whole is None else whole.text])
+        if self.examples < SHOWN:
+            if whole is None:
+                self.answers.append(AnswersRow(example.id, example.prompt, []))
+            stream = TextStream(self.engine.tokenizer, options)  # pyright: ignore[reportArgumentType] - it has answered
+            pieces = [stream.add(token) for token in answer.tokens]
+            pieces[-1] += stream.rest()
+            given = GivenAnswer(point.stats.policy, point.stats.threshold, pieces, answer.depths)
+            self.answers[-1].given.append(given)
         return answer
 
     def _along(self, point: OperatingPoint, prompt_1T: Tensor, target_1T: Tensor, *, timed: bool) -> list[Step]:
@@ -224,6 +269,9 @@ class Likelihood(Evaluation):
             (self._read(tokens_1T[:, :-1], first - 1), tokens_1T[0, first:])
             for tokens_1T, first in self._texts(example)
         ]
+        for policy, stats in self.bounds.values():
+            for read, _ in texts:
+                stats.add_outcome(outcome(read, policy))
         for point in [self.full, *self.points]:
             nats = []
             for read, target_T in texts:

@@ -13,17 +13,17 @@ import torch
 from torch import Tensor
 
 from dynamax.calibration.promise import Promise
+from dynamax.calibration.scores import Outcome
 from dynamax.decoding.cost import FREE, Cost
 from dynamax.decoding.teacher_forced import PolicyPath
 from dynamax.heads.base import ExitHead
 from dynamax.metrics.exits import AnswerAgreement, BlocksPerToken, ExitAgreement, GateAUROC
+from dynamax.modules.rows import AnswersRow, ReliabilityRow, Threshold
 from dynamax.tasks.base import Task
 from dynamax.types import Evidence, Step
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 """Of ``report.json``; raised whenever a field changes its meaning or goes."""
-
-Threshold = float | Mapping[int, float] | None
 
 
 @dataclass(frozen=True)
@@ -170,6 +170,10 @@ class DecodingResults:
         environment: Machine, device, versions.
         exits: One row an exit, shallowest first.
         frontier: The full model first, then one row for each policy at each threshold.
+        bounds: The oracle, and leaving always at the same exit; empty where a lens runs the last block.
+        reliability: Scores of the policies that have one, by exit.
+        answers: Of the first examples; empty where nothing was generated.
+        command: The command line of the run; None if it was not started by a command.
         schema_version: Of these fields.
     """
 
@@ -179,6 +183,10 @@ class DecodingResults:
     environment: dict[str, Any]
     exits: list[ExitRow]
     frontier: list[PolicyRow]
+    bounds: list[PolicyRow]
+    reliability: list[ReliabilityRow]
+    answers: list[AnswersRow]
+    command: str | None
     schema_version: int = SCHEMA_VERSION
 
     def as_json(self) -> dict[str, Any]:
@@ -251,6 +259,14 @@ class PolicyStats:
         if depths:
             self.blocks.update(sum(depths), tokens=len(depths))
             self._compare(path.logits_TV.argmax(-1)[1:], top_T[1:])
+
+    def add_outcome(self, outcome: Outcome) -> None:
+        """Add what a policy that knows the full model's tokens does along a text; the first position is left out."""
+        wrong_T, depths = torch.from_numpy(outcome.wrong_T), outcome.depth_T.tolist()
+        self.depths.update(depths)
+        if depths:
+            self.blocks.update(sum(depths), tokens=len(depths))
+            self.agreement.update(wrong_T, torch.zeros_like(wrong_T))
 
     def _compare(self, token_T: Tensor, top_T: Tensor) -> None:
         """Add the tokens of one example."""

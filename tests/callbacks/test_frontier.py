@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from callbacks import frontier, plots
 from callbacks.common import table
 from callbacks.observers import bar, shares
 from dynamax.modules.results import DecodingFacts, DecodingResults, ExitRow, HeadRow, PolicyRow, TaskFacts
+from dynamax.modules.rows import AnswersRow, GivenAnswer
 
 
 def row(policy: str, threshold: Any, saved: float, **changed: Any) -> PolicyRow:
@@ -53,6 +54,10 @@ def found(*rows: PolicyRow, **manner: Any) -> DecodingResults:  # noqa: ANN401 -
             ExitRow(15, 0.5, {"LinearGate": None}, {"p50": 1.0, "p95": 2.0}, HeadRow("LogitLens", 0, 0), gates=[]),
         ],
         frontier=[row("Full", None, 0.0), *rows],
+        bounds=[],
+        reliability=[],
+        answers=[AnswersRow("1", "Who?", [GivenAnswer("Full", None, ["A [list]", "\n", ","], [30, 15, 15])])],
+        command=None,
     )
 
 
@@ -63,7 +68,9 @@ def test_the_report_survives_json(tmp_path: Path) -> None:
     assert "NaN" not in text
     assert "Infinity" not in text
     report = json.loads(text)
-    assert set(report) == {"schema_version", "task", "backbone", "decoding", "environment", "exits", "frontier"}
+    assert set(report) == {each.name for each in fields(DecodingResults)}
+    assert report == found(odd, row("GateConfidence", {15: 0.5, 20: 0.6}, 0.2)).as_json()
+    assert '"tokens": ["A [list]", "\\n", ","],\n' in text, "a list of single values takes one line"
     assert report["decoding"] == asdict(USUAL)
     assert report["frontier"][1]["score"] is None
     assert report["frontier"][1]["speed_up"] is None

@@ -50,6 +50,28 @@ def test_fit_then_test_leaves_heads_report_and_picture(run: Run, fitted: Path) -
     assert (fitted / "report" / "frontier.png").stat().st_size > 10_000
 
 
+def test_report_makes_a_page_of_what_fit_and_test_left(
+    run: Run, fitted: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Into the folder of the report, as the demo's runs log."""
+    command = ["test", "-c", "test.yaml", "--model.timed", "2"]
+    assert run(*command) == 0
+    (fitted / "logs").rename(fitted / "report" / "fit")
+    assert run("report", "report", "--out", "page.html") == 0
+    assert capsys.readouterr().out.endswith("Wrote page.html\n")
+    page = (fitted / "page.html").read_text()
+    report = json.loads((fitted / "report" / "report.json").read_text())
+    assert report["command"] == "dynamax test -c test.yaml --model.timed 2"
+    assert report["command"] in page
+    assert "dynamax fit -c report/fit/" in page
+    assert page.count("Not here: ") == 1, "nothing was promised"
+    for row in (*report["frontier"], *report["bounds"]):
+        assert f">{100 * row['agreement']:.1f} %<" in page
+        assert f">{100 * row['bytes_fraction']:.1f} %<" in page
+    for row in report["reliability"]:
+        assert f">{row['brier']:.3f}<" in page
+
+
 def test_a_second_fit_uses_the_store_that_is_there(run: Run, fitted: Path) -> None:
     (before,) = (fitted / "store").glob("*/shard-*")
     written = before.stat().st_mtime_ns

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
@@ -13,18 +14,19 @@ from torch.utils.flop_counter import FlopCounterMode
 from dynamax.backbones.hf import HFBackbone
 from dynamax.backbones.mixers import ShortConvMixer, SSDMixer
 from dynamax.backbones.skipped_state import Propagate
-from dynamax.decoding.cost import CostModel
+from dynamax.decoding.cost import FREE, CostModel
 from dynamax.decoding.early_exit import EarlyExit
 from dynamax.decoding.full import Full
 from dynamax.decoding.speculative import SelfSpeculative
 from dynamax.heads.bank import Exit, ExitBank
-from dynamax.heads.base import Gate
+from dynamax.heads.base import Gate, Lens
 from dynamax.heads.gates import AttentionGate, LinearGate, MambaGate
 from dynamax.heads.lenses import BridgeLens, LastBlockLens, TunedLens
+from dynamax.policies.base import TerminationPolicy
 from dynamax.policies.confidence import GateConfidence, MaxProb
 from dynamax.policies.schedule import AtDepth
 from dynamax.testing import toy_evidence
-from dynamax.types import Memory, Span, Step
+from dynamax.types import Evidence, Memory, Site, Span, Step
 from tests.tiny import RECURRENT, tiny
 
 EAGER = ["llama-eager", "mistral-eager", "gemma2"]
@@ -240,3 +242,32 @@ def test_a_bridge_runs_the_late_blocks_and_is_charged(family: str) -> None:
     lossless = list(SelfSpeculative(backbone, bank, AtDepth(4)).decode(prompt_BT, max_new_tokens=6))
     top = list(Full(backbone).decode(prompt_BT, max_new_tokens=6))
     assert [int(step.token_B) for step in lossless] == [int(step.token_B) for step in top]
+
+
+class Given(TerminationPolicy):
+    """Leaves at depths that are given, one a step."""
+
+    gates = ()
+
+    def __init__(self, depths: list[int]) -> None:
+        self.wanted = depths
+
+    def __call__(self, evidence: Evidence) -> torch.Tensor:
+        return torch.tensor([self.wanted[evidence.step - 1] == evidence.depth])
+
+
+@pytest.mark.parametrize("family", ["llama", "mamba2"])
+@pytest.mark.parametrize("lens", [TunedLens, LastBlockLens, partial(BridgeLens, blocks=2)])
+@pytest.mark.parametrize("depths", [[2] * 8, [6] * 8, [2, 4, 2, 6, 6, 2, 2, 4], [4, 2, 2, 6, 2, 4, 6, 2]])
+def test_a_path_costs_what_decoding_along_it_costs(
+    family: str, lens: Callable[[Site], Lens], depths: list[int]
+) -> None:
+    backbone = HFBackbone(tiny(family, dtype=torch.float32))
+    bank = ExitBank({2: Exit(lens, [MambaGate]), 4: Exit(lens, [MambaGate])}, backbone.site)
+    decoder = EarlyExit(backbone, bank, Given(depths))
+    steps = list(decoder.decode(torch.arange(7)[None], max_new_tokens=len(depths) + 1))[1:]
+    assert [step.depth for step in steps] == depths
+    costs = CostModel(backbone, decoder.exits)
+    decoded = sum((costs.step(step, place) for place, step in enumerate(steps, 7)), FREE)
+    path = CostModel(backbone, bank.select_gates(())).path(depths, 7)
+    assert (path.flops, path.bytes) == pytest.approx((decoded.flops, decoded.bytes), rel=1e-12)

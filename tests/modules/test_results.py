@@ -58,7 +58,7 @@ def text(tmp_path: Path) -> Perplexity:
 def untimed(found: results.DecodingResults) -> dict[str, Any]:
     """All that is the same whenever it is measured."""
     whole = found.as_json()
-    for row in whole["frontier"]:
+    for row in (*whole["frontier"], *whole["bounds"]):
         assert (row.pop("ms_per_token") is None) == (row.pop("speed_up") is None)
     for row in whole["exits"]:
         del row["latency_ms"]
