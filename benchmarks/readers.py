@@ -8,9 +8,10 @@ Folders hold pieces of text as ``dynamax cache`` and ``dynamax tune`` write them
 at the inputs of the late blocks and at the top are computed once and kept in ``--states`` as float16.
 
 ``ridge``: a TunedLens in closed form. ``bridge-K ridge``: a BridgeLens over the last K blocks, its map in closed form.
-The others are distilled to the top (``LensDistillation``), for as many steps whatever the size: TunedLens from the
-closed form and from zero, LowRankLens, MLPLens, BridgeLens from the closed form. Right: the share of held-out positions
-whose most likely token is the top's. The fit ``right = a - b * positions ** -c`` says what more positions would give.
+The others are distilled to the top (``LensDistillation``), for as many steps whatever the size: from the closed form
+(``trained``), or lenses from zero. Readers and sizes that ``--out`` holds are not fitted again.
+
+Right: the share of held-out positions whose most likely token is the top's. The fit ``right = a - b * positions ** -c`` says what more positions would give.
 """
 
 from __future__ import annotations
@@ -31,7 +32,17 @@ from torch import Tensor
 from dynamax.data.batch import HiddenBatch, collate
 from dynamax.data.store import StoredDocument
 from dynamax.engine import Engine, load
-from dynamax.heads import BridgeLens, Exit, ExitBank, Lens, LowRankLens, MLPLens, TunedLens
+from dynamax.heads import (
+    AttentionLens,
+    BridgeLens,
+    Exit,
+    ExitBank,
+    Lens,
+    LowRankLens,
+    MambaLens,
+    MLPLens,
+    TunedLens,
+)
 from dynamax.metrics.environment import environment
 from dynamax.objectives import LensDistillation
 from dynamax.suitability.ridge import RidgeLens
@@ -187,7 +198,7 @@ def reader(
     name: str, engine: Engine, documents: Sequence[StoredDocument], depths: Sequence[int], steps: int
 ) -> ExitBank:
     """A bank of lenses of one kind, fitted."""
-    kinds: dict[str, Any] = {"LowRankLens": LowRankLens, "MLPLens": MLPLens}
+    kinds: dict[str, Any] = {each.__name__: each for each in (LowRankLens, MLPLens, AttentionLens, MambaLens)}
     blocks = int(name.split("-")[1].split()[0]) if name.startswith("bridge") else 0
     if blocks:
         kind: Any = lambda site: BridgeLens(site, blocks=blocks)  # noqa: E731
@@ -203,7 +214,10 @@ def reader(
     return bank
 
 
-READERS = ("ridge", "bridge-1 ridge", "bridge-3 ridge", "ridge, trained", "TunedLens", "LowRankLens", "MLPLens")
+READERS = (
+    *("ridge", "bridge-1 ridge", "bridge-3 ridge", "ridge, trained", "bridge-3 ridge, trained", "TunedLens"),
+    *("LowRankLens", "MLPLens", "AttentionLens", "MambaLens"),
+)
 
 
 def extrapolated(sizes: Sequence[int], shares: Sequence[float]) -> dict[str, float]:
