@@ -11,7 +11,8 @@ at the inputs of the late blocks and at the top are computed once and kept in ``
 The others are distilled to the top (``LensDistillation``), for as many steps whatever the size: from the closed form
 (``trained``), or lenses from zero. Readers and sizes that ``--out`` holds are not fitted again.
 
-Right: the share of held-out positions whose most likely token is the top's. The fit ``right = a - b * positions ** -c`` says what more positions would give.
+Right: the share of held-out positions whose most likely token is the top's. The fit
+``right = a - b * positions ** -c`` says what more positions would give.
 """
 
 from __future__ import annotations
