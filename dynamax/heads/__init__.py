@@ -3,7 +3,7 @@
 from dynamax.heads.bank import Exit, ExitBank
 from dynamax.heads.base import ExitHead, Gate, Lens
 from dynamax.heads.gates import AttentionGate, FFNGate, LinearGate, MambaGate, MLPGate, UncertaintyGate
-from dynamax.heads.lenses import LastBlockLens, LogitLens, LowRankLens, TunedLens
+from dynamax.heads.lenses import LastBlockLens, LogitLens, LowRankLens, TunedLens, UntiedLens
 
 __all__ = [
     "AttentionGate",
@@ -21,4 +21,5 @@ __all__ = [
     "MambaGate",
     "TunedLens",
     "UncertaintyGate",
+    "UntiedLens",
 ]

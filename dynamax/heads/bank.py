@@ -145,11 +145,11 @@ class ExitBank(nn.Module):
             site.spec.depth,
             step,
             pick(self._residual(h_BTD)),
-            logits=lambda: site.project(pick(lens.translate(h_BTD, site))),
+            logits=lambda: lens.project(pick(lens.translate(h_BTD, site)), site),
             gates={name: scorer(name, gate) for name, gate in gates.items()},
             trail=trail,
             past=past,
-            candidates=lambda tokens_C: site.project(pick(lens.translate(h_BTD, site)), tokens_C),
+            candidates=lambda tokens_C: lens.project(pick(lens.translate(h_BTD, site)), site, tokens_C),
             vocab=site.spec.vocab,
         )
 
@@ -167,7 +167,7 @@ class ExitBank(nn.Module):
                     f"A recurrent gate at depth {site.depth} asked for the logits of {type(lens).__name__}, which runs "
                     f"the last block and has none of earlier positions. Give the exit another lens."
                 )
-            return site.project(lens.translate(h_BTD, site))
+            return lens.project(lens.translate(h_BTD, site), site)
 
         return Evidence(site.depth, site.spec.depth, step, self._residual(h_BTD), logits=logits)
 

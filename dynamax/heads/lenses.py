@@ -5,11 +5,15 @@ FLOPs count a lens' own matrix products: the output matrix, additions and the fi
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from torch import Tensor, nn
+from torch.nn import functional
 
 from dynamax.errors import UserError
 from dynamax.heads.base import Lens
 from dynamax.heads.blocks import positive
+from dynamax.kernels import at_least_float32
 from dynamax.types import Site
 
 
@@ -81,6 +85,37 @@ class LowRankLens(Lens):
         """Final norm, then the low-rank map."""
         u_BTD = site.normalize(h_BTD)
         return u_BTD + self.up(self.down(u_BTD.to(self.up.weight.dtype))).to(u_BTD.dtype)
+
+
+class UntiedLens(Lens):
+    """A norm and an output matrix of the exit's own: ``W (w * h / rms(h))``.
+
+    Source: the heads of DSSD (Valade 2024, arXiv 2407.21082), which ``dynamax import-heads`` reads; untied heads of
+    EE-LLM (arXiv 2312.04916). They begin at random.
+
+    Parameters: D V + D. FLOPs: 0 beside the output matrix, which is charged as the backbone's is.
+
+    Args:
+        eps: Of the norm.
+    """
+
+    def __init__(self, site: Site, *, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.norm = nn.RMSNorm(site.spec.width, eps=eps)
+        self.output = nn.Linear(site.spec.width, site.spec.vocab, bias=False)
+
+    def read_weights(self) -> Iterator[Tensor]:
+        """The norm."""
+        return iter(self.norm.parameters())
+
+    def translate(self, h_BTD: Tensor, site: Site) -> Tensor:
+        """Its own norm."""
+        return self.norm(h_BTD[..., : site.spec.width].to(self.norm.weight.dtype)).to(h_BTD.dtype)
+
+    def project(self, u_BTD: Tensor, site: Site, tokens_C: Tensor | None = None) -> Tensor:
+        """Its own output matrix."""
+        matrix_VD = self.output.weight if tokens_C is None else self.output.weight[tokens_C]
+        return at_least_float32(functional.linear(u_BTD.to(matrix_VD.dtype), matrix_VD))
 
 
 class LastBlockLens(Lens):

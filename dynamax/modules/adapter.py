@@ -113,7 +113,10 @@ class LowRank:
         inside = next(name for name, each in tuned.model.named_modules() if each is blocks)
         held = {name.replace(".default.", "."): each for name, each in blocks.named_parameters() if ".lora_" in name}
         return {
-            f"{PREFIX}{inside}.{name}": (each.full_tensor() if isinstance(each, DTensor) else each).detach().half().cpu()
+            f"{PREFIX}{inside}.{name}": (each.full_tensor() if isinstance(each, DTensor) else each)
+            .detach()
+            .half()
+            .cpu()
             for name, each in held.items()
         }
 

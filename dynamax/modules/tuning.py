@@ -52,8 +52,8 @@ class TuningModule(LanguageModule):
     and then the model as it is goes to ``export``.
 
     Several devices share each batch: ``ddp_find_unused_parameters_true`` keeps the model on each of them,
-    ``ModelParallelStrategy`` its blocks in shards (FSDP2), for an adapter. Losses are means over the whole batch, so a run
-    has the same losses on any number of devices.
+    ``ModelParallelStrategy`` its blocks in shards (FSDP2), for an adapter. Losses are means over the whole batch, so a
+    run has the same losses on any number of devices.
 
     Args:
         backbone: Where the model comes from.
@@ -142,8 +142,8 @@ class TuningModule(LanguageModule):
                 remedy = "Set trainer.strategy to ddp_find_unused_parameters_true, or use configs/trainer/fsdp.yaml"
         if found:
             raise UserError(
-                f"TuningModule was given {trainer.world_size} devices and the strategy {type(strategy).__name__}, which "
-                f"{found}. {remedy}."
+                f"TuningModule was given {trainer.world_size} devices and the strategy {type(strategy).__name__}, "
+                f"which {found}. {remedy}."
             )
 
     def check_data(self, data: object) -> None:
@@ -214,12 +214,10 @@ class TuningModule(LanguageModule):
     # -- steps --------------------------------------------------------------------------------------------
 
     def batch_loss(self, batch: AnswerBatch) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss of the model beside the original; of this process's rows, so that the processes' mean is the loss."""
+        """The loss of this process's rows beside the original, scaled so that the processes' mean is the batch's."""
         rank, processes = self.global_rank, self.trainer.world_size
         mine = AnswerBatch(*(each[rank::processes] for each in batch))
-        loss, seen = self.objective.loss(
-            self.backbone, self.original, mine, self.exits, self.global_step, self._lenses
-        )
+        loss, seen = self.objective.loss(self.backbone, self.original, mine, self.exits, self.global_step, self._lenses)
         share = processes * mine.counted_BT.sum() / batch.counted_BT.sum()  # losses are means over counted positions
         means = self.trainer.strategy.reduce(torch.stack([*seen.values()]) * share, reduce_op="mean")
         return loss * share, dict(zip(seen, cast(Tensor, means), strict=True))

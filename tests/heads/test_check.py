@@ -17,6 +17,7 @@ from dynamax.heads import (
     MLPGate,
     TunedLens,
     UncertaintyGate,
+    UntiedLens,
 )
 from dynamax.heads.base import ExitHead
 from dynamax.testing import check_head, toy_evidence
@@ -29,6 +30,7 @@ from dynamax.testing import check_head, toy_evidence
         (TunedLens, {}),
         (LowRankLens, {"rank": 4}),
         (LastBlockLens, {}),
+        (UntiedLens, {"eps": 1e-5}),
         (LinearGate, {}),
         (MLPGate, {"hidden": 8}),
         (FFNGate, {}),
