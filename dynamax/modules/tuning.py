@@ -127,7 +127,7 @@ class TuningModule(LanguageModule):
 
     def check_devices(self, trainer: Trainer) -> None:
         """Raise a UserError for a strategy under which processes would not train one model towards one loss."""
-        strategy, found = trainer.strategy, None
+        strategy, found, remedy = trainer.strategy, "", ""
         if isinstance(strategy, ModelParallelStrategy):
             if self.adapter is None or self.heads is not None:
                 found = "shards blocks, and what is trained outside of them would differ from process to process"
