@@ -111,33 +111,19 @@ def test_dynamax_is_run_from_text_to_report(name: str, written: Callable, run: R
     )
     folder = CONFIGS / name
     model = ["--model.backbone", "Folder", "--model.backbone.path", "model", "--trainer.accelerator", "cpu"]
-    model += ["--trainer.enable_progress_bar", "false"]
+    model += ["--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false"]
     text = ["--data.text", "LocalText", "--data.text.path", "text.txt", "--data.text.length", "32"]
-    assert (
-        run(
-            "fit",
-            "-c",
-            str(folder / "fit.yaml"),
-            *model,
-            *text,
-            "--trainer.limit_train_batches",
-            "2",
-            "--data.validation",
-            "0.25",
-            "--data.compute",
-            "float32",
-        )
-        == 0
-    )
+    text += ["--data.compute", "float32", "--data.validation", "0.25", "--trainer.limit_train_batches", "2"]
+    assert run("fit", "-c", str(folder / "fit.yaml"), *model, *text) == 0
     record = json.loads((place / "runs" / name / "heads" / "heads.json").read_text())
-    assert (
-        list(record["exits"])
-        == {"mistral-7b": ["16", "20", "24", "28"], "codestral-7b": ["32", "40", "48", "56"]}[name]
-    )
+    top, exits = {"mistral-7b": (32, [16, 20, 24, 28]), "codestral-7b": (64, [32, 40, 48, 56])}[name]
+    assert list(record["exits"]) == list(map(str, exits))
     for exit_ in record["exits"].values():
         assert exit_["lens"]["class"] == "LastBlockLens"
         assert [gate["class"] for gate in exit_["gates"]] == ["LinearGate", "FFNGate", "MambaGate"]
 
+    (place / "few.yaml").write_text("model: {init_args: {policies: [%s]}}" % ", ".join(["{thresholds: [0.3]}"] * 3))
+    (place / "depths.yaml").write_text(f"model: {{init_args: {{policies: [{{thresholds: [{top - 2}, {top - 5}]}}]}}}}")
     few = [
         "--model.dtype",
         "float32",
@@ -149,20 +135,18 @@ def test_dynamax_is_run_from_text_to_report(name: str, written: Callable, run: R
         "3",
     ]
     saved = ["--model.heads", f"runs/{name}/heads"]
+    task, data = {"mistral-7b": ("coqa", "coqa.json"), "codestral-7b": ("truthfulqa", "truth.csv")}[name]
     runs = {
-        "triviaqa": ([], ["--data.task.path", "trivia.jsonl", *saved], 27),
-        "coqa": (["coqa"], ["--data.task.path", "coqa.json", *saved], 27),
-        "truthfulqa": (["truthfulqa"], ["--data.task.path", "truth.csv", *saved], 27),
-        "pruned": (["pruned"], ["--data.task.path", "trivia.jsonl"], {"mistral-7b": 8, "codestral-7b": 9}[name]),
+        "triviaqa": (["test.yaml"], "few.yaml", ["--data.task.path", "trivia.jsonl", *saved]),
+        task: (["test.yaml", f"{task}.yaml"], "few.yaml", ["--data.task.path", data, *saved]),
+        "pruned": (["test.yaml", "pruned.yaml"], "depths.yaml", ["--data.task.path", "trivia.jsonl"]),
     }
-    del runs[{"mistral-7b": "truthfulqa", "codestral-7b": "coqa"}[name]]  # of two models alike, one is enough
-    for label, (over, options, points) in runs.items():
-        files = [part for file in ("test", *over) for part in ("-c", str(folder / f"{file}.yaml"))]
+    for label, (over, less, options) in runs.items():
+        files = [part for file in (*(folder / each for each in over), less) for part in ("-c", str(file))]
         assert run("test", *files, *model, *few, *options, "--trainer.logger.init_args.name", label) == 0
         (report,) = (place / "runs" / name / label).rglob("report.json")
         frontier = json.loads(report.read_text())["frontier"]
-        assert len(frontier) == 1 + points
         if label == "pruned":
-            dropped = sorted(row["blocks_per_token"] for row in frontier)
-            total = {"mistral-7b": 32, "codestral-7b": 64}[name]
-            assert dropped[-2:] == [total - 1, total], "the least that is left out is one block"
+            assert sorted(row["blocks_per_token"] for row in frontier) == [top - 4, top - 1, top]
+        else:
+            assert len(frontier) == 1 + 3

@@ -7,13 +7,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from lightning.pytorch.strategies import ModelParallelStrategy
 from safetensors.torch import load_file
 
+from dynamax.backbones.sources import Folder
+from dynamax.modules.adapter import LowRank
+from dynamax.modules.tuning import TuningModule
+from dynamax.objectives.tuning import ExitTuning
 from tests.folders import model_folder
-from tests.modules.languages import WARNINGS
+from tests.modules.languages import WARNINGS, trainer
 from tests.modules.processes import STEPS, STRATEGIES, both, text, tune
 
-pytestmark = WARNINGS
+pytestmark = [*WARNINGS, pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +49,24 @@ def test_two_processes_tune_what_one_tunes(place: Path, run: str) -> None:
     report, alone = (json.loads((place / name / "model" / "tuning.json").read_text()) for name in (run, "one"))
     assert report["measured"] == alone["measured"] == "these files"
     assert report["after"]["1"]["loss"] == pytest.approx(alone["after"]["1"]["loss"], rel=1e-3)
+
+
+STRANGE = {
+    "no strategy": ({}, "auto", "DDPStrategy, which does not suit"),
+    "ddp": ({}, "ddp", "ddp_find_unused_parameters_true"),
+    "every weight in shards": ({"adapter": None}, STRATEGIES["fsdp"](), "Give an adapter and no heads"),
+    "heads in shards": ({"heads": "heads"}, STRATEGIES["fsdp"](), "Give an adapter and no heads"),
+    "tensors in parallel": ({}, ModelParallelStrategy(1, 2), "checkpoints that one process can read"),
+}
+
+
+@pytest.mark.parametrize("case", STRANGE)
+def test_what_processes_could_not_do_together_is_refused(case: str, tmp_path: Path) -> None:
+    options, strategy, told = STRANGE[case]
+    given = {"adapter": LowRank(2, 4.0), "loss": ExitTuning()} | options
+    module = TuningModule(Folder("nowhere"), [1], **given)
+    with pytest.raises(ValueError, match=told):
+        module.check(trainer(tmp_path, strategy=strategy, devices=2))
 
 
 def test_blocks_are_sharded_under_fsdp_and_whole_under_ddp(place: Path) -> None:
