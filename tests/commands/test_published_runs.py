@@ -122,8 +122,9 @@ def test_dynamax_is_run_from_text_to_report(name: str, written: Callable, run: R
         assert exit_["lens"]["class"] == "LastBlockLens"
         assert [gate["class"] for gate in exit_["gates"]] == ["LinearGate", "FFNGate", "MambaGate"]
 
-    (place / "few.yaml").write_text("model: {init_args: {policies: [%s]}}" % ", ".join(["{thresholds: [0.3]}"] * 3))
-    (place / "depths.yaml").write_text(f"model: {{init_args: {{policies: [{{thresholds: [{top - 2}, {top - 5}]}}]}}}}")
+    for file, thresholds in (("few.yaml", [[0.3]] * 3), ("depths.yaml", [[top - 2, top - 5]])):
+        policies = {"policies": [{"thresholds": each} for each in thresholds]}
+        (place / file).write_text(json.dumps({"model": {"init_args": policies}}))
     few = [
         "--model.dtype",
         "float32",
