@@ -240,6 +240,24 @@ def test_every_row_of_dynamax_tables_has_a_command_that_is_built(line: str, monk
         assert f"{rule.lower()} object" in str(made.model.decoder).lower()
 
 
+def test_bounds_in_dynamax_tables_follow_from_the_sizes() -> None:
+    """Matrices of one block: 4096 wide; 8 of 32 heads of 128 keep keys; d_inner 8192, 8 groups of 128, 128 heads."""
+    attention = 2 * 1024 * 4096
+    mistral = attention / (attention + 2 * 4096**2 + 3 * 4096 * 14336)
+    codestral = (8192 + 2 * 1024 + 128) / (2 * 8192 + 2 * 1024 + 128 + 8192)
+    rows = re.findall(r"^\| (\d+) \| ([\d.]+) \| ([\d.]+) \| (\d+) \| ([\d.]+) \| ([\d.]+) \|$", TABLES, re.M)
+    assert [int(row[0]) for row in rows] == [16, 20, 24, 28]
+    for row in rows:
+        for total, share, depth, bound in (
+            (32, 0, row[0], row[1]),
+            (32, mistral, row[0], row[2]),
+            (64, 0, row[3], row[4]),
+            (64, codestral, row[3], row[5]),
+        ):
+            found = total / (int(depth) + 1 + share * (total - 1 - int(depth)))
+            assert float(bound) == pytest.approx(found, abs=0.005)
+
+
 def test_every_file_of_dynamax_is_in_its_tables() -> None:
     for name in (name for kind in PUBLISHED for name in named(kind)):
         assert f"configs/{name}" in TABLES
