@@ -42,6 +42,9 @@ COMMANDS = {
     "tune": Command(RUNS, "tune a pretrained model so that it can be read early"),
     "distill": Command(RUNS, "train a Mamba-2 student of a Transformer, or a hybrid"),
     "generate": Command("dynamax.commands.generate", "answer a prompt, each token coloured by the depth it left at"),
+    "import-heads": Command(
+        "dynamax.commands.import_heads", "write heads that DSSD published in this project's format"
+    ),
     "suitability": Command(
         "dynamax.commands.suitability", "say whether early exits will pay on a model, before anything is trained"
     ),

@@ -161,7 +161,9 @@ def _check_values(head: ExitHead) -> None:
     trained = {name: parameter for name, parameter in head.named_parameters() if parameter.requires_grad}
     head.zero_grad()
     if trained:
-        _output(head, h_BTD).float().square().sum().backward()
+        out = _output(head, h_BTD)
+        out = head.project(out, toy_site()) if isinstance(head, Lens) else out  # some have a matrix of their own
+        out.float().square().sum().backward()
     for name, parameter in trained.items():
         gradient = parameter.grad
         demand(head, gradient is not None and bool(gradient.any()), f"gives its parameter {name} no gradient")

@@ -67,6 +67,7 @@ EXAMPLES = {
     "tune": "-c configs/tune/smollm2.yaml",
     "distill": "-c configs/distill/smollm2-to-mamba2.yaml",
     "generate": '"What is the capital of France?"',
+    "import-heads": "DSSD-Qwen3-0.6B --backbone configs/backbone/qwen3-0.6b.yaml",
     "suitability": "SmolLM2 --plot runs/suitability.png",
     "calibrate": "runs/demo/heads -c configs/calibrate/demo.yaml",
     "bench": "SmolLM2",
@@ -100,15 +101,19 @@ MODEL = Option(
     "Which model: a folder, a name on the Hub, a GGUF file, a folder of trained heads, or a source such as SmolLM2.",
 )
 RUN = Option("RUN...", None, "Folders that dynamax test wrote, each with a report.json.")
+PUBLISHED = Option("FOLDER", None, "Folder with config.json and aux_heads.pt, as DSSD publishes them.")
 PRINT = Option("--print_config", None, "Print all options that the run would use, as YAML, and stop.")
 FUNCTIONS = {
     "generate": ("dynamax.commands.generate", PROMPT),
+    "import-heads": ("dynamax.commands.import_heads", PUBLISHED),
     "suitability": ("dynamax.commands.suitability", MODEL),
     "calibrate": ("dynamax.commands.calibrate", MODEL),
     "bench": ("dynamax.commands.measuring", MODEL),
 }
 """Commands whose options are those of a function of their name: its module, and the argument that is no option."""
-HIDDEN = ("prompt", "model", "recipe", "command")
+HELP = {"suitability": "--text.help SelfGenerated", "import-heads": "--backbone.help Hub"}
+"""What stands for an option with options of its own, where that is no policy."""
+HIDDEN = ("prompt", "model", "recipe", "command", "folder")
 """Arguments of these functions that are no options."""
 
 
@@ -135,7 +140,9 @@ def page(command: str, purpose: str) -> str:
     if command in FUNCTIONS:
         module, first = FUNCTIONS[command]
         lines += _entries("", [first])
-        lines += _entries("--", [each for each in options(module, command) if each.name not in HIDDEN])
+        lines += _entries(
+            "--", [each for each in options(module, command.replace("-", "_")) if each.name not in HIDDEN]
+        )
     for part in PARTS.get(command, ()):
         found = [each for each in options(part.module, part.name) if part is not STORE or each.name not in LINKED]
         lines += ["", f"Options of --{part.prefix} {part.name}", *_entries(f"--{part.prefix}.", found)]
@@ -156,11 +163,9 @@ def page(command: str, purpose: str) -> str:
             "Names of exit heads, policies, tasks and other parts: dynamax list. Options of one of them:",
             "  --OPTION.help NAME, such as "
             + (
-                "--text.help SelfGenerated"
-                if command == "suitability"
-                else "--policy.help MaxProb"
+                HELP.get(command, "--policy.help MaxProb")
                 if command in FUNCTIONS
-                else "--model.help " + PARTS[command][0].name
+                else f"--model.help {PARTS[command][0].name}"
             ),
             "How files are put together: configs/README.md. Every option there is:",
             f"  dynamax {command} --help all",

@@ -19,6 +19,7 @@ from dynamax.paths import InputPath
 from dynamax.progress import on_terminal
 
 GROUP = 64
+TEXT = "{text}"
 SampleBy = Literal["line", "paragraph", "document"]
 Rows = datasets.Dataset | datasets.IterableDataset
 T = TypeVar("T")
@@ -101,6 +102,24 @@ class RowText(TextSource, Corpus):
     field: str
     length: int
     rows: int | None
+    template: str = TEXT
+    per_row: int | None = None
+
+    def _wrapped(self, template: str, per_row: int | None) -> None:
+        """Keep what documents are made with.
+
+        Raises:
+            UserError: If the text has no place in the template, or no document is wanted of a row.
+        """
+        at_least(self, 1, per_row=per_row)
+        if "{text}" not in template:
+            raise UserError(f"The template {template!r} has no place for the text. Write {{text}} where it belongs.")
+        self.template, self.per_row = template, per_row
+
+    def _wrapping(self) -> dict[str, Any]:
+        """What documents are made with, as far as it is said: stores that were filled before keep their names."""
+        said = {"template": self.template if self.template != TEXT else None, "per_row": self.per_row}
+        return {name: value for name, value in said.items() if value is not None}
 
     @abstractmethod
     def load(self) -> Rows:
@@ -130,7 +149,9 @@ class RowText(TextSource, Corpus):
         group: list[Document] = []
         number = first = skip * GROUP
         for number, text in self._numbered(first):
-            group += windows(text, engine, length=self.length) if text.strip() else []
+            if text.strip():
+                whole = self.template.replace(TEXT, text)
+                group += windows(whole, engine, length=self.length, origin=text)[: self.per_row]
             if number % GROUP == 0:
                 yield group
                 group = []
@@ -159,6 +180,8 @@ class LocalText(RowText):
         length: Most tokens of a document; a longer row becomes several.
         rows: Read only so many rows; all if left out.
         sample_by: What a row of a txt file is.
+        template: What is put around the text of a row, which stands for ``{text}`` in it.
+        per_row: Most documents of a row, from its start on; all if left out.
     """
 
     def __init__(
@@ -169,18 +192,21 @@ class LocalText(RowText):
         length: int = 256,
         rows: int | None = None,
         sample_by: SampleBy = "paragraph",
+        template: str = TEXT,
+        per_row: int | None = None,
     ) -> None:
         at_least(self, 1, length=length, rows=rows)
         self.name = self.path = str(path)
         self.field, self.length, self.rows = field, length, rows
         self.sample_by: SampleBy = sample_by
+        self._wrapped(template, per_row)
 
     def identity(self) -> dict[str, Any]:
         """Contents and options; where the file lies does not matter."""
         with checked_file(self.path).open("rb") as file:
             content = hashlib.file_digest(file, "sha256").hexdigest()
         options = {name: getattr(self, name) for name in ("field", "length", "rows", "sample_by")}
-        return {"source": "LocalText", "content": content, **options}
+        return {"source": "LocalText", "content": content, **options, **self._wrapping()}
 
     def load(self) -> datasets.Dataset:
         """All rows; see ``read_file``."""
@@ -200,6 +226,8 @@ class HubText(RowText):
         rows: Read only so many rows; all if left out.
         revision: Commit or tag on the Hub. With one given, a store that is whole is found without a network.
         streaming: Read rows as they are needed, without downloading the whole set.
+        template: What is put around the text of a row, which stands for ``{text}`` in it.
+        per_row: Most documents of a row, from its start on; all if left out.
     """
 
     def __init__(
@@ -213,10 +241,13 @@ class HubText(RowText):
         rows: int | None = 10_000,
         revision: str | None = None,
         streaming: bool = True,
+        template: str = TEXT,
+        per_row: int | None = None,
     ) -> None:
         at_least(self, 1, length=length, rows=rows)
         self.name, self.id, self.config, self.split, self.field = f"{name} ({split})", name, config, split, field
         self.length, self.rows, self.revision, self.streaming = length, rows, revision, streaming
+        self._wrapped(template, per_row)
 
     def identity(self) -> dict[str, Any]:
         """Options, and the revision, or else the hash by which ``datasets`` tells versions of the set apart."""
@@ -224,7 +255,7 @@ class HubText(RowText):
         if version is None:
             version = self._ask(lambda: datasets.load_dataset_builder(self.id, self.config).hash)
         options = {name: getattr(self, name) for name in ("config", "split", "field", "length", "rows")}
-        return {"source": "HubText", "name": self.id, "version": version, **options}
+        return {"source": "HubText", "name": self.id, "version": version, **options, **self._wrapping()}
 
     def count(self) -> int | None:
         """Groups, if the number of rows was given; a short set ends before."""

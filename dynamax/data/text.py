@@ -95,11 +95,12 @@ class TextSource(ABC):
         return self.groups(engine, skip=skip)
 
 
-def windows(text: str, engine: Engine, *, length: int) -> list[Document]:
-    """Cut a text into documents of at most ``length`` tokens, one behind the other."""
+def windows(text: str, engine: Engine, *, length: int, origin: str | None = None) -> list[Document]:
+    """Cut a text into documents of at most ``length`` tokens, one behind the other, all of one origin: the text."""
     assert engine.tokenizer is not None, "text is read through a tokenizer"
     tokens = engine.tokenizer(text, verbose=False)["input_ids"]
-    return [Document(tokens[start : start + length], origin=text) for start in range(0, len(tokens), length)]
+    origin = text if origin is None else origin
+    return [Document(tokens[start : start + length], origin=origin) for start in range(0, len(tokens), length)]
 
 
 def origin_hash(text: str) -> int:

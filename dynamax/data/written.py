@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import fcntl
 import io
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, final
@@ -18,7 +18,6 @@ import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.data import DataLoader
 
 from dynamax.backbones.sources import Source
 from dynamax.data.batch import AnswerBatch
@@ -138,6 +137,7 @@ class WrittenText(LightningDataModule):
     """Answers that a model writes itself, to be tuned on. Token ids on disk, about a byte and a half a token.
 
     Answers are written a batch at a time, when they are needed, and kept; ``dynamax cache`` writes all of them ahead.
+    Several processes read the same batches, and only what is there.
     Prompts are parted by the hash of their origin: those below ``validation`` are never trained on.
 
     Args:
@@ -148,7 +148,7 @@ class WrittenText(LightningDataModule):
         dtype: What the writer computes in; many answers at a time are written fastest in bfloat16.
         precision: How the writer's weights are held, if its steps are to be recorded; see ``dynamax generate``.
         device: Where it runs; ``auto`` takes a GPU if there is one.
-        rows: Documents of a training batch.
+        rows: Documents of a training batch, which several processes share.
         validation: Part of the prompts, in (0, 1), that is kept for validation.
         validation_documents: Answers to validate on, for each set of prompts; written before training starts.
 
@@ -206,17 +206,54 @@ class WrittenText(LightningDataModule):
                 bar.update()
                 bar.say(f"{tokens:,} tokens of answers written")
 
+    def check_processes(self, processes: int) -> None:
+        """Raise a UserError for text that several processes cannot share.
+
+        A process that wrote while the others wait would hold a second model, and each batch needs a document for each.
+        """
+        parts = (self.train, self.held_out)
+        if missing := sum(not part.file(number).is_file() for part in parts for number in range(len(part))):
+            raise UserError(
+                f"{missing} of {sum(map(len, parts))} pieces of text are not in {self.folder}, and {processes} "
+                f"processes only read. Write them first, with the same configuration: dynamax cache -c ..."
+            )
+        loader = self.train_dataloader()
+        fewest = min(min(self.rows, self.train.size(piece) - start) for piece, start in loader.places)
+        if fewest < processes:
+            raise UserError(
+                f"A batch of {fewest} documents cannot be shared by {processes} processes. Set data.rows to at least "
+                f"{processes}, and the batch of each text to a multiple of it."
+            )
+
     def train_dataloader(self) -> PieceBatches:
         """Batches of documents in one endless order."""
         return PieceBatches(self.train, self.rows)
 
-    def val_dataloader(self) -> DataLoader:
-        """The same documents each time."""
+    def val_dataloader(self) -> HeldOut:
+        """The same documents each time, and all of them in every process."""
         batches = []
         for number in range(len(self.held_out)):
             documents = self.held_out.read(number)
             batches += [documents[start : start + self.rows] for start in range(0, len(documents), self.rows)]
-        return DataLoader([batch_of(each) for each in batches], batch_size=None)  # type: ignore[arg-type]
+        return HeldOut([batch_of(each) for each in batches])
+
+
+@final
+class HeldOut:
+    """Batches to validate on. No DataLoader, since Lightning would give each process a part of it.
+
+    Args:
+        batches: The batches.
+    """
+
+    def __init__(self, batches: Sequence[AnswerBatch]) -> None:
+        self.batches = batches
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[AnswerBatch]:
+        return iter(self.batches)
 
 
 @final

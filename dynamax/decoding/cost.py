@@ -135,7 +135,7 @@ class CostModel:
         return cost
 
     def _head(self, head: ExitHead, rows: int) -> Cost:
-        held = sum(p.numel() * p.element_size() for p in head.parameters())
+        held = sum(p.numel() * p.element_size() for p in head.read_weights())
         return Cost(float(head.flops()) * rows, held / self.batch)
 
     def _memory(self, head: ExitHead, rows: int, context: int) -> Cost:

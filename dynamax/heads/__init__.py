@@ -12,6 +12,7 @@ from dynamax.heads.lenses import (
     MambaLens,
     MLPLens,
     TunedLens,
+    UntiedLens,
 )
 
 __all__ = [
@@ -34,4 +35,5 @@ __all__ = [
     "MambaLens",
     "TunedLens",
     "UncertaintyGate",
+    "UntiedLens",
 ]

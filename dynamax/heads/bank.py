@@ -156,11 +156,11 @@ class ExitBank(nn.Module):
             site.spec.depth,
             step,
             pick(self._residual(h_BTD)),
-            logits=lambda: site.project(translated()),
+            logits=lambda: lens.project(translated(), site),
             gates={name: scorer(name, gate) for name, gate in gates.items()},
             trail=trail,
             past=past,
-            candidates=lambda tokens_C: site.project(translated(), tokens_C),
+            candidates=lambda tokens_C: lens.project(translated(), site, tokens_C),
             vocab=site.spec.vocab,
         )
 
@@ -178,7 +178,7 @@ class ExitBank(nn.Module):
                     f"A recurrent gate at depth {site.depth} asked for the logits of {type(lens).__name__}, which "
                     f"depend on earlier positions and are known of the newest alone. Give the exit another lens."
                 )
-            return site.project(lens.translate(h_BTD, site))
+            return lens.project(lens.translate(h_BTD, site), site)
 
         return Evidence(site.depth, site.spec.depth, step, self._residual(h_BTD), logits=logits)
 

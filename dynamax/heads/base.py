@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from typing import ClassVar, Self
 
 from torch import Tensor, nn
@@ -44,7 +45,11 @@ class ExitHead(nn.Module, ABC):
 
         Two for each weight of a matrix or a convolution. A head that computes anything else of size adds it.
         """
-        return 2 * sum(weight.numel() for weight in self.parameters() if weight.ndim > 1)
+        return 2 * sum(weight.numel() for weight in self.read_weights() if weight.ndim > 1)
+
+    def read_weights(self) -> Iterator[Tensor]:
+        """What every call reads, beside the output matrix."""
+        return iter(self.parameters())
 
 
 class Lens(ExitHead):
@@ -61,7 +66,7 @@ class Lens(ExitHead):
 
     @abstractmethod
     def translate(self, h_BTD: Tensor, site: Site) -> Tensor:
-        """Residual stream to normalised states ``u_BTD``; the logits are ``site.project(u_BTD)``.
+        """Residual stream to normalised states ``u_BTD``, which ``project`` reads.
 
         A recurrent lens reads a whole sequence from its start here.
         """
@@ -73,6 +78,14 @@ class Lens(ExitHead):
         ``memory.live(T)``. ``memory.read`` is advanced by the caller.
         """
         raise NotImplementedError(f"{type(self).__name__} says recurrent = True, so it needs a method continued")
+
+    def project(self, u_BTD: Tensor, site: Site, tokens_C: Tensor | None = None) -> Tensor:
+        """Normalised states to logits, ``[..., V]``, or ``[..., C]`` of candidate tokens: by the backbone's matrix.
+
+        A lens with an output matrix of its own overrides this and leaves that matrix out of ``read_weights``: it is
+        charged as the backbone's is.
+        """
+        return site.project(u_BTD, tokens_C)
 
 
 class Gate(ExitHead):

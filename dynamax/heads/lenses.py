@@ -5,6 +5,8 @@ FLOPs count a lens' own matrix products: the output matrix, additions and the fi
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -20,6 +22,7 @@ from dynamax.heads.blocks import (
     swiglu_width,
     zero_init,
 )
+from dynamax.kernels import at_least_float32
 from dynamax.types import Memory, Site
 
 
@@ -239,6 +242,37 @@ class MambaLens(Lens):
     def flops(self) -> int:
         """Products with weights, and writing and reading the state."""
         return super().flops() + 4 * self.block.d_inner * self.block.d_state
+
+
+class UntiedLens(Lens):
+    """A norm and an output matrix of the exit's own: ``W (w * h / rms(h))``.
+
+    Source: the heads of DSSD (Valade 2024, arXiv 2407.21082), which ``dynamax import-heads`` reads; untied heads of
+    EE-LLM (arXiv 2312.04916). They begin at random.
+
+    Parameters: D V + D. FLOPs: 0 beside the output matrix, which is charged as the backbone's is.
+
+    Args:
+        eps: Of the norm.
+    """
+
+    def __init__(self, site: Site, *, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.norm = nn.RMSNorm(site.spec.width, eps=eps)
+        self.output = nn.Linear(site.spec.width, site.spec.vocab, bias=False)
+
+    def read_weights(self) -> Iterator[Tensor]:
+        """The norm."""
+        return iter(self.norm.parameters())
+
+    def translate(self, h_BTD: Tensor, site: Site) -> Tensor:
+        """Its own norm."""
+        return self.norm(h_BTD[..., : site.spec.width].to(self.norm.weight.dtype)).to(h_BTD.dtype)
+
+    def project(self, u_BTD: Tensor, site: Site, tokens_C: Tensor | None = None) -> Tensor:
+        """Its own output matrix."""
+        matrix_VD = self.output.weight if tokens_C is None else self.output.weight[tokens_C]
+        return at_least_float32(F.linear(u_BTD.to(matrix_VD.dtype), matrix_VD))
 
 
 class LastBlockLens(Lens):

@@ -13,7 +13,8 @@ from typing import Any, cast, final
 
 import torch
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
 from dynamax.backbones.hf import HFBackbone
@@ -102,12 +103,31 @@ class LowRank:
         tuned.zero_grad()
         return tuned
 
-    def write(self, folder: Path, tuned: HFBackbone, original: HFBackbone, recipe: Mapping[str, Any]) -> str:
-        """Write the adapter in float16, in PEFT's files.
+    def tensors(self, tuned: HFBackbone) -> dict[str, Tensor]:
+        """The adapter's matrices in float16, by PEFT's names; each process asks, if the blocks are sharded.
+
+        Args:
+            tuned: The model in training.
+        """
+        blocks = blocks_of(tuned)
+        inside = next(name for name, each in tuned.model.named_modules() if each is blocks)
+        held = {name.replace(".default.", "."): each for name, each in blocks.named_parameters() if ".lora_" in name}
+        return {
+            f"{PREFIX}{inside}.{name}": (each.full_tensor() if isinstance(each, DTensor) else each)
+            .detach()
+            .half()
+            .cpu()
+            for name, each in held.items()
+        }
+
+    def write(
+        self, folder: Path, tensors: Mapping[str, Tensor], original: HFBackbone, recipe: Mapping[str, Any]
+    ) -> str:
+        """Write the adapter in PEFT's files.
 
         Args:
             folder: Where to.
-            tuned: The model in training.
+            tensors: The adapter; see ``tensors``.
             original: The model before.
             recipe: Where the original comes from.
 
@@ -117,16 +137,12 @@ class LowRank:
         Raises:
             UserError: If a weight is not finite in float16.
         """
-        blocks = blocks_of(tuned)
-        inside = next(name for name, each in tuned.model.named_modules() if each is blocks)
-        held = {name.replace(".default.", "."): each for name, each in blocks.named_parameters() if ".lora_" in name}
-        tensors = {f"{PREFIX}{inside}.{name}": each.detach().half().cpu() for name, each in held.items()}
         if not all_finite(tensors.values()):
             raise UserError(
                 "The adapter was not written: a weight is too large for float16, or not a number. Lower "
                 "model.learning_rate, or set trainer.gradient_clip_val: 1, and tune anew."
             )
-        save_file(tensors, folder / WEIGHTS, {"format": "pt"})
+        save_file(dict(tensors), folder / WEIGHTS, {"format": "pt"})
         config = self.config(original)
         config.base_model_name_or_path, config.inference_mode = json.dumps(recipe), True
         config.save_pretrained(folder)

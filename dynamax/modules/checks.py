@@ -9,6 +9,7 @@ from collections.abc import Iterable
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from dynamax.errors import UserError
 
@@ -36,7 +37,8 @@ def all_finite(tensors: Iterable[Tensor]) -> bool:
     >>> all_finite([torch.ones(3), torch.arange(2)]), all_finite([torch.ones(3), torch.tensor(float("nan"))])
     (True, False)
     """
-    floats = [tensor.detach() for tensor in tensors if tensor.is_floating_point() and tensor.numel()]
+    local = [each.to_local() if isinstance(each, DTensor) else each for each in tensors]  # a process checks its shards
+    floats = [tensor.detach() for tensor in local if tensor.is_floating_point() and tensor.numel()]
     return math.isfinite(torch.nn.utils.get_total_norm(floats, torch.inf)) if floats else True
 
 

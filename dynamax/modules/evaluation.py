@@ -85,7 +85,7 @@ class Evaluation(ABC):
         self.bank = self.engine.exits
         self.exits = {depth: ExitStats(depth) for depth in self.bank.depths}
         self.bounds = {}
-        if not any(self.bank.lens(depth).runs_last_block for depth in self.bank.depths):  # else one pass does not tell
+        if not any(self.bank.lens(depth).last_blocks for depth in self.bank.depths):  # else one pass does not tell
             self.bounds[None] = Oracle(), PolicyStats("Oracle", None)
             self.bounds |= {depth: (AtDepth(depth), PolicyStats("AtDepth", depth)) for depth in self.bank.depths}
 

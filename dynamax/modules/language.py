@@ -175,9 +175,9 @@ class LanguageModule(LightningModule, ABC):
 
         Raises:
             UserError: If training has no end or no step, gradients are to be accumulated, the export's place holds
-                something else, there are several devices, or blocks cannot be compiled.
+                something else, the devices do not suit, or blocks cannot be compiled.
         """
-        one_device(trainer, self)
+        self.check_devices(trainer)
         name = type(self).__name__
         if trainer.max_steps < 0 and trainer.max_epochs in (None, -1):
             raise UserError(f"{name} needs to know when training ends. Set trainer.max_steps.")
@@ -197,6 +197,10 @@ class LanguageModule(LightningModule, ABC):
                 )
         if self.export is not None:
             check_target(self.export, self.report)
+
+    def check_devices(self, trainer: Trainer) -> None:
+        """Raise a UserError for several devices, unless a subclass knows how to share its batches out."""
+        one_device(trainer, self)
 
     def check_data(self, data: object) -> None:
         """Raise a UserError for data of another class, and for blocks longer than the context."""
@@ -224,7 +228,7 @@ class LanguageModule(LightningModule, ABC):
         """The loss."""
         loss, seen = self.batch_loss(batch)
         rows, tokens = self.size(batch)
-        self.log("train/loss", loss, prog_bar=True, batch_size=rows)
+        self.log("train/loss", loss, prog_bar=True, batch_size=rows, sync_dist=self.trainer.world_size > 1)
         self.log_dict({f"train/{name}": value for name, value in seen.items()}, batch_size=rows)
         self.record.add(seen["cross_entropy/top"], tokens)
         return loss
@@ -259,7 +263,8 @@ class LanguageModule(LightningModule, ABC):
         assert self._scores is not None, "on_validation_epoch_start comes first"
         found = self._scores.compute()
         for depth, score in found.items():
-            self.log_dict({f"val/{name}/{depth}": value for name, value in score.items()})
+            scores = {f"val/{name}/{depth}": value for name, value in score.items()}
+            self.log_dict(scores, sync_dist=self.trainer.world_size > 1)
         if not self.trainer.sanity_checking:
             self.record.check()
             self.record.scores[self.global_step] = found

@@ -14,8 +14,10 @@ from typing import Any, ClassVar, cast, final
 
 import torch
 from lightning.pytorch import Trainer
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 
 from dynamax.backbones.hf import HFBackbone
 from dynamax.backbones.sources import Folder, Source
@@ -28,7 +30,7 @@ from dynamax.heads.base import Lens
 from dynamax.heads.saved import WEIGHTS
 from dynamax.metrics.environment import environment
 from dynamax.metrics.language import DepthScores
-from dynamax.modules.adapter import LowRank
+from dynamax.modules.adapter import LowRank, blocks_of
 from dynamax.modules.export import in_float16, put
 from dynamax.modules.language import LanguageModule, described
 from dynamax.modules.pretraining import check_exits
@@ -48,6 +50,10 @@ class TuningModule(LanguageModule):
     Checkpoints hold what is trained and its optimiser; ``ckpt_path`` resumes an interrupted run, with the text that
     comes next. Needs ``WrittenText`` by the same model. Validation reads every exit and the top beside the original,
     and then the model as it is goes to ``export``.
+
+    Several devices share each batch: ``ddp_find_unused_parameters_true`` keeps the model on each of them,
+    ``ModelParallelStrategy`` its blocks in shards (FSDP2), for an adapter. Losses are means over the whole batch, so a
+    run has the same losses on any number of devices.
 
     Args:
         backbone: Where the model comes from.
@@ -116,10 +122,32 @@ class TuningModule(LanguageModule):
             UserError: If training could not end well, or the model has not what is asked of it.
         """
         super().check(trainer)
+        self.processes = trainer.world_size
         self._load(trainer)
 
+    def check_devices(self, trainer: Trainer) -> None:
+        """Raise a UserError for a strategy under which processes would not train one model towards one loss."""
+        strategy, found, remedy = trainer.strategy, "", ""
+        if isinstance(strategy, ModelParallelStrategy):
+            if self.adapter is None or self.heads is not None:
+                found = "shards blocks, and what is trained outside of them would differ from process to process"
+                remedy = "Give an adapter and no heads, or use ddp_find_unused_parameters_true"
+            elif strategy._tensor_parallel_size != 1 or strategy._save_distributed_checkpoint:
+                found = "is to share out the rows of a batch, and to write checkpoints that one process can read"
+                remedy = "Use configs/trainer/fsdp.yaml"
+        elif trainer.world_size > 1:
+            unused = isinstance(strategy, DDPStrategy) and strategy._ddp_kwargs.get("find_unused_parameters")
+            if not unused:
+                found = "does not suit: each step leaves out blocks and exits"
+                remedy = "Set trainer.strategy to ddp_find_unused_parameters_true, or use configs/trainer/fsdp.yaml"
+        if found:
+            raise UserError(
+                f"TuningModule was given {trainer.world_size} devices and the strategy {type(strategy).__name__}, "
+                f"which {found}. {remedy}."
+            )
+
     def check_data(self, data: object) -> None:
-        """Raise a UserError for data of another class, and for text that another model wrote."""
+        """Raise a UserError for data of another class, for text that another model wrote or processes cannot share."""
         if not isinstance(data, WrittenText):
             raise UserError(f"TuningModule was given data of {type(data).__name__}; give it WrittenText.")
         writer = data.train.identities[0]["writer"]
@@ -128,6 +156,8 @@ class TuningModule(LanguageModule):
                 f"The text is written by a model with fingerprint {writer}, and the model to tune has "
                 f"{self.original.spec.fingerprint}. Set data.writer to what model.backbone is."
             )
+        if self.processes > 1:
+            data.check_processes(self.processes)
 
     def _load(self, trainer: Trainer) -> None:
         if self._loaded:
@@ -153,9 +183,19 @@ class TuningModule(LanguageModule):
         """The model with an adapter that changes nothing yet; or a copy of it, if every weight is trained."""
         self._load(self.trainer)
         if self.adapter is not None:
-            return self.adapter.around(self.original, self.seed)
+            tuned = self.adapter.around(self.original, self.seed)
+            if self._sharded:
+                mesh = cast(ModelParallelStrategy, self.trainer.strategy).device_mesh["data_parallel"]
+                for block in (*blocks_of(tuned), *blocks_of(self.original)):  # no block is a part of another's call
+                    fully_shard(block, mesh=mesh, reshard_after_forward=True)
+            return tuned
         model, fingerprint = copy.deepcopy(self.original.model), self.original.spec.fingerprint
         return HFBackbone(model, fingerprint=fingerprint).requires_grad_(True)
+
+    @property
+    def _sharded(self) -> bool:
+        """Whether each process holds a part of every block."""
+        return isinstance(self.trainer.strategy, ModelParallelStrategy)
 
     @property
     def _lenses(self) -> dict[int, Lens]:
@@ -174,8 +214,13 @@ class TuningModule(LanguageModule):
     # -- steps --------------------------------------------------------------------------------------------
 
     def batch_loss(self, batch: AnswerBatch) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss of the model beside the original."""
-        return self.objective.loss(self.backbone, self.original, batch, self.exits, self.global_step, self._lenses)
+        """The loss of this process's rows beside the original, scaled so that the processes' mean is the batch's."""
+        rank, processes = self.global_rank, self.trainer.world_size
+        mine = AnswerBatch(*(each[rank::processes] for each in batch))
+        loss, seen = self.objective.loss(self.backbone, self.original, mine, self.exits, self.global_step, self._lenses)
+        share = processes * mine.counted_BT.sum() / batch.counted_BT.sum()  # losses are means over counted positions
+        means = self.trainer.strategy.reduce(torch.stack([*seen.values()]) * share, reduce_op="mean")
+        return loss * share, dict(zip(seen, cast(Tensor, means), strict=True))
 
     def size(self, batch: AnswerBatch) -> tuple[int, int]:
         """Documents, and tokens of their answers."""
@@ -226,6 +271,8 @@ class TuningModule(LanguageModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Also refuse a checkpoint that lacks something of what is trained."""
         super().on_load_checkpoint(checkpoint)
+        if self._sharded:
+            return  # the strategy has loaded the weights, and taken them out
         if set(self.trained()) - set(checkpoint["state_dict"]):
             raise UserError("The checkpoint lacks weights that are trained here: it is damaged. Give an earlier one.")
 
@@ -237,6 +284,7 @@ class TuningModule(LanguageModule):
             "objective": described(self.objective),
             "lenses": None if self.heads is None else self.heads_digest(),
             "seed": self.seed,
+            "sharded": self._sharded or None,  # its optimiser's state is numbered otherwise
         }
 
     def heads_digest(self) -> str:
@@ -260,12 +308,15 @@ class TuningModule(LanguageModule):
         }
 
     def write(self, folder: str, facts: dict[str, Any]) -> None:
-        """Write the model, load it again, and measure these very files."""
+        """Write the model, load it again, and measure these very files; every process measures, one writes."""
         self._put(folder, facts)
+        self.trainer.strategy.barrier()
         source = Folder(folder) if self.adapter is None else Tuned(folder, self.source)
         written = source.load(device=str(self.device))
         after = self.measure(written)
         report = self._put(folder, facts, after, written.spec.fingerprint)
+        if not self.trainer.is_global_zero:
+            return
         if self.lenses:
             exits = {depth: Exit(partial(same_head, copy.deepcopy(lens))) for depth, lens in self._lenses.items()}
             ExitBank(exits, written.site).save(Path(folder) / "heads", written.spec, source.recipe)
@@ -287,7 +338,7 @@ class TuningModule(LanguageModule):
         after: Mapping[int, dict[str, float]] | None = None,
         fingerprint: str | None = None,
     ) -> dict[str, Any]:
-        """Put model and report in their place, whole or not at all.
+        """Put model and report in their place, whole or not at all; shards are gathered from every process.
 
         Args:
             target: The folder; an earlier export there is replaced, and what else lies there stays.
@@ -296,9 +347,12 @@ class TuningModule(LanguageModule):
             fingerprint: Of the model that the files are.
 
         Returns:
-            The report.
+            The report; empty in a process that is not the first, which writes.
         """
         self._check_finite()
+        tensors = {} if self.adapter is None else self.adapter.tensors(self.backbone)
+        if not self.trainer.is_global_zero:
+            return {}
         folder = Path(target)
         folder.parent.mkdir(parents=True, exist_ok=True)
         newest = self.record.scores[max(self.record.scores)]
@@ -320,7 +374,7 @@ class TuningModule(LanguageModule):
                 half.save_pretrained(fresh)
                 self.source.tokenizer().save_pretrained(fresh)
             else:
-                report["adapter_sha256"] = self.adapter.write(fresh, self.backbone, self.original, self.source.recipe)
+                report["adapter_sha256"] = self.adapter.write(fresh, tensors, self.original, self.source.recipe)
             report["files"] = sorted([*(path.name for path in fresh.iterdir()), TUNED])
             (fresh / TUNED).write_text(json.dumps(report, indent=1), "utf-8")
             put(fresh, folder, Path(scratch) / "before", TUNED)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
 from typing import ClassVar, Literal, get_args
 
 import torch
@@ -110,6 +111,8 @@ class ExitReader:
             live_BT = counted(batch)
             if self.through == "lens":
                 u_ND = lens_states(bank, batch, site)
+                lens, place = bank.lens(site.depth), site
+                site = replace(place, project=lambda u_ND, tokens_C=None: lens.project(u_ND, place, tokens_C))
             else:
                 u_ND = site.normalize(batch.hidden[site.depth])[live_BT]
             answer_N = self.question(site, u_ND, batch.top_tokens_BTK[live_BT][:, 0])

@@ -68,9 +68,10 @@ class LensDistillation(Objective):
         choice = choose(target_NT, sites[bank.depths[0]].spec.vocab, self.candidates)
         losses: dict[int, Tensor] = {}
         for depth in bank.depths:
-            if not list(bank.lens(depth).parameters()):
+            lens, site = bank.lens(depth), sites[depth]
+            if not list(lens.parameters()):
                 continue
-            logits_NC = sites[depth].project(lens_states(bank, batch, sites[depth]), choice.tokens_C) + choice.raise_C
+            logits_NC = lens.project(lens_states(bank, batch, site), site, choice.tokens_C) + choice.raise_C
             logp_NT = logits_NC.gather(1, choice.place_NT) - logits_NC.logsumexp(-1, keepdim=True)
             losses[depth] = -(share_NT * logp_NT).sum(-1)
         return losses

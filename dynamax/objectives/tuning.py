@@ -31,7 +31,7 @@ def counted_logits(backbone: Backbone, h_BTD: Tensor, counted_BT: Tensor, lens: 
     if lens is None:
         return backbone.unembed(h_1ND)[0]
     site = backbone.site(1)  # its norm and its output matrix are those of every depth
-    return site.project(lens.translate(h_1ND, site))[0]
+    return lens.project(lens.translate(h_1ND, site), site)[0]
 
 
 class TuningLoss(ABC):

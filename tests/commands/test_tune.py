@@ -96,7 +96,11 @@ CASES = {
     "rows": ([*ARGUMENTS, "--data.rows", "0"], ["rows=0"]),
     "export": ([*ARGUMENTS, "--model.export", "parts"], ["parts exists and is no model of `dynamax tune`"]),
     "steps": ([*ARGUMENTS, "--trainer.accumulate_grad_batches", "2"], ["accumulate_grad_batches 2"]),
-    "devices": ([*ARGUMENTS, "--trainer.devices", "2"], ["2 devices", "trainer.devices to 1"]),
+    "devices": ([*ARGUMENTS, "--trainer.devices", "2"], ["2 devices", "DDPStrategy", "ddp_find_unused"]),
+    "text of two": (
+        [*ARGUMENTS, "--trainer.devices", "2", "--trainer.strategy", "ddp_find_unused_parameters_true"],
+        ["3 of 3 pieces of text are not in written", "dynamax cache"],
+    ),
 }
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import re
+import shlex
 import tomllib
 from collections.abc import Iterator
 from importlib.metadata import EntryPoint
@@ -54,8 +56,14 @@ JOINT = "jei-dnn"
 """Runs of ``fit`` and ``test``; other files lie over ``fit.yaml``."""
 CALIBRATE = "calibrate"
 """Options of ``calibrate``."""
+LAYERSKIP = "layerskip"
+"""Runs on checkpoints trained with LayerSkip; ``early-exit.yaml`` lies over ``test.yaml``."""
+PUBLISHED = ("mistral-7b", "codestral-7b")
+"""DYNAMAX's runs; other files lie over ``test.yaml``."""
 SWEEP = "sweep"
 """Lie over ``demo/test.yaml``."""
+TABLES = (ROOT / "docs/dynamax-tables.md").read_text()
+LAYERSKIP_TABLE = (CONFIGS / LAYERSKIP / "generate.yaml").read_text()
 FILES = sorted(str(path.relative_to(CONFIGS)) for path in CONFIGS.rglob("*.yaml"))
 
 
@@ -78,6 +86,8 @@ def test_every_file_is_of_a_known_kind() -> None:
         TUNE,
         JOINT,
         CALIBRATE,
+        LAYERSKIP,
+        *PUBLISHED,
         SWEEP,
     }
     assert {"demo/fit.yaml", "demo/test.yaml", "demo/generate.yaml"} <= set(runs_found)
@@ -200,7 +210,84 @@ def test_a_tuning_is_built(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert not asked[0] & asked[1]
 
 
-@pytest.mark.parametrize("name", [name for name in FILES if Path(name).stem == "generate"])
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_a_model_of_seven_billion_is_tuned_on_several_devices(strategy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two processors stand in for eight GPUs."""
+    here = ["--trainer.accelerator", "cpu", "--trainer.devices", "2"]
+    if strategy == "fsdp":
+        here += ["--trainer.strategy.init_args.data_parallel_size", "2"]
+    files = ["-c", str(CONFIGS / "tune/mistral-7b.yaml"), "--trainer", str(CONFIGS / f"trainer/{strategy}.yaml")]
+    made = built(monkeypatch, "tune", *files, *here)
+    assert (made.trainer.world_size, made.trainer.max_steps) == (2, 2000)
+    made.model.check_devices(made.trainer)
+    loader = made.datamodule.train_dataloader()
+    batches = {min(loader.rows, made.datamodule.train.size(piece) - start) for piece, start in loader.places}
+    assert batches == {32}, "eight devices share every batch"
+
+
+@pytest.mark.parametrize("line", re.findall(r"`(dynamax (?:fit|test) -c [^`]+)`", TABLES))
+def test_every_row_of_dynamax_tables_has_a_command_that_is_built(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = built(monkeypatch, *shlex.split(line)[1:])
+    if isinstance(made.model, DecodingModule):
+        depths = sorted(made.model.exits or {16: 0, 20: 0, 24: 0, 28: 0, 32: 0, 40: 0, 48: 0, 56: 0})
+        for policy in made.model.policies:
+            policy.validate(depths)
+        name = str(made.trainer.logger.name)
+        assert re.fullmatch(r"(triviaqa|coqa|truthfulqa)-(exact|propagate|copytoken|copylayer|skip|pruned)", name)
+        task, state = name.split("-")
+        assert type(made.datamodule.task).__name__.lower() == task
+        rule = "Skip" if state == "pruned" else state
+        assert f"{rule.lower()} object" in str(made.model.decoder).lower()
+
+
+def test_bounds_in_dynamax_tables_follow_from_the_sizes() -> None:
+    """Matrices of one block: 4096 wide; 8 of 32 heads of 128 keep keys; d_inner 8192, 8 groups of 128, 128 heads."""
+    attention = 2 * 1024 * 4096
+    mistral = attention / (attention + 2 * 4096**2 + 3 * 4096 * 14336)
+    codestral = (8192 + 2 * 1024 + 128) / (2 * 8192 + 2 * 1024 + 128 + 8192)
+    rows = re.findall(r"^\| (\d+) \| ([\d.]+) \| ([\d.]+) \| (\d+) \| ([\d.]+) \| ([\d.]+) \|$", TABLES, re.M)
+    assert [int(row[0]) for row in rows] == [16, 20, 24, 28]
+    for row in rows:
+        for total, share, depth, bound in (
+            (32, 0, row[0], row[1]),
+            (32, mistral, row[0], row[2]),
+            (64, 0, row[3], row[4]),
+            (64, codestral, row[3], row[5]),
+        ):
+            found = total / (int(depth) + 1 + share * (total - 1 - int(depth)))
+            assert float(bound) == pytest.approx(found, abs=0.005)
+
+
+def test_every_file_of_dynamax_is_in_its_tables() -> None:
+    for name in (name for kind in PUBLISHED for name in named(kind)):
+        assert f"configs/{name}" in TABLES
+
+
+@pytest.mark.parametrize("row", re.findall(r"^#   (facebook/\S+) +(\d+) +(\d+) ", LAYERSKIP_TABLE, re.M))
+def test_checkpoints_trained_with_layerskip_are_decoded_at_their_exit(row, monkeypatch: pytest.MonkeyPatch) -> None:
+    name, _, depth = row
+    engine, loaded = Mock(), Mock()
+    loaded.return_value = engine
+    monkeypatch.setattr(generate, "load", loaded)
+    monkeypatch.setattr(generate, "show", lambda *_: None)
+    other = ["--backbone.name", name, "--exits", f"{{{depth}: {{}}}}", "--policy.depth", depth]
+    with pytest.raises(SystemExit) as ended:
+        main(["generate", "Who?", "-c", str(CONFIGS / LAYERSKIP / "generate.yaml"), *other])
+    assert ended.value.code == 0
+    ((source,), options), ((_, policy), decoding) = loaded.call_args, engine.stream.call_args
+    assert (source.name, list(options["exits"]), policy.threshold) == (name, [int(depth)], int(depth))
+    assert "SelfSpeculative" in str(decoding["decoder"])
+
+
+def test_checkpoints_trained_with_layerskip_also_say_what_their_exits_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    files = [part for name in ("test", "early-exit") for part in ("-c", str(CONFIGS / LAYERSKIP / f"{name}.yaml"))]
+    made = built(monkeypatch, "test", *files)
+    assert isinstance(made.model, DecodingModule)
+    assert {type(policy).__name__ for policy in made.model.policies} == {"MaxProb"}
+    assert "EarlyExit" in str(made.model.decoder)
+
+
+@pytest.mark.parametrize("name", [name for name in FILES if name.endswith("/generate.yaml") and LAYERSKIP not in name])
 def test_options_of_generate_are_taken(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     engine, loaded = Mock(), Mock()
     loaded.return_value = engine

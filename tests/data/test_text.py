@@ -61,6 +61,21 @@ def test_long_rows_become_several_documents_of_one_origin(tokenizer, engine):
     assert len(windows("abc", engine, length=3)) == 1
 
 
+def test_a_template_stands_around_the_text_and_rows_are_cropped(tmp_path, tokenizer, engine):
+    path = write(tmp_path, ".jsonl", [{"text": "abcdefg"}, {"text": "h"}])
+    source = LocalText(path, length=4, template="a{text}b", per_row=1)
+    documents = all_documents(source, engine)
+    assert texts_of(documents, tokenizer) == ["aabc", "ahb"]
+    assert [document.origin for document in documents] == ["abcdefg", "h"]
+    plain = LocalText(path, length=4)
+    assert source.identity() == {**plain.identity(), "template": "a{text}b", "per_row": 1}
+    assert not {"template", "per_row"} & set(plain.identity()), "stores that were filled before are found"
+    with pytest.raises(ValueError, match="no place for the text"):
+        LocalText(path, template="<text>")
+    with pytest.raises(ValueError, match="per_row=0"):
+        LocalText(path, per_row=0)
+
+
 @pytest.mark.parametrize("rows", [1, GROUP, GROUP + 1, 2 * GROUP, 1000])
 @pytest.mark.parametrize("skip", [0, 1, 5])
 def test_going_on_gives_the_groups_that_are_left(tmp_path, engine, rows, skip):

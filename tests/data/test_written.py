@@ -97,6 +97,18 @@ def test_text_is_small_and_the_writer_is_loaded_only_to_write(
     assert len(batches(text(writer, tmp_path), range(10))) == 10
 
 
+def test_several_processes_only_read_and_each_has_a_document_of_every_batch(writer: Folder, tmp_path: Path) -> None:
+    data = text(writer, tmp_path, rows=2)
+    with pytest.raises(ValueError, match="of 9 pieces of text are not in .* dynamax cache"):
+        data.check_processes(2)
+    data.write_all()
+    data.check_processes(2)
+    with pytest.raises(ValueError, match="A batch of 2 documents cannot be shared by 3 processes"):
+        data.check_processes(3)
+    with pytest.raises(ValueError, match="A batch of 1 documents"):
+        text(writer, tmp_path, rows=3).check_processes(2)
+
+
 def test_a_damaged_piece_is_told(writer: Folder, tmp_path: Path) -> None:
     data = text(writer, tmp_path)
     data.train.write(0)

@@ -21,6 +21,7 @@ from dynamax.heads import (
     MLPLens,
     TunedLens,
     UncertaintyGate,
+    UntiedLens,
 )
 from dynamax.heads.base import ExitHead
 from dynamax.testing import check_head, toy_evidence
@@ -39,6 +40,7 @@ from dynamax.testing import check_head, toy_evidence
         (MambaLens, {"width": 32, "d_state": 8, "headdim": 16}),
         (MambaLens, {"width": None, "d_conv": 2}),
         (LastBlockLens, {}),
+        (UntiedLens, {"eps": 1e-5}),
         (LinearGate, {}),
         (MLPGate, {"hidden": 8}),
         (FFNGate, {}),

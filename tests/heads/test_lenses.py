@@ -4,12 +4,12 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from dynamax.heads import BridgeLens, LastBlockLens, LogitLens, LowRankLens, MLPLens, TunedLens
+from dynamax.heads import BridgeLens, LastBlockLens, LogitLens, LowRankLens, MLPLens, TunedLens, UntiedLens
 from dynamax.testing import stir, toy_site
 
 SITE = toy_site()
 WIDTH = SITE.spec.width
-LENSES = [LogitLens, TunedLens, LowRankLens, LastBlockLens]
+LENSES = [LogitLens, TunedLens, LowRankLens, LastBlockLens, UntiedLens]
 
 
 def states(*shape, dtype=torch.float64):
@@ -78,6 +78,19 @@ def test_a_bridge_to_below_its_own_exit_is_refused(blocks):
         BridgeLens(SITE, blocks=blocks)
 
 
+def test_untied_lens_has_a_norm_and_a_matrix_of_its_own():
+    lens = UntiedLens(SITE, eps=1e-3).double()
+    stir(lens)
+    h_BTD, tokens_C = states(2, 3), torch.tensor([5, 2])
+    u_BTD = lens.norm.weight * h_BTD / h_BTD.square().mean(-1, keepdim=True).add(1e-3).sqrt()
+    wanted = torch.einsum("vd,btd->btv", lens.output.weight, u_BTD)
+    found = lens.translate(h_BTD, SITE)
+    torch.testing.assert_close(lens.project(found, SITE), wanted, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(lens.project(found, SITE, tokens_C), wanted[..., tokens_C], rtol=1e-12, atol=1e-12)
+    for other in (TunedLens(SITE).double(), LogitLens(SITE)):
+        assert torch.equal(other.project(u_BTD, SITE, tokens_C), SITE.project(u_BTD, tokens_C))
+
+
 @pytest.mark.parametrize(
     ("lens", "parameters"),
     [
@@ -87,6 +100,7 @@ def test_a_bridge_to_below_its_own_exit_is_refused(blocks):
         (MLPLens(SITE, hidden=7), 2 * WIDTH * 7 + 7 + WIDTH),
         (BridgeLens(SITE, blocks=2), WIDTH**2 + WIDTH),
         (LastBlockLens(SITE), 0),
+        (UntiedLens(SITE), WIDTH * SITE.spec.vocab + WIDTH),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, torch.nn.Module) else "",
 )
