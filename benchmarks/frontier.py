@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.early_exit_costs import Answer
-from benchmarks.joint_images import calibration_error
+from dynamax.calibration.reliability import calibration_error
 from dynamax.data.generated import questions
 from dynamax.engine import Engine, load
 from dynamax.heads.bank import ExitBank

@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import ViTConfig, ViTModel
 
+from dynamax.calibration.reliability import calibration_error
 from dynamax.heads.gates import uncertainty
 from dynamax.metrics.environment import environment
 from dynamax.objectives.joint import best_places, rescaled
@@ -242,12 +243,6 @@ def quantile(missing_N: Tensor) -> float:
     """The conformal level: the ``ceil((n + 1)(1 - MISS))``-th smallest score; 1 where there are too few."""
     rank = int(np.ceil((len(missing_N) + 1) * (1 - MISS)))
     return float(missing_N.sort().values[rank - 1]) if 0 < rank <= len(missing_N) else 1.0
-
-
-def calibration_error(prob_N: np.ndarray, right_N: np.ndarray, bins: int = 15) -> float:
-    """Expected calibration error over bins of as many images each, as the paper has it."""
-    parts = np.array_split(np.argsort(prob_N, kind="stable"), bins)
-    return float(sum(len(p) * abs(right_N[p].mean() - prob_N[p].mean()) for p in parts if len(p)) / len(prob_N))
 
 
 def at_costs(curve: list[dict[str, float]], costs: Sequence[float]) -> list[dict[str, float]]:

@@ -26,11 +26,13 @@ class Calibrated:
         policy: The policy; Never where nothing could be promised.
         promise: What is promised of it.
         search: Scores of the search documents, exit by exit.
+        test: Scores of the test documents.
     """
 
     policy: TerminationPolicy
     promise: Promise
     search: list[Scores]
+    test: list[Scores]
 
 
 def calibrate(
@@ -76,11 +78,12 @@ def calibrate(
             f"Give more."
         )
     candidates = found(engine, policy, Searched.of(search), epsilon, level)
-    tested = [
-        [outcome(text, candidate) for candidate in (*candidates, Never())]
-        for text in texts(engine, progress(second, "test"))
-    ]
-    return Calibrated(*concluded(engine, tested, candidates, second, (epsilon, delta, method, level)), search)
+    tested: list[list[Outcome]] = []
+    test: list[Scores] = []
+    for text in texts(engine, progress(second, "test")):
+        tested.append([outcome(text, candidate) for candidate in (*candidates, Never())])
+        test.append(scored(text, policy))
+    return Calibrated(*concluded(engine, tested, candidates, second, (epsilon, delta, method, level)), search, test)
 
 
 def concluded(

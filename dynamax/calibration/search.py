@@ -15,10 +15,10 @@ import numpy as np
 import torch
 
 from dynamax.calibration.promise import Level, losses
+from dynamax.calibration.reliability import isotonic
 from dynamax.calibration.scores import Reads, Scores
 from dynamax.decoding.cost import CostModel
 from dynamax.engine import Engine
-from dynamax.errors import UserError
 from dynamax.policies.base import ScorePolicy, TerminationPolicy
 from dynamax.policies.combine import OnlyAt
 from dynamax.types import Step, Work
@@ -52,16 +52,9 @@ class Calibration:
     """
 
     def __init__(self, score_N: np.ndarray, right_N: np.ndarray) -> None:
-        try:
-            from sklearn.isotonic import IsotonicRegression
-        except ImportError as error:
-            raise UserError(
-                f"Calibration needs scikit-learn, which is not installed ({error}). Install the extra: pip install "
-                f"'dynamax-exits[calibrate]'."
-            ) from error
-        rising = IsotonicRegression(y_min=0.0, y_max=1.0, out_of_bounds="clip").fit(score_N, right_N.astype(float))
+        rising = isotonic(score_N, right_N)
         self.score_N = np.unique(score_N)
-        self.sure_N = rising.predict(self.score_N) + WITHIN * np.arange(len(self.score_N)) / len(self.score_N)
+        self.sure_N = rising(self.score_N) + WITHIN * np.arange(len(self.score_N)) / len(self.score_N)
 
     def threshold(self, sure: float) -> float | None:
         """The least known score that is so sure; None if none is."""

@@ -10,6 +10,7 @@ from typing import Any
 from dynamax.calibration.calibrate import Calibrated
 from dynamax.calibration.calibrate import calibrate as calibrated
 from dynamax.calibration.promise import Level, as_yaml, described
+from dynamax.calibration.reliability import TREATMENTS, Reliability, reliability
 from dynamax.calibration.risk import Method
 from dynamax.commands.parsing import Parser, prepare
 from dynamax.data.text import Document, TextSource
@@ -17,7 +18,7 @@ from dynamax.engine import Engine, load
 from dynamax.errors import UserError
 from dynamax.files import write_atomically
 from dynamax.heads.bank import Exit
-from dynamax.paths import InputPath
+from dynamax.paths import InputPath, output_file
 from dynamax.policies.base import ScorePolicy, TerminationPolicy
 from dynamax.policies.schedule import Never
 from dynamax.progress import Bar
@@ -57,10 +58,11 @@ def calibrate(
     dtype: str = "float32",
     precision: str | None = None,
     out: str = "calibrated.yaml",
+    plot: str | None = None,
     recipe: dict[str, Any],
     command: str = "",
 ) -> None:
-    """Print the promise, and write the policy with it.
+    """Print the promise and how reliable each exit's scores are, and write the policy with its promise.
 
     Args:
         model: Which model: usually a folder of trained heads; else a folder, a name on the Hub, or a source.
@@ -81,6 +83,7 @@ def calibrate(
         dtype: Of the model, such as float32 or bfloat16.
         precision: How its weights are held; see dynamax generate.
         out: File that is written, YAML, which test and generate take.
+        plot: Write a reliability diagram of each exit here, as PNG.
         recipe: The policy's class name and options.
         command: The command line, for the file.
     """
@@ -92,14 +95,23 @@ def calibrate(
     place = Path(out).expanduser()
     if not place.parent.is_dir() or place.is_dir():
         raise UserError(f"{out} cannot be written: it is a folder, or its folder does not exist. Change --out.")
+    picture = output_file(plot, ".png")
     engine = load(model, heads=None if heads is None else str(heads), exits=exits, dtype=dtype, precision=precision)
     documents = written(text, engine)
     found = calibrated(
         engine, policy, documents, epsilon=epsilon, delta=delta, method=method, level=level, share=share, progress=bar
     )
-    print(told(found))
+    assert engine.exits is not None, "or calibrate would have refused"
+    rows = reliability(found.search, found.test, engine.exits.depths)
+    print(told(found), "", table(rows), "", sep="\n")
     write_atomically(place, as_yaml(described(found.policy, recipe), found.promise, command).encode())
     print(f"Wrote {out}")
+    if picture is not None:
+        from dynamax.calibration.plot import draw  # matplotlib is slow to import
+
+        title = f"{policy.label}: its scores as probabilities"
+        draw(rows, title=title, path=picture)
+        print(f"Wrote {picture}")
 
 
 def written(text: TextSource, engine: Engine) -> list[Document]:
@@ -133,3 +145,19 @@ def told(found: Calibrated) -> str:
         f"{promise.text}.\n{found.policy.label}: {shown}\nOn the test documents it lost {promise.loss:.2%}, at "
         f"{promise.blocks:.1f} blocks a token."
     )
+
+
+def table(rows: Sequence[Reliability]) -> str:
+    """A line for each exit: how far its scores are from probabilities, as they are and mended."""
+    lines = [
+        "How far the scores are from probabilities, on the test documents; temperature and isotonic regression were "
+        "fitted on the search documents:",
+        f"{'':36}" + "".join(f"{name:^18}" for name in TREATMENTS),
+        f"{'exit':>4}{'positions':>11}{'right':>8}{'mean score':>12} " + f"{'ECE':>9}{'Brier':>9}" * 3 + f"{'T':>8}",
+    ]
+    for row in rows:
+        errors = "".join(f"{row.errors[name].ece:>9.3f}{row.errors[name].brier:>9.3f}" for name in TREATMENTS)
+        lines.append(
+            f"{row.depth:>4}{row.positions:>11,}{row.right:>8.1%}{row.score:>12.3f} {errors}{row.temperature:>8.3g}"
+        )
+    return "\n".join(lines)

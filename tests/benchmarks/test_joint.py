@@ -16,16 +16,6 @@ from dynamax.calibration.scores import Reads, Scores
 from dynamax.heads import Exit, LinearGate, TunedLens, UncertaintyGate
 
 
-def test_expected_calibration_error() -> None:
-    prob_N = np.array([0.1, 0.2, 0.8, 0.9])
-    right_N = np.array([False, True, True, True])
-    # two bins of two: |0.5 - 0.15| and |1 - 0.85|
-    assert joint_images.calibration_error(prob_N, right_N, bins=2) == pytest.approx((0.35 + 0.15) / 2)
-    rng = np.random.default_rng(0)
-    sure_N = rng.random(60_000)
-    assert joint_images.calibration_error(sure_N, rng.random(60_000) < sure_N) < 0.01
-
-
 def test_the_conformal_level() -> None:
     assert joint_images.quantile(torch.arange(1.0, 20.0)) == 19.0  # the 19th of 19: ceil(20 * 0.95)
     assert joint_images.quantile(torch.arange(1.0, 40.0)) == 38.0

@@ -107,6 +107,8 @@ def test_a_promise_on_texts_that_the_search_did_not_see(engine: Engine, document
     first, second = split(documents, 0.5)
     assert found.promise.documents == len(list(texts(engine, second)))
     assert len(found.search) == len(list(texts(engine, first)))
+    assert len(found.test) == found.promise.documents
+    assert sum(each.score_ET.shape[1] for each in found.test) == found.promise.tokens
     assert not {each.origin for each in first} & {each.origin for each in second}
     again = [outcome(text, found.policy) for text in texts(engine, second)]
     assert found.promise.loss == pytest.approx(np.mean([each.wrong_T.mean() for each in again]))

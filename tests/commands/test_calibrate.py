@@ -44,12 +44,16 @@ def calibrate(run: Run, *options: str) -> int:
 def test_what_is_written_is_tested_and_generated_with(
     run: Run, capfd: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    assert calibrate(run, "--epsilon", "0.3", "--out", "calibrated.yaml") == 0
+    assert calibrate(run, "--epsilon", "0.3", "--out", "calibrated.yaml", "--plot", "pictures/it.png") == 0
     shown = capfd.readouterr().out
+    assert (tmp_path / "pictures" / "it.png").read_bytes().startswith(b"\x89PNG")
     content = yaml.safe_load((tmp_path / "calibrated.yaml").read_text())
     promise = Promise(**content["promise"])
     assert promise.text in shown
     assert f"it lost {promise.loss:.2%}" in shown
+    exits = [line.split() for line in shown.splitlines() if line.startswith("   ") and "%" in line]
+    assert [int(cells[0]) for cells in exits] == [2, 4, 6]
+    assert {int(cells[1]) for cells in exits} == {promise.tokens}
     assert content["policy"]["class_path"] == "OnlyAt"
     levels = content["policy"]["init_args"]["policy"]["init_args"]["threshold"]
     assert sorted(levels) == content["policy"]["init_args"]["depths"]
@@ -88,6 +92,7 @@ def test_nothing_can_be_promised(run: Run, capfd: pytest.CaptureFixture[str], tm
         (("--epsilon", "1.5"), ("epsilon 1.5", "between 0 and 1")),
         (("--epsilon", "0.1", "--policy", "Patience", "--policy.patience", "2"), ("Patience", "one with a score")),
         (("--epsilon", "0.1", "--out", "nowhere/x.yaml"), ("nowhere/x.yaml cannot be written", "--out")),
+        (("--epsilon", "0.1", "--plot", "x.json"), ("x.json", ".png")),
         (("--epsilon", "0.1", "--method", "magic"), ("magic", "ltt")),
         (("--epsilon", "0.1", "--policy", "GateConfidence", "--policy.threshold", "0.5"), ("gate",)),
     ],
