@@ -12,7 +12,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from dynamax.calibration.reliability import TREATMENTS, Reliability, Treatment
+from dynamax.calibration.reliability import TREATMENTS, ExitReliability, Treatment
 from dynamax.files import write_atomically
 
 # Of Okabe and Ito's palette, for every common colour blindness; shapes differ too.
@@ -35,7 +35,7 @@ SIDE = 3.2
 """Of a panel, in inches, its labels included."""
 
 
-def draw(rows: Sequence[Reliability], *, title: str, path: Path) -> None:
+def draw(rows: Sequence[ExitReliability], *, title: str, path: Path) -> None:
     """Draw one panel for each exit; the PNG appears whole or not at all.
 
     Args:
@@ -73,7 +73,7 @@ def draw(rows: Sequence[Reliability], *, title: str, path: Path) -> None:
     write_atomically(path, content.getvalue())
 
 
-def _panel(axes: Axes, row: Reliability) -> None:
+def _panel(axes: Axes, row: ExitReliability) -> None:
     axes.plot([0, 1], [0, 1], color="#999999", linewidth=1, linestyle="--", zorder=1)
     for name in TREATMENTS:
         bins = row.errors[name].bins

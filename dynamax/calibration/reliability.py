@@ -53,7 +53,7 @@ class Errors(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Reliability:
+class ExitReliability:
     """One exit's scores.
 
     Attributes:
@@ -73,7 +73,7 @@ class Reliability:
     errors: dict[Treatment, Errors]
 
 
-def reliability(fitted: Sequence[Scores], measured: Sequence[Scores], depths: Sequence[int]) -> list[Reliability]:
+def reliability(fitted: Sequence[Scores], measured: Sequence[Scores], depths: Sequence[int]) -> list[ExitReliability]:
     """How reliable each exit's scores are.
 
     Args:
@@ -84,7 +84,7 @@ def reliability(fitted: Sequence[Scores], measured: Sequence[Scores], depths: Se
     Raises:
         UserError: If scikit-learn is not installed.
     """
-    rows: list[Reliability] = []
+    rows: list[ExitReliability] = []
     for index, depth in enumerate(depths):
         known_N, truth_N = joined(fitted, index)
         score_N, right_N = joined(measured, index)
@@ -98,7 +98,9 @@ def reliability(fitted: Sequence[Scores], measured: Sequence[Scores], depths: Se
             name: Errors(calibration_error(each_N, right_N), brier(each_N, right_N), binned(each_N, right_N, SHOWN))
             for name, each_N in treated.items()
         }
-        rows.append(Reliability(depth, len(score_N), float(right_N.mean()), float(score_N.mean()), temperature, errors))
+        rows.append(
+            ExitReliability(depth, len(score_N), float(right_N.mean()), float(score_N.mean()), temperature, errors)
+        )
     return rows
 
 

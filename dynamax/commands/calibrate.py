@@ -10,7 +10,7 @@ from typing import Any
 from dynamax.calibration.calibrate import Calibrated
 from dynamax.calibration.calibrate import calibrate as calibrated
 from dynamax.calibration.promise import Level, as_yaml, described
-from dynamax.calibration.reliability import TREATMENTS, Reliability, reliability
+from dynamax.calibration.reliability import TREATMENTS, ExitReliability, reliability
 from dynamax.calibration.risk import Method
 from dynamax.commands.parsing import Parser, prepare
 from dynamax.data.text import Document, TextSource
@@ -147,7 +147,7 @@ def told(found: Calibrated) -> str:
     )
 
 
-def table(rows: Sequence[Reliability]) -> str:
+def table(rows: Sequence[ExitReliability]) -> str:
     """A line for each exit: how far its scores are from probabilities, as they are and mended."""
     lines = [
         "How far the scores are from probabilities, on the test documents; temperature and isotonic regression were "
