@@ -18,15 +18,58 @@ from torch import Tensor, nn
 from dynamax.errors import UserError
 from dynamax.heads import saved
 from dynamax.heads.base import ExitHead, Gate, Lens
-from dynamax.heads.exits import Exit, build_exit, check_depths
+from dynamax.heads.exits import Exit, build_exit, check_depths, needed
 from dynamax.heads.memories import Reads, RunState, alike_rows, joined, part_over, unread
 from dynamax.heads.recorded import GateRecordings
-from dynamax.types import Evidence, Memory, Past, Site, Spec
+from dynamax.types import Evidence, KnownText, Memory, Past, Site, Spec
 
 
 def same_head(head: ExitHead, site: Site) -> Any:  # noqa: ANN401 - a lens or a gate, as it was given
     """A head that is built already, where a factory of heads is wanted."""
     return head
+
+
+def known_past(text: KnownText, counted_BT: Tensor, exits: Sequence[Evidence]) -> Past:
+    """What was read and said before each of the counted positions of known texts.
+
+    Args:
+        text: The texts.
+        counted_BT: The positions.
+        exits: Evidence of all exits at these positions, once it is there.
+    """
+    top_N = text.top_BT[counted_BT]
+
+    def texts() -> list[list[int]]:
+        rows = text.tokens_BT.tolist()
+        return [rows[row][: place + 1] for row, place in counted_BT.nonzero().tolist()]
+
+    def before(said_N: Tensor, count: int, first: int) -> list[list[int]]:
+        """Of each position, what was said at the last ones before it, from a step on; the newest first."""
+        said = dict(zip(map(tuple, counted_BT.nonzero().tolist()), said_N.tolist(), strict=True))
+        step = text.step_BT.tolist()
+        return [
+            [
+                said[row, t]
+                for t in range(place - 1, place - 1 - count, -1)
+                if (row, t) in said and step[row][t] >= first
+            ]
+            for row, place in said
+        ]
+
+    return Past(
+        texts,
+        lambda steps, _: before(top_N, steps, 0),
+        top=lambda: top_N,
+        exits=lambda count: before(first_right(exits, top_N), count, 1),
+    )
+
+
+def first_right(exits: Sequence[Evidence], top_N: Tensor) -> Tensor:
+    """Depth of the first exit that says the full model's token, ``depth_N``; all blocks where none does."""
+    depth_N = torch.full_like(top_N, exits[0].total)
+    for evidence in reversed(exits):
+        depth_N = torch.where(evidence.token == top_N, evidence.depth, depth_N)
+    return depth_N
 
 
 def found_in(heads: nn.Module) -> tuple[Lens, dict[str, Gate]]:
@@ -45,6 +88,7 @@ class ExitBank(nn.Module):
     Attributes:
         depths: Depths that have an exit, ascending.
         recurrent_depths: Those with a recurrent gate, ascending.
+        recent: Earlier tokens whose exits some gate looks at.
 
     Raises:
         UserError: If there is no exit, a depth is none of the model's or not a whole number (such as "2", which could
@@ -60,13 +104,16 @@ class ExitBank(nn.Module):
         self.exits = nn.ModuleDict({str(depth): build_exit(exits[depth], sites(depth)) for depth in self.depths})
         self._found = {depth: found_in(self.exits[str(depth)]) for depth in self.depths}
         self._recordings = GateRecordings()
+        self._inner: frozenset[str] = frozenset()
+        self.recent = max((gate.recent for depth in self.depths for gate in self.gates(depth).values()), default=0)
         self.recurrent_depths = tuple(d for d in self.depths if any(gate.recurrent for gate in self.gates(d).values()))
 
     def select_gates(self, names: Collection[str] | None, *, depths: Collection[int] | None = None) -> ExitBank:
         """A bank of the same heads with the named gates alone, so that other recurrent gates are not run.
 
-        Names are those of classes; None keeps all. With ``depths``, only the exits there are kept. A UserError if a
-        gate is named that no exit has.
+        Names are those of classes; None keeps all. Gates whose scores a named one reads are kept, but a policy that
+        names no gate does not mean them. With ``depths``, only the exits there are kept. A UserError if a gate is
+        named that no exit has.
         """
         kept_depths = self.depths if depths is None else [depth for depth in self.depths if depth in depths]
         if names is None and len(kept_depths) == len(self.depths):
@@ -81,10 +128,14 @@ class ExitBank(nn.Module):
                 )
         exits = {}
         for depth in kept_depths:
-            kept = [gate for name, gate in self.gates(depth).items() if names is None or name in names]
-            exits[depth] = Exit(partial(same_head, self.lens(depth)), [partial(same_head, gate) for gate in kept])
+            gates = self.gates(depth)
+            own = [name for name in gates if names is None or name in names]
+            kept = needed({name: gate.asks for name, gate in gates.items()}, own, depth)
+            heads = [partial(same_head, gates[name]) for name in kept]
+            exits[depth] = Exit(partial(same_head, self.lens(depth)), heads)
         bank = ExitBank(exits, self._sites)
         bank._recordings = self._recordings
+        bank._inner = self._inner if names is None else frozenset(known) - frozenset(names)
         return bank
 
     def lens(self, depth: int) -> Lens:
@@ -151,6 +202,7 @@ class ExitBank(nn.Module):
             past=past,
             candidates=lambda tokens_C: site.project(pick(lens.translate(h_BTD, site)), tokens_C),
             vocab=site.spec.vocab,
+            inner=self._inner,
         )
 
     def _residual(self, h_BTD: Tensor) -> Tensor:
@@ -172,7 +224,11 @@ class ExitBank(nn.Module):
         return Evidence(site.depth, site.spec.depth, step, self._residual(h_BTD), logits=logits)
 
     def known_texts(
-        self, hidden: Mapping[int, Tensor], sites: Mapping[int, Site], counted_BT: Tensor
+        self,
+        hidden: Mapping[int, Tensor],
+        sites: Mapping[int, Site],
+        counted_BT: Tensor,
+        text: KnownText | None = None,
     ) -> dict[int, Evidence]:
         """Evidence of every exit, by depth, at the counted positions of known texts: for training and scoring.
 
@@ -180,10 +236,14 @@ class ExitBank(nn.Module):
             hidden: States ``h_BTD`` of whole texts, by depth.
             sites: The places of the exits.
             counted_BT: Which positions the evidence is of; they become its leading dimension ``[N]``.
+            text: What the texts are; left out, gates that read the text so far refuse.
         """
         trail: list[Evidence] = []
+        given: dict[str, Any] = {"pick": lambda x_BT: x_BT[counted_BT], "trail": trail}
+        if text is not None:
+            given |= {"step": text.step_BT[counted_BT], "past": known_past(text, counted_BT, trail)}
         for depth in self.depths:
-            trail.append(self.evidence(sites[depth], hidden[depth], pick=lambda x_BT: x_BT[counted_BT], trail=trail))
+            trail.append(self.evidence(sites[depth], hidden[depth], **given))
         return {evidence.depth: evidence for evidence in trail}
 
     # -- while decoding ---------------------------------------------------------------------------
@@ -277,7 +337,7 @@ class ExitBank(nn.Module):
         exits = {}
         for depth in self.depths:
             heads = [self.lens(depth), *self.gates(depth).values()]
-            lens, *gates = [{"class": saved.recorded_name(type(head)), "options": head.recipe} for head in heads]
+            lens, *gates = [saved.recorded(head) for head in heads]
             exits[str(depth)] = {"lens": lens, "gates": gates}
         return {"format": saved.FORMAT, "fingerprint": spec.fingerprint, "backbone": asdict(spec), "exits": exits}
 

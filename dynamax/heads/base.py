@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import ClassVar, Self
 
 from torch import Tensor, nn
@@ -63,10 +64,14 @@ class Gate(ExitHead):
     Attributes:
         keys: Values kept of each position; each is read by every later one, at a multiply-add.
         state: Values of recurrent state, read and written by every call.
+        asks: Names of gates of the same exit whose scores it reads.
+        recent: Earlier tokens whose exits it looks at; what it says then depends on where those tokens left.
     """
 
     keys: int = 0
     state: int = 0
+    asks: Sequence[str] = ()
+    recent: int = 0
 
     @abstractmethod
     def score(self, evidence: Evidence, memory: Memory | None = None) -> Tensor:
