@@ -4,8 +4,9 @@
                                      [--documents 480] [--seeds 3] [--epochs 10] [--out FILE]
 
 ``--model`` is a folder of heads, or of a model whose exits are then logit lenses. Documents come from a store, or are
-written by the model. Of a store, those are left out that its lenses were trained on: the share ``--seen`` of the prompts
-that are not for validation, as ``fit`` takes them. Each seed splits the documents that are left by their prompts: a third for testing, and of the others a sixth says when training stops. Every input is read once, by
+written by the model. Of a store, those are left out that its lenses were trained on: the share ``--seen`` of the
+prompts that are not for validation, as ``fit`` takes them. Each seed splits the documents that are left by their
+prompts: a third for testing, and of the others a sixth says when training stops. Every input is read once, by
 ``dynamax.heads.inputs`` itself, and kept in memory; gates are those of the package.
 
 Cost is the weights read to ask the gate at one exit: its own; of the lens and the output matrix where an input reads

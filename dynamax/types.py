@@ -150,20 +150,6 @@ class Past:
         return self._derived[function, *options]
 
 
-class KnownText(NamedTuple):
-    """What is known beside the hidden states of texts that are read as a whole.
-
-    Attributes:
-        tokens_BT: Token ids.
-        step_BT: Tokens generated before each position, as decoding would count them.
-        top_BT: The full model's next token at each position.
-    """
-
-    tokens_BT: Tensor
-    step_BT: Tensor
-    top_BT: Tensor
-
-
 class Evidence:
     """What a policy or a gate may look at when it decides about leaving at one exit.
 

@@ -14,7 +14,7 @@ from torch.utils.data import Sampler
 
 from dynamax.data.store import StoredDocument
 from dynamax.data.text import derived_seed
-from dynamax.types import KnownText
+from dynamax.past import KnownText
 
 POOL = 32
 """Batches' worth of documents that are sorted by length together; fewer shuffle better, more pad less."""

@@ -18,7 +18,8 @@ from dynamax.backbones.base import Backbone
 from dynamax.decoding.base import check_tokens
 from dynamax.decoding.history import most_likely
 from dynamax.errors import UserError
-from dynamax.heads.bank import ExitBank, first_right
+from dynamax.heads.bank import ExitBank
+from dynamax.past import first_right
 from dynamax.policies.base import TerminationPolicy
 from dynamax.types import Evidence, Past, Site
 

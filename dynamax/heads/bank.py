@@ -21,55 +21,13 @@ from dynamax.heads.base import ExitHead, Gate, Lens
 from dynamax.heads.exits import Exit, build_exit, check_depths, needed
 from dynamax.heads.memories import Reads, RunState, alike_rows, joined, part_over, unread
 from dynamax.heads.recorded import GateRecordings
-from dynamax.types import Evidence, KnownText, Memory, Past, Site, Spec
+from dynamax.past import KnownText, known_past
+from dynamax.types import Evidence, Memory, Past, Site, Spec
 
 
 def same_head(head: ExitHead, site: Site) -> Any:  # noqa: ANN401 - a lens or a gate, as it was given
     """A head that is built already, where a factory of heads is wanted."""
     return head
-
-
-def known_past(text: KnownText, counted_BT: Tensor, exits: Sequence[Evidence]) -> Past:
-    """What was read and said before each of the counted positions of known texts.
-
-    Args:
-        text: The texts.
-        counted_BT: The positions.
-        exits: Evidence of all exits at these positions, once it is there.
-    """
-    top_N = text.top_BT[counted_BT]
-
-    def texts() -> list[list[int]]:
-        rows = text.tokens_BT.tolist()
-        return [rows[row][: place + 1] for row, place in counted_BT.nonzero().tolist()]
-
-    def before(said_N: Tensor, count: int, first: int) -> list[list[int]]:
-        """Of each position, what was said at the last ones before it, from a step on; the newest first."""
-        said = dict(zip(map(tuple, counted_BT.nonzero().tolist()), said_N.tolist(), strict=True))
-        step = text.step_BT.tolist()
-        return [
-            [
-                said[row, t]
-                for t in range(place - 1, place - 1 - count, -1)
-                if (row, t) in said and step[row][t] >= first
-            ]
-            for row, place in said
-        ]
-
-    return Past(
-        texts,
-        lambda steps, _: before(top_N, steps, 0),
-        top=lambda: top_N,
-        exits=lambda count: before(first_right(exits, top_N), count, 1),
-    )
-
-
-def first_right(exits: Sequence[Evidence], top_N: Tensor) -> Tensor:
-    """Depth of the first exit that says the full model's token, ``depth_N``; all blocks where none does."""
-    depth_N = torch.full_like(top_N, exits[0].total)
-    for evidence in reversed(exits):
-        depth_N = torch.where(evidence.token == top_N, evidence.depth, depth_N)
-    return depth_N
 
 
 def found_in(heads: nn.Module) -> tuple[Lens, dict[str, Gate]]:

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from dynamax.errors import UserError
-from dynamax.guesses import continuations, gathered
 from dynamax.heads.blocks import positive, rms_normalize
+from dynamax.past import continuations, gathered
 from dynamax.types import Evidence, Past, Site
 
 REMEDY = "Decode, read a known text (engine.read), train over a store; or build the gate without this input."

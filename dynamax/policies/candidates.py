@@ -13,7 +13,7 @@ from abc import abstractmethod
 from torch import Tensor
 
 from dynamax.errors import UserError
-from dynamax.guesses import Candidates, gathered
+from dynamax.past import Candidates, gathered
 from dynamax.policies.base import ScorePolicy
 from dynamax.types import Evidence
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dynamax.errors import UserError
-from dynamax.guesses import followers, suggested, together
+from dynamax.past import followers, suggested, together
 from dynamax.policies import CandidateMargin, CandidateProb
 from dynamax.types import Evidence, Past
 

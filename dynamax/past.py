@@ -1,17 +1,78 @@
-"""What the text so far suggests as its next token, without a model. Knows tokens and nothing else.
+"""What was read and said before a position: along known texts, and what it suggests as the next token.
 
-For ``Past.derive``: each is worked out once a step, for all exits.
+Knows tokens and evidence; no head, no policy, no run.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import chain
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from dynamax.types import Past
+from dynamax.types import Evidence, Past
+
+
+class KnownText(NamedTuple):
+    """What is known beside the hidden states of texts that are read as a whole.
+
+    Attributes:
+        tokens_BT: Token ids.
+        step_BT: Tokens generated before each position, as decoding would count them.
+        top_BT: The full model's next token at each position.
+    """
+
+    tokens_BT: Tensor
+    step_BT: Tensor
+    top_BT: Tensor
+
+
+def known_past(text: KnownText, counted_BT: Tensor, exits: Sequence[Evidence]) -> Past:
+    """What was read and said before each of the counted positions of known texts.
+
+    Args:
+        text: The texts.
+        counted_BT: The positions.
+        exits: Evidence of all exits at these positions, once it is there.
+    """
+    top_N = text.top_BT[counted_BT]
+
+    def texts() -> list[list[int]]:
+        rows = text.tokens_BT.tolist()
+        return [rows[row][: place + 1] for row, place in counted_BT.nonzero().tolist()]
+
+    def before(said_N: Tensor, count: int, first: int) -> list[list[int]]:
+        """Of each position, what was said at the last ones before it, from a step on; the newest first."""
+        said = dict(zip(map(tuple, counted_BT.nonzero().tolist()), said_N.tolist(), strict=True))
+        step = text.step_BT.tolist()
+        return [
+            [
+                said[row, t]
+                for t in range(place - 1, place - 1 - count, -1)
+                if (row, t) in said and step[row][t] >= first
+            ]
+            for row, place in said
+        ]
+
+    return Past(
+        texts,
+        lambda steps, _: before(top_N, steps, 0),
+        top=lambda: top_N,
+        exits=lambda count: before(first_right(exits, top_N), count, 1),
+    )
+
+
+def first_right(exits: Sequence[Evidence], top_N: Tensor) -> Tensor:
+    """Depth of the first exit that says the full model's token, ``depth_N``; all blocks where none does."""
+    depth_N = torch.full_like(top_N, exits[0].total)
+    for evidence in reversed(exits):
+        depth_N = torch.where(evidence.token == top_N, evidence.depth, depth_N)
+    return depth_N
+
+
+# -- what the text suggests: for ``Past.derive``, once a step for all exits ---------------------------------
 
 Candidates = tuple[Tensor, Tensor | None]
 """Tokens ``tokens_C``, each once, and which of them count for which row, ``own_BC``; None where all count for all."""
