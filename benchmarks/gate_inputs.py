@@ -145,11 +145,11 @@ def read(engine: Engine, documents: Iterable[StoredDocument]) -> dict[int, list[
         if not counted_1T.any():
             continue
         top_N = batch.top_tokens_BTK[counted_1T][:, 0]
+        texts = [stored.tokens_T[: int(place) + 1].tolist() for place in counted_1T[0].nonzero()]
         for depth, evidence in bank.known_texts(batch.hidden, sites, counted_1T, batch.text).items():
             numbers = {name: part.read(evidence, torch.float32).float() for name, part in PARTS.items()}
             numbers["hidden"] = HiddenState().read(evidence, torch.float32)
-            assert evidence.past is not None
-            rows = sum(min(256, len(set(text))) for text in evidence.past.texts) / len(top_N)
+            rows = sum(len(set(text)) for text in texts) / len(texts)  # fewer than the most that are taken
             one = Document(
                 stored.origin, batch.hidden[depth][0].half(), counted_1T[0], numbers, evidence.token == top_N, rows
             )
@@ -301,7 +301,7 @@ def documents_of(args: argparse.Namespace) -> tuple[Engine, list[StoredDocument]
 
 
 def main() -> None:
-    """Read, train, print the table, write one JSON file after each seed."""
+    """Read, train, print the table, write one JSON file after each exit."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True)
     parser.add_argument("--store", type=Path, default=None)
@@ -331,13 +331,12 @@ def main() -> None:
         "seeds": [],
     }
     for seed in range(args.seeds):
-        row = {}
+        report["seeds"].append({})
         for depth, some in documents.items():
-            row[str(depth)] = measured(engine, depth, some, seed, args.epochs)
+            report["seeds"][seed][str(depth)] = measured(engine, depth, some, seed, args.epochs)
             print(f"seed {seed}, depth {depth}: {time.perf_counter() - began:.0f} s", flush=True)
-        report["seeds"].append(row)
-        if args.out is not None:
-            args.out.write_text(json.dumps(report, indent=1) + "\n")
+            if args.out is not None:
+                args.out.write_text(json.dumps(report, indent=1) + "\n")
         print(table(report), flush=True)
 
 

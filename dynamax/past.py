@@ -5,7 +5,8 @@ Knows tokens and evidence; no head, no policy, no run.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable
+from functools import cache
 from itertools import chain
 from typing import NamedTuple
 
@@ -29,13 +30,13 @@ class KnownText(NamedTuple):
     top_BT: Tensor
 
 
-def known_past(text: KnownText, counted_BT: Tensor, exits: Sequence[Evidence]) -> Past:
+def known_past(text: KnownText, counted_BT: Tensor, exits: Callable[[], Iterable[Evidence]]) -> Past:
     """What was read and said before each of the counted positions of known texts.
 
     Args:
         text: The texts.
         counted_BT: The positions.
-        exits: Evidence of all exits at these positions, once it is there.
+        exits: Gives evidence of all exits at these positions.
     """
     top_N = text.top_BT[counted_BT]
 
@@ -56,20 +57,20 @@ def known_past(text: KnownText, counted_BT: Tensor, exits: Sequence[Evidence]) -
             for row, place in said
         ]
 
+    right_N = cache(lambda: first_right(exits(), top_N))
     return Past(
         texts,
         lambda steps, _: before(top_N, steps, 0),
         top=lambda: top_N,
-        exits=lambda count: before(first_right(exits, top_N), count, 1),
+        exits=lambda count: before(right_N(), count, 1),
     )
 
 
-def first_right(exits: Sequence[Evidence], top_N: Tensor) -> Tensor:
+@torch.no_grad()
+def first_right(exits: Iterable[Evidence], top_N: Tensor) -> Tensor:
     """Depth of the first exit that says the full model's token, ``depth_N``; all blocks where none does."""
-    depth_N = torch.full_like(top_N, exits[0].total)
-    for evidence in reversed(exits):
-        depth_N = torch.where(evidence.token == top_N, evidence.depth, depth_N)
-    return depth_N
+    right_EN = [torch.where(each.token == top_N, each.depth, each.total) for each in exits]
+    return torch.stack(right_EN).amin(0)
 
 
 # -- what the text suggests: for ``Past.derive``, once a step for all exits ---------------------------------

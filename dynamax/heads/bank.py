@@ -197,9 +197,12 @@ class ExitBank(nn.Module):
             text: What the texts are; left out, gates that read the text so far refuse.
         """
         trail: list[Evidence] = []
-        given: dict[str, Any] = {"pick": lambda x_BT: x_BT[counted_BT], "trail": trail}
+        pick: Callable[[Tensor], Tensor] = lambda x_BT: x_BT[counted_BT]  # noqa: E731
+        given: dict[str, Any] = {"pick": pick, "trail": trail}
         if text is not None:
-            given |= {"step": text.step_BT[counted_BT], "past": known_past(text, counted_BT, trail)}
+            # read anew: a past that holds the evidence that holds it would keep all logits for long
+            alone = lambda: (self.evidence(sites[depth], hidden[depth], pick=pick) for depth in self.depths)  # noqa: E731
+            given |= {"step": text.step_BT[counted_BT], "past": known_past(text, counted_BT, alone)}
         for depth in self.depths:
             trail.append(self.evidence(sites[depth], hidden[depth], **given))
         return {evidence.depth: evidence for evidence in trail}
