@@ -24,6 +24,7 @@ import json
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -96,18 +97,18 @@ FASTER = 4
 
 
 class Known(GateInput):
-    """Numbers that were read before: the evidence holds them in the place of the hidden state."""
+    """Numbers that were read before: the evidence holds them, and those of other inputs, in the place of the state."""
 
-    def __init__(self, count: int) -> None:
-        self.count = count
+    def __init__(self, first: int, count: int) -> None:
+        self.first, self.count = first, count
 
     def width(self, site: Site) -> int:
         """As many as there are."""
         return self.count
 
     def read(self, evidence: Evidence, dtype: torch.dtype) -> Tensor:
-        """The numbers."""
-        return evidence.hidden
+        """Its part of the numbers."""
+        return evidence.hidden[..., self.first : self.first + self.count]
 
 
 @dataclass
@@ -275,14 +276,15 @@ def measured(engine: Engine, depth: int, documents: Sequence[Document], seed: in
     note("FFNGate of as many weights", FFNGate(site, hidden=equal), over(["hidden"]), 1e-3)
     note("LinearGate", LinearGate(site), over(["hidden"]), 2e-3)
     for name, names in SETS.items():
-        count = sum(documents[0].numbers[each].shape[-1] for each in names)
+        stops = list(accumulate(documents[0].numbers[each].shape[-1] for each in names))
+        told = [Known(first, stop - first) for first, stop in pairwise([0, *stops])]
         more = 0
         if set(names) & set(LOGITS):
             more += lens + site.spec.vocab * width
         elif "candidates" in names:
             more += lens + round(rows) * width
         more += held(mamba) if "MambaGate" in names else 0
-        note(name, MLPGate(site, inputs=[Known(count)]), over(names), 2e-3, more)
+        note(name, MLPGate(site, inputs=told), over(names), 2e-3, more)
     return found
 
 

@@ -81,6 +81,9 @@ class GateInput(ABC):
 class Inputs:
     """The inputs of one gate, side by side.
 
+    Where there are several, the F numbers of each are divided by the root of F. Optimisers move all weights alike: they
+    would else learn from the many numbers of the hidden state long before they learn from the few of another input.
+
     Args:
         site: The exit's place.
         inputs: What is read; None for the normed hidden state alone.
@@ -103,7 +106,9 @@ class Inputs:
                 f"A gate was given the inputs {', '.join(names) or '(none)'}; wanted: at least one, each once. Leave "
                 f"inputs out for the hidden state alone."
             )
-        self.width = sum(part.width(site) for part in self.parts)
+        widths = [part.width(site) for part in self.parts]
+        self.width = sum(widths)
+        self._scales = [width**-0.5 for width in widths] if len(widths) > 1 else [1.0]
         self.flops = sum(part.flops(site) for part in self.parts)
         self.asks = tuple(dict.fromkeys(name for part in self.parts for name in part.asks))
         self.recent = max(part.recent for part in self.parts)
@@ -112,7 +117,8 @@ class Inputs:
         """All numbers, ``[..., width]``."""
         if len(self.parts) == 1:
             return self.parts[0].read(evidence, dtype).to(dtype)
-        return torch.cat([part.read(evidence, dtype).to(dtype) for part in self.parts], -1)
+        pairs = zip(self.parts, self._scales, strict=True)
+        return torch.cat([part.read(evidence, dtype).to(dtype) * scale for part, scale in pairs], -1)
 
 
 # -- the exit itself ----------------------------------------------------------------------------------

@@ -35,7 +35,7 @@ def test_a_prompts_documents_stay_together_and_all_are_used() -> None:
 def test_a_gate_over_known_numbers_is_trained_and_scored_on_other_documents() -> None:
     torch.manual_seed(0)
     site = toy_site()
-    gate = LinearGate(site, inputs=[Known(3)])
+    gate = LinearGate(site, inputs=[Known(0, 3)])
     parts = gate_inputs.split(documents(36), seed=0)
     batches = lambda part, rows: gate_inputs.flat(part, ["told"], site, rows)  # noqa: E731
     assert gate_inputs.trained(gate, parts, batches, 30, 0.1) > 0.97

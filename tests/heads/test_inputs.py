@@ -74,6 +74,16 @@ def test_a_gate_with_each_input_keeps_the_contract(part):
     check_head(LinearGate, inputs=[part])
 
 
+def test_inputs_side_by_side_are_alike_in_size():
+    seen = toy_evidence(torch.randn(2, 64, dtype=torch.float64))
+    gate = LinearGate(SITE, inputs=[HiddenState(), NgramAgreement(orders=2)]).double()
+    stir(gate)
+    parts = [HiddenState().read(seen, torch.float64) / 8, NgramAgreement(orders=2).read(seen, torch.float64) / 2**0.5]
+    torch.testing.assert_close(gate.score(seen), torch.cat(parts, -1) @ gate.out.weight[0] + gate.out.bias)
+    alone = LinearGate(SITE, inputs=[HiddenState()]).double()
+    assert torch.equal(alone.inputs.read(seen, torch.float64), HiddenState().read(seen, torch.float64))
+
+
 @pytest.mark.parametrize(("gate", "options"), [(LinearGate, {}), (MLPGate, {"hidden": 5}), (FFNGate, {"hidden": 6})])
 def test_gates_over_all_inputs_keep_the_contract(gate, options):
     check_head(gate, inputs=ALL, **options)
