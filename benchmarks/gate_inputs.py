@@ -299,7 +299,9 @@ def documents_of(args: argparse.Namespace) -> tuple[Engine, list[StoredDocument]
     engine, store = load(args.model, device="cpu"), Store(args.store)
     origins_N = store.origins()
     seen_N = ~held_out(origins_N, 0.1) & (origins_N % PARTS_OF_PROMPTS < args.seen * PARTS_OF_PROMPTS)
-    return engine, [store.read(number) for number in (~seen_N).nonzero()[:, 0].tolist()[: args.documents]]
+    unseen_M = (~seen_N).nonzero()[:, 0]
+    order_M = torch.randperm(len(unseen_M), generator=torch.Generator().manual_seed(0))[: args.documents]
+    return engine, [store.read(number) for number in unseen_M[order_M].tolist()]
 
 
 def main() -> None:
