@@ -87,7 +87,7 @@ def read(bank: ExitBank, sites: Mapping[int, Site], batches: Iterable[HiddenBatc
         counted_BT = counted(batch)
         asked_BT = counted_BT & (counted_BT.cumsum(1) > 1)
         right.append([reader(bank, batch, sites[depth])[asked_BT[counted_BT]] for depth in bank.depths])
-        evidence = bank.known_texts(batch.hidden, sites, asked_BT)
+        evidence = bank.known_texts(batch.hidden, sites, asked_BT, batch.text)
         for name, parts in said.items():
             parts.append([evidence[depth].confidence(name).float() for depth in bank.depths])
         row_N, context_N = asked_BT.nonzero(as_tuple=True)

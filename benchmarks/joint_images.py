@@ -33,7 +33,7 @@ from torch.nn import functional as F
 from transformers import ViTConfig, ViTModel
 
 from dynamax.calibration.reliability import calibration_error
-from dynamax.heads.gates import uncertainty
+from dynamax.heads.inputs import uncertainty
 from dynamax.metrics.environment import environment
 from dynamax.objectives.joint import best_places, rescaled
 from dynamax.policies.joint import exit_distribution
@@ -86,7 +86,7 @@ class Heads(nn.Module):
 
     def scores(self, logits_ENC: Tensor) -> Tensor:
         """Log-odds ``s_EN`` of the gates; no gradient reaches the heads."""
-        seen = uncertainty(logits_ENC.detach().softmax(-1))
+        seen = uncertainty(logits_ENC.detach().softmax(-1), logits_ENC.shape[-1])
         return torch.stack([gate(each)[:, 0] for gate, each in zip(self.gates, seen, strict=True)])
 
 

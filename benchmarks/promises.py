@@ -79,7 +79,8 @@ def kept(file: Path | None, engine: Engine, policy: ScorePolicy, args: argparse.
             np.savez(file, reads=np.array(json.dumps(scores[0].reads)), **arrays)
         return scores
     with np.load(file) as known:
-        reads = tuple(Reads(logits, rows, tuple(gates)) for logits, rows, gates in json.loads(str(known["reads"])))
+        held = json.loads(str(known["reads"]))
+        reads = tuple(Reads(logits, rows, tuple(gates), few) for logits, rows, gates, few in held)
         count = sum(name.startswith("right") for name in known)
         return [Scores(known[f"score{i}"], known[f"right{i}"], reads) for i in range(count)]
 

@@ -94,6 +94,7 @@ def near(given: str, names: Iterable[str], cutoff: float = 0.5) -> str:
 SOURCES = Registry("dynamax.sources", "backbone source", "dynamax.backbones.sources:Source")
 FAMILIES = Registry("dynamax.families", "model family")
 HEADS = Registry("dynamax.heads", "exit head", "dynamax.heads.base:Lens", "dynamax.heads.base:Gate")
+GATE_INPUTS = Registry("dynamax.gate_inputs", "gate input", "dynamax.heads.inputs:GateInput")
 POLICIES = Registry("dynamax.policies", "termination policy", "dynamax.policies.base:TerminationPolicy")
 DECODERS = Registry("dynamax.decoders", "decoder", "dynamax.decoding.base:Decoder")
 DRAFTS = Registry("dynamax.drafts", "draft source", "dynamax.decoding.drafts:DraftSource")
@@ -115,5 +116,5 @@ TEXT_SOURCES = Registry(
 )
 CALLBACKS = Registry("dynamax.callbacks", "callback", "lightning.pytorch.callbacks.callback:Callback")
 
-ALL: tuple[Registry, ...] = (SOURCES, FAMILIES, HEADS, POLICIES, DECODERS, DRAFTS, SKIPPED_STATE)
+ALL: tuple[Registry, ...] = (SOURCES, FAMILIES, HEADS, GATE_INPUTS, POLICIES, DECODERS, DRAFTS, SKIPPED_STATE)
 ALL += (SAMPLERS, OBJECTIVES, TASKS, TEXT_SOURCES, CALLBACKS)

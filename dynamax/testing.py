@@ -65,13 +65,19 @@ def toy_site(*, depth: int = 2, width: int = 64, vocab: int = 97, fingerprint: s
 
 
 def toy_evidence(h_BTD: Tensor, *, recurrent: bool = False) -> Evidence:
-    """Evidence of the second of two exits, all of it a function of ``h_BTD``; a recurrent gate has no trail."""
+    """Evidence of the second of two exits, all of it a function of ``h_BTD``: each position has a text of its own.
+
+    A recurrent gate has no trail and no text.
+    """
     trail: list[Evidence] = []
+    texts = (h_BTD[..., :9].detach().double() * 4).round().long().remainder(5).flatten(0, -2)
+    exits: Callable[[int], list[list[int]]] = lambda count: (texts[:, :count].remainder(4) + 1).tolist()  # noqa: E731
+    past = None if recurrent else Past(texts.tolist, lambda steps, count: texts[:, :steps].tolist(), exits=exits)
     for depth in (2,) if recurrent else (1, 2):
         x_BTD = h_BTD if depth == 2 else 0.5 * h_BTD.roll(1, -1)
         site = toy_site(depth=depth, width=h_BTD.shape[-1])
         logits: Callable[[], Tensor] = lambda x=x_BTD, site=site: site.project(site.normalize(x))  # noqa: E731
-        trail.append(Evidence(depth, 4, 3, x_BTD, logits=logits, trail=trail))
+        trail.append(Evidence(depth, 4, 3, x_BTD, logits=logits, trail=trail, past=past))
     return trail[-1]
 
 

@@ -10,7 +10,7 @@ Shape legend, used as a suffix in names throughout the package::
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple, Protocol, TypeVar
@@ -117,6 +117,9 @@ class Past:
         blocks: For each row, the block calls of each step before, without the prompt's own pass; None along a known
             text, where they depend on the policy.
         top: The full model's next token, ``top_B``; None while decoding, where nobody knows it.
+        exits: For each row, the depths that the tokens before were drawn from, given how many; the newest first, and
+            without the prompt's own pass. Along a known text, the first exit that says the full model's token stands
+            in, or the top. None where nobody knows.
     """
 
     def __init__(
@@ -126,11 +129,13 @@ class Past:
         *,
         blocks: Callable[[], list[list[int]]] | None = None,
         top: Callable[[], Tensor] | None = None,
+        exits: Callable[[int], list[list[int]]] | None = None,
     ) -> None:
         self._texts = texts
         self.likely = likely
         self.blocks = blocks
         self.top = top
+        self.exits = exits
         self._derived: dict[tuple[object, ...], Any] = {}
 
     @cached_property
@@ -161,6 +166,7 @@ class Evidence:
         trail: Evidence of the earlier exits of the same step, shallowest first; empty for a recurrent gate.
         past: What was read and said before; None where nobody knows, as in training.
         rows_read: Rows of the output matrix that were read for some tokens alone.
+        inner: Gates that are there for other gates: a policy that names no gate does not mean them.
     """
 
     def __init__(
@@ -176,6 +182,7 @@ class Evidence:
         past: Past | None = None,
         candidates: Callable[[Tensor], Tensor] | None = None,
         vocab: int = 0,
+        inner: Collection[str] = (),
     ) -> None:
         self.depth = depth
         self.total = total
@@ -184,6 +191,7 @@ class Evidence:
         self.trail = tuple(trail)
         self.past = past
         self.rows_read = 0
+        self.inner = inner
         self._logits = logits
         self._candidates = candidates
         self._vocab = vocab
@@ -217,14 +225,23 @@ class Evidence:
             tokens_C: Token ids, each once.
             own: Which of them count for each row, ``[..., C]``; the others get minus infinity. None for all.
         """
+        self._few = tokens_C, self.few(tokens_C, own)
+        return self._few[1]
+
+    def few(self, tokens_C: Tensor, own: Tensor | None = None) -> Tensor:
+        """As ``over``, for a gate: what it looks at does not change which token the exit says."""
         if self.logits_read or self._candidates is None:
             few = self.logits[..., tokens_C]
         else:
             few = self._candidates(tokens_C)
             self.rows_read += len(tokens_C)
         few = few.to(torch.promote_types(few.dtype, torch.float32))
-        self._few = tokens_C, few if own is None else few.masked_fill(~own, -torch.inf)
-        return self._few[1]
+        return few if own is None else few.masked_fill(~own, -torch.inf)
+
+    @property
+    def answers_from_few(self) -> bool:
+        """Whether the exit's token is one of some tokens alone: ``over`` read them, and nobody read all logits."""
+        return self._few is not None and not self.logits_read
 
     @property
     def answer(self) -> Tensor:
@@ -266,6 +283,7 @@ class Evidence:
             logits=lambda: self.logits[list(rows)],
             gates={name: lambda _, name=name: self.score(name)[list(rows)] for name in self._gates},
             vocab=self._vocab,
+            inner=self.inner,
         )
         if self.logits_read:
             some.__dict__["logits"] = self.logits[list(rows)]
@@ -280,9 +298,10 @@ class Evidence:
         Raises:
             UserError: If the exit has no such gate, or several and none was named.
         """
-        name = gate if gate is not None else next(iter(self._gates), None)
-        if name is None or name not in self._gates or (gate is None and len(self._gates) > 1):
-            known = ", ".join(self._gates) or "none"
+        offered = [name for name in self._gates if name not in self.inner]
+        name = gate if gate is not None else next(iter(offered), None)
+        if name is None or name not in self._gates or (gate is None and len(offered) > 1):
+            known = ", ".join(offered) or "none"
             raise UserError(
                 f"The policy asked exit {self.depth} for the gate {gate or '(unnamed)'}; its gates that the policy may "
                 f"ask are: {known}. Name one of them in the policy (gate: NAME), or give every exit such a gate."

@@ -46,6 +46,7 @@ def test_every_kind_knows_a_part_of_its_own() -> None:
     wanted = {
         "sources": "Hub",
         "heads": "MambaGate",
+        "gate_inputs": "LensStatistics",
         "policies": "MaxProb",
         "decoders": "SelfSpeculative",
         "drafts": "PromptLookup",

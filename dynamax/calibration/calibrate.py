@@ -69,6 +69,11 @@ def calibrate(
     if engine.exits is None:
         raise UserError("calibrate was given a model without exits. Give heads, or exits such as LogitLens.")
     policy.at(dict.fromkeys(engine.exits.depths, 0.5)).validate(engine.exits.depths)
+    if engine.exits.select_gates(policy.gates).recent:
+        raise UserError(
+            f"calibrate reads known texts, where a gate of {policy.label} that reads the exits of earlier tokens gets "
+            f"those of a perfect policy, so nothing could be promised. Calibrate a gate without the input PastExits."
+        )
     first, second = split(documents, share)
     search = [scored(text, policy) for text in texts(engine, progress(first, "search"))]
     if not search or not second:

@@ -18,11 +18,12 @@ from dynamax.policies.base import ScorePolicy, TerminationPolicy
 
 
 class Reads(NamedTuple):
-    """What was read at an exit: its logits, rows of the output matrix alone, gates."""
+    """What was read at an exit: its logits, rows of the output matrix alone, gates; whether it says one of the rows."""
 
     logits: bool
     rows: int
     gates: tuple[str, ...]
+    few: bool
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,9 @@ def texts(engine: Engine, documents: Iterable[Document]) -> Iterable[TeacherForc
 def scored(text: TeacherForcedPass, policy: ScorePolicy) -> Scores:
     """What the policy scores at every exit, and whether the exit is right."""
     scores = [policy.score(evidence)[1:] for evidence in text.exits]
-    reads = tuple(Reads(each.logits_read, each.rows_read, each.gates_read) for each in text.exits)
+    reads = tuple(
+        Reads(each.logits_read, each.rows_read, each.gates_read, each.answers_from_few) for each in text.exits
+    )
     right = [(evidence.answer.argmax(-1) == text.top_T)[1:] for evidence in text.exits]
     return Scores(array(torch.stack(scores).double()), array(torch.stack(right)), reads)
 
@@ -76,7 +79,7 @@ def outcome(text: TeacherForcedPass, policy: TerminationPolicy) -> Outcome:
     wrong_T = torch.zeros(len(text.logits_TV), dtype=torch.bool, device=text.logits_TV.device)
     depth_T = torch.full(wrong_T.shape, text.total, device=wrong_T.device)
     for evidence, leaves_T in text.departures(policy):
-        few = evidence.rows_read and not evidence.logits_read  # its token is one of the candidates
+        few = evidence.answers_from_few
         said_T = evidence.answer.argmax(-1) if few else evidence.token  # the latter is kept, for the next policy
         wrong_T = wrong_T | leaves_T & (said_T != text.top_T)
         depth_T = depth_T.masked_fill(leaves_T, evidence.depth)

@@ -200,7 +200,7 @@ def price(engine: Engine, policy: ScorePolicy, reads: Sequence[Reads], exits: Se
     model, costs = CostModel(engine.backbone, bank), []
     for leave in (*depths, total):
         passed = [(depth, reads[index]) for depth, index in zip(depths, exits, strict=True) if depth <= leave]
-        few = any(depth == leave and read.rows for depth, read in passed)  # its token is one of the candidates
+        few = any(depth == leave and read.few for depth, read in passed)  # its token is one of the candidates
         in_full = [depth for depth, read in passed if read.logits] + ([] if few else [leave])
         ran = tuple(int(index < leave) for index in range(total))
         step = Step(

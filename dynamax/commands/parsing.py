@@ -40,6 +40,7 @@ KINDS: dict[str, Registry] = {
     **dict.fromkeys(("objective", "loss"), registered.OBJECTIVES),
     **dict.fromkeys(("text", "texts", "corpus"), registered.TEXT_SOURCES),
     **dict.fromkeys(("rule", "skipped_state"), registered.SKIPPED_STATE),
+    "inputs": registered.GATE_INPUTS,
     "decoder": registered.DECODERS,
     "sources": registered.DRAFTS,
     "task": registered.TASKS,

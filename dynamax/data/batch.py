@@ -14,6 +14,7 @@ from torch.utils.data import Sampler
 
 from dynamax.data.store import StoredDocument
 from dynamax.data.text import derived_seed
+from dynamax.past import KnownText
 
 POOL = 32
 """Batches' worth of documents that are sorted by length together; fewer shuffle better, more pad less."""
@@ -45,6 +46,12 @@ class HiddenBatch:
 
     def __len__(self) -> int:
         return len(self.tokens_BT)
+
+    @property
+    def text(self) -> KnownText:
+        """What gates may read beside the hidden states; the prompt's last position is step 0."""
+        step_BT = (self.answer_BT.long().cumsum(1) - 1).clamp_min(0)
+        return KnownText(self.tokens_BT, step_BT, self.top_tokens_BTK[..., 0])
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> HiddenBatch:
         """The batch on another device."""

@@ -311,7 +311,7 @@ class Scheduler:
         assert self._exits is not None
         assert self._rule is not None
         depth = evidence.depth
-        if evidence.logits_read or evidence.rows_read:
+        if evidence.logits_read or evidence.answers_from_few:
             logits_RV = evidence.answer[places]
         else:  # of these rows alone
             evidence = self._exits.evidence(self.backbone.site(depth, chosen), h_R1D, pick=newest)
@@ -349,7 +349,7 @@ class Scheduler:
         parts = zip(rows, token_R.split(1), token_R.tolist(), logits_RV.split(1), strict=True)
         for row, token_1, token, logits_1V in parts:
             work, own = row.session.cache.count_anew(), reads + row.reads + top
-            row.session.history.say(logits_1V, sum(work.calls))
+            row.session.history.say(logits_1V, sum(work.calls), depth)
             step = Step(token_1, depth_1, logits_1V, own, gates, work, prefill, rows_read=few)
             row.reads = ()
             told.append(row.end(step, token))
@@ -371,4 +371,5 @@ def joined(pasts: Sequence[Past]) -> Past:
         lambda: [each.texts[0] for each in pasts],
         lambda steps, count: [each.likely(steps, count)[0] for each in pasts],
         blocks=lambda: [each.blocks()[0] for each in pasts if each.blocks is not None],
+        exits=lambda count: [each.exits(count)[0] for each in pasts if each.exits is not None],
     )

@@ -43,8 +43,8 @@ class EarlyExit(Decoder):
 
     @property
     def teacher_forced(self) -> bool:
-        """Whether leaving early changes nothing later: the state is exact, and the policy looks at no earlier step."""
-        exact = self.skipped_state.exact and not self._policy.recent
+        """Whether leaving early changes nothing later: exact state, no policy or gate that looks at earlier steps."""
+        exact = self.skipped_state.exact and not self._policy.recent and not self._bank.recent
         return exact and not any(self._bank.lens(d).last_blocks for d in self._bank.depths)
 
     def options(self) -> dict[str, object]:

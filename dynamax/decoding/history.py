@@ -34,14 +34,19 @@ class History:
         self._rows: list[list[int]] = []  # on the host, as far as somebody has asked
         self._said: list[Said] = []
         self._blocks: list[int] = []
+        self._depths: list[int] = []
 
     def read(self, token_B: Tensor) -> None:
         """A step reads these tokens."""
         self._read.append(token_B)
 
-    def say(self, logits_BV: Tensor, blocks: int) -> None:
-        """A step has drawn its tokens from these logits, after so many block calls. The first is the prompt's."""
+    def say(self, logits_BV: Tensor, blocks: int, depth: int) -> None:
+        """A step has drawn its tokens from these logits of some depth, after so many block calls.
+
+        The first is the prompt's. Drafts count, those too that are rejected later.
+        """
         self._blocks.append(blocks)
+        self._depths.append(depth)
         self._said.append(Said(logits_BV))
         del self._said[: -self.keep]
 
@@ -53,7 +58,13 @@ class History:
 
     def past(self) -> Past:
         """All of it, as a policy sees it."""
-        return Past(self._texts, self._likely, blocks=lambda: [self._blocks[1:]] * len(self._prompt_BT))
+        rows = len(self._prompt_BT)
+        return Past(
+            self._texts,
+            self._likely,
+            blocks=lambda: [self._blocks[1:]] * rows,
+            exits=lambda count: [self._depths[:0:-1][:count]] * rows,
+        )
 
     def _texts(self) -> list[list[int]]:
         if not self._rows:

@@ -230,12 +230,12 @@ class Session:
         rows = tuple((evidence.depth, evidence.rows_read) for evidence in arrival.trail if evidence.rows_read)
         depth_B = torch.full((len(token_B),), depth)
         work = self._counted - before
-        self.history.say(logits_BV, sum(work.calls))
+        self.history.say(logits_BV, sum(work.calls), depth)
         return Step(token_B, depth_B, logits_BV, reads, gates, work, prefill, rows_read=rows)
 
     def verified(self, token_B: Tensor, logits_BV: Tensor) -> Step:
         """A step whose token was drafted without a block, and verified by a chunk whose step bears the cost."""
-        self.history.say(logits_BV, 0)
+        self.history.say(logits_BV, 0, self.total)
         nothing = self._counted - self._counted
         return Step(token_B, torch.full((len(token_B),), self.total), logits_BV, work=nothing, accepted=True)
 

@@ -19,6 +19,7 @@ from dynamax.decoding.base import check_tokens
 from dynamax.decoding.history import most_likely
 from dynamax.errors import UserError
 from dynamax.heads.bank import ExitBank
+from dynamax.past import first_right
 from dynamax.policies.base import TerminationPolicy
 from dynamax.types import Evidence, Past, Site
 
@@ -64,7 +65,8 @@ class TeacherForcedPass:
             )
         self.total = backbone.spec.depth
         self._bank, self._start = exits, start
-        self._past = Past(partial(prefixes, tokens_1T, start), self._likely, top=lambda: self.top_T)
+        texts = partial(prefixes, tokens_1T, start)
+        self._past = Past(texts, self._likely, top=lambda: self.top_T, exits=self._right_exits)
         self._states: list[tuple[Site, Tensor]] = []
         depths = () if exits is None else exits.depths
         h_1TD = embedded_1TD = backbone.embed(tokens_1T)
@@ -95,6 +97,11 @@ class TeacherForcedPass:
         """Of each position, what the top said at the positions before it."""
         said = most_likely(self.logits_TV, count)
         return [[token for row in reversed(said[max(0, t - steps) : t]) for token in row] for t in range(len(said))]
+
+    def _right_exits(self, count: int) -> list[list[int]]:
+        """Of each position, the first exits that were right at the positions before it, without the prompt's."""
+        depths = first_right(self.exits, self.top_T).tolist()
+        return [depths[max(1, t - count) : t][::-1] for t in range(len(depths))]
 
     @torch.inference_mode()
     def apply_policy(self, policy: TerminationPolicy | None) -> PolicyPath:

@@ -3,6 +3,17 @@
 from dynamax.heads.bank import Exit, ExitBank
 from dynamax.heads.base import ExitHead, Gate, Lens
 from dynamax.heads.gates import AttentionGate, FFNGate, LinearGate, MambaGate, MLPGate, UncertaintyGate
+from dynamax.heads.inputs import (
+    CandidateStatistics,
+    GateInput,
+    GateScore,
+    HiddenState,
+    LensStatistics,
+    NgramAgreement,
+    PastExits,
+    Position,
+    TrailStatistics,
+)
 from dynamax.heads.lenses import (
     AttentionLens,
     BridgeLens,
@@ -19,13 +30,18 @@ __all__ = [
     "AttentionGate",
     "AttentionLens",
     "BridgeLens",
+    "CandidateStatistics",
     "Exit",
     "ExitBank",
     "ExitHead",
     "FFNGate",
     "Gate",
+    "GateInput",
+    "GateScore",
+    "HiddenState",
     "LastBlockLens",
     "Lens",
+    "LensStatistics",
     "LinearGate",
     "LogitLens",
     "LowRankLens",
@@ -33,6 +49,10 @@ __all__ = [
     "MLPLens",
     "MambaGate",
     "MambaLens",
+    "NgramAgreement",
+    "PastExits",
+    "Position",
+    "TrailStatistics",
     "TunedLens",
     "UncertaintyGate",
     "UntiedLens",

@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from dynamax.errors import UserError
 from dynamax.heads import saved
 from dynamax.heads.base import ExitHead, Gate, Lens
-from dynamax.heads.exits import Exit, build_exit, check_depths
+from dynamax.heads.exits import Exit, build_exit, check_depths, needed
 from dynamax.heads.memories import Reads, RunState, alike_rows, joined, part_over, unread
 from dynamax.heads.recorded import GateRecordings
+from dynamax.past import KnownText, known_past
 from dynamax.types import Evidence, Memory, Past, Site, Spec
 
 LENS = "lens"
@@ -48,6 +49,7 @@ class ExitBank(nn.Module):
     Attributes:
         depths: Depths that have an exit, ascending.
         recurrent_depths: Those with a recurrent head, ascending.
+        recent: Earlier tokens whose exits some gate looks at.
 
     Raises:
         UserError: If there is no exit, a depth is none of the model's or not a whole number (such as "2", which could
@@ -63,13 +65,20 @@ class ExitBank(nn.Module):
         self.exits = nn.ModuleDict({str(depth): build_exit(exits[depth], sites(depth)) for depth in self.depths})
         self._found = {depth: found_in(self.exits[str(depth)]) for depth in self.depths}
         self._recordings = GateRecordings()
-        self.recurrent_depths = tuple(depth for depth in self.depths if self.recurrent_heads(depth))
+        self._recurrent: dict[int, dict[str, ExitHead]] = {
+            depth: {name: head for name, head in {**gates, LENS: lens}.items() if head.recurrent}
+            for depth, (lens, gates) in self._found.items()
+        }
+        self.recurrent_depths = tuple(depth for depth in self.depths if self._recurrent[depth])
+        self._inner: frozenset[str] = frozenset()
+        self.recent = max((gate.recent for depth in self.depths for gate in self.gates(depth).values()), default=0)
 
     def select_gates(self, names: Collection[str] | None, *, depths: Collection[int] | None = None) -> ExitBank:
         """A bank of the same heads with the named gates alone, so that other recurrent gates are not run.
 
-        Names are those of classes; None keeps all. With ``depths``, only the exits there are kept. A UserError if a
-        gate is named that no exit has.
+        Names are those of classes; None keeps all. Gates whose scores a named one reads are kept, but a policy that
+        names no gate does not mean them. With ``depths``, only the exits there are kept. A UserError if a gate is
+        named that no exit has.
         """
         kept_depths = self.depths if depths is None else [depth for depth in self.depths if depth in depths]
         if names is None and len(kept_depths) == len(self.depths):
@@ -84,10 +93,14 @@ class ExitBank(nn.Module):
                 )
         exits = {}
         for depth in kept_depths:
-            kept = [gate for name, gate in self.gates(depth).items() if names is None or name in names]
-            exits[depth] = Exit(partial(same_head, self.lens(depth)), [partial(same_head, gate) for gate in kept])
+            gates = self.gates(depth)
+            own = [name for name in gates if names is None or name in names]
+            kept = needed({name: gate.asks for name, gate in gates.items()}, own, depth)
+            heads = [partial(same_head, gates[name]) for name in kept]
+            exits[depth] = Exit(partial(same_head, self.lens(depth)), heads)
         bank = ExitBank(exits, self._sites)
         bank._recordings = self._recordings
+        bank._inner = self._inner if names is None else frozenset(known) - frozenset(names)
         return bank
 
     def lens(self, depth: int) -> Lens:
@@ -98,10 +111,9 @@ class ExitBank(nn.Module):
         """The gates of the exit at ``depth``, by class name, in the order they were given."""
         return self._exit(depth)[1]
 
-    def recurrent_heads(self, depth: int) -> dict[str, ExitHead]:
+    def recurrent_heads(self, depth: int) -> Mapping[str, ExitHead]:
         """The recurrent heads of the exit at ``depth``, gates by class name and the lens as ``lens``."""
-        lens, gates = self._exit(depth)
-        return {name: head for name, head in {**gates, LENS: lens}.items() if head.recurrent}
+        return self._recurrent[depth]
 
     def _exit(self, depth: int) -> tuple[Lens, dict[str, Gate]]:
         if depth not in self._found:
@@ -162,6 +174,7 @@ class ExitBank(nn.Module):
             past=past,
             candidates=lambda tokens_C: lens.project(translated(), site, tokens_C),
             vocab=site.spec.vocab,
+            inner=self._inner,
         )
 
     def _residual(self, h_BTD: Tensor) -> Tensor:
@@ -183,7 +196,11 @@ class ExitBank(nn.Module):
         return Evidence(site.depth, site.spec.depth, step, self._residual(h_BTD), logits=logits)
 
     def known_texts(
-        self, hidden: Mapping[int, Tensor], sites: Mapping[int, Site], counted_BT: Tensor
+        self,
+        hidden: Mapping[int, Tensor],
+        sites: Mapping[int, Site],
+        counted_BT: Tensor,
+        text: KnownText | None = None,
     ) -> dict[int, Evidence]:
         """Evidence of every exit, by depth, at the counted positions of known texts: for training and scoring.
 
@@ -191,10 +208,17 @@ class ExitBank(nn.Module):
             hidden: States ``h_BTD`` of whole texts, by depth.
             sites: The places of the exits.
             counted_BT: Which positions the evidence is of; they become its leading dimension ``[N]``.
+            text: What the texts are; left out, gates that read the text so far refuse.
         """
         trail: list[Evidence] = []
+        pick: Callable[[Tensor], Tensor] = lambda x_BT: x_BT[counted_BT]  # noqa: E731
+        given: dict[str, Any] = {"pick": pick, "trail": trail}
+        if text is not None:
+            # read anew: a past that holds the evidence that holds it would keep all logits for long
+            alone = lambda: (self.evidence(sites[depth], hidden[depth], pick=pick) for depth in self.depths)  # noqa: E731
+            given |= {"step": text.step_BT[counted_BT], "past": known_past(text, counted_BT, alone)}
         for depth in self.depths:
-            trail.append(self.evidence(sites[depth], hidden[depth], pick=lambda x_BT: x_BT[counted_BT], trail=trail))
+            trail.append(self.evidence(sites[depth], hidden[depth], **given))
         return {evidence.depth: evidence for evidence in trail}
 
     # -- while decoding ---------------------------------------------------------------------------
@@ -290,7 +314,7 @@ class ExitBank(nn.Module):
         exits = {}
         for depth in self.depths:
             heads = [self.lens(depth), *self.gates(depth).values()]
-            lens, *gates = [{"class": saved.recorded_name(type(head)), "options": head.recipe} for head in heads]
+            lens, *gates = [saved.recorded(head) for head in heads]
             exits[str(depth)] = {"lens": lens, "gates": gates}
         return {"format": saved.FORMAT, "fingerprint": spec.fingerprint, "backbone": asdict(spec), "exits": exits}
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import ClassVar, Self
 
 from torch import Tensor, nn
@@ -89,7 +89,15 @@ class Lens(ExitHead):
 
 
 class Gate(ExitHead):
-    """Says *whether* leaving here is right."""
+    """Says *whether* leaving here is right.
+
+    Attributes:
+        asks: Names of gates of the same exit whose scores it reads.
+        recent: Earlier tokens whose exits it looks at; what it says then depends on where those tokens left.
+    """
+
+    asks: Sequence[str] = ()
+    recent: int = 0
 
     @abstractmethod
     def score(self, evidence: Evidence, memory: Memory | None = None) -> Tensor:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
 from torch import nn
 
 from dynamax.errors import UserError
+from dynamax.heads import saved
 from dynamax.heads.base import ExitHead, Gate, Lens
 from dynamax.heads.lenses import LogitLens
 from dynamax.types import Site
@@ -60,8 +61,9 @@ def build_exit(given: Exit, site: Site) -> nn.ModuleDict:
     """Build the heads of one exit.
 
     Raises:
-        UserError: If a lens stands where a gate should or the reverse, two gates have one class, or a head has options
-            that JSON cannot hold: it could not be built again once it is trained and saved.
+        UserError: If a lens stands where a gate should or the reverse, two gates have one class, a gate reads the score
+            of one that is not there or reads its own, or a head has options that JSON cannot hold: it could not be
+            built again once it is trained and saved.
     """
     heads: list[ExitHead] = []
     kinds: list[tuple[Callable[[Site], ExitHead], type[ExitHead]]] = [(given.lens or LogitLens, Lens)]
@@ -72,7 +74,7 @@ def build_exit(given: Exit, site: Site) -> nn.ModuleDict:
                 f"The exit at depth {site.depth} was given {type(head).__name__} where a {wanted.__name__.lower()} is "
                 f"wanted. Put lenses under lens and gates under gates."
             )
-        for name, value in head.recipe.items():
+        for name, value in saved.recorded(head)["options"].items():
             try:
                 json.dumps(value)
             except TypeError:
@@ -89,4 +91,34 @@ def build_exit(given: Exit, site: Site) -> nn.ModuleDict:
                 f"The exit at depth {site.depth} was given two gates of class {name}; gates are told apart by class "
                 f"name. Remove one, or give the variant a class of its own."
             )
+    check_asked({type(head).__name__: head.asks for head in heads if isinstance(head, Gate)}, site.depth)
     return nn.ModuleDict({"lens": heads[0], "gates": nn.ModuleDict(dict(zip(names, heads[1:], strict=True)))})
+
+
+def check_asked(asks: Mapping[str, Sequence[str]], depth: int) -> None:
+    """Refuse gates of an exit that read the scores of gates that it has not, or in a circle (UserError)."""
+    for name, asked in asks.items():
+        if name in needed(asks, asked, depth):
+            raise UserError(
+                f"At depth {depth} the gate {name} reads its own score, by the inputs GateScore of {name} and of "
+                f"{', '.join(asked)}. Take one of them out."
+            )
+
+
+def needed(asks: Mapping[str, Sequence[str]], names: Collection[str], depth: int) -> list[str]:
+    """These gates and all whose scores they read, in the order of the exit; a UserError if one of those is not there.
+
+    Args:
+        asks: Of each gate of the exit, the gates whose scores it reads.
+        names: Some of them.
+        depth: Of the exit.
+    """
+    found = list(names)
+    for name in found:  # which grows
+        if name not in asks:
+            raise UserError(
+                f"At depth {depth} a gate reads the score of {name}, but the gates there are {', '.join(asks)}. Add "
+                f"{name} to the exit, or take the input GateScore out."
+            )
+        found += [each for each in asks[name] if each not in found]
+    return [name for name in asks if name in found]

@@ -1,16 +1,16 @@
 """Gates: whether leaving here is right, one logit a position. Knows no lens and no policy.
 
 One logit says the same as DYNAMAX's softmax over two classes, which is the sigmoid of their difference. Every gate
-norms its input first (``rms_normalize``) and ends in a layer at zero (``zero_init``), so it starts at p = 0.5.
+reads normed states (``rms_normalize``) or numbers of order one (``dynamax.heads.inputs``), and ends in a layer at zero
+(``zero_init``), so it starts at p = 0.5.
 
 FLOPs are of one position while decoding: matrix products and convolutions. Element-wise work is left out.
 """
 
 from __future__ import annotations
 
-import math
+from collections.abc import Sequence
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -25,103 +25,112 @@ from dynamax.heads.blocks import (
     swiglu_width,
     zero_init,
 )
+from dynamax.heads.inputs import GateInput, Inputs, LensStatistics
 from dynamax.types import Evidence, Memory, Site
 
 
-class LinearGate(Gate):
-    """One linear layer over the normed state.
+class _Informed(Gate):
+    """A gate that judges each position alone, by inputs of its choice.
+
+    Args:
+        site: The exit's place.
+        inputs: What it reads; None for the normed hidden state.
+    """
+
+    def __init__(self, site: Site, inputs: Sequence[GateInput] | None) -> None:
+        super().__init__()
+        self.inputs = Inputs(site, inputs)
+        self.asks, self.recent = self.inputs.asks, self.inputs.recent
+
+    def flops(self) -> int:
+        """Products with weights, and what the inputs compute."""
+        return super().flops() + self.inputs.flops
+
+
+class LinearGate(_Informed):
+    """One linear layer over the normed state, or over other inputs.
 
     Source: the early-exit classifier of CALM (Schuster et al. 2022, arXiv 2207.07061); the linear head of DYNAMAX
     (arXiv 2504.20922), which has no norm: without one, massive activations dominate the gradient.
 
-    Parameters: D + 1. FLOPs: 2 D.
-    """
-
-    def __init__(self, site: Site) -> None:
-        super().__init__()
-        self.out = zero_init(site.spec.width)
-
-    def score(self, evidence: Evidence, memory: Memory | None = None) -> Tensor:
-        """A weighted sum of the normed state."""
-        return self.out(evidence.derive(rms_normalize, self.out.weight.dtype)).squeeze(-1)
-
-
-class MLPGate(Gate):
-    """Two layers with a SiLU between.
-
-    Parameters: D hidden + 2 hidden + 1. FLOPs: 2 hidden (D + 1).
+    With F numbers of input, D of the state alone: parameters: F + 1. FLOPs: 2 F, and the inputs' own.
 
     Args:
-        hidden: Units of the hidden layer.
+        inputs: What it reads; None for the normed hidden state alone.
     """
 
-    def __init__(self, site: Site, *, hidden: int = 64) -> None:
-        super().__init__()
-        self.enter = nn.Linear(site.spec.width, positive("hidden", hidden))
-        self.out = zero_init(hidden)
+    def __init__(self, site: Site, *, inputs: Sequence[GateInput] | None = None) -> None:
+        super().__init__(site, inputs)
+        self.out = zero_init(self.inputs.width)
 
     def score(self, evidence: Evidence, memory: Memory | None = None) -> Tensor:
-        """Norm, hidden layer, last layer."""
-        return self.out(F.silu(self.enter(evidence.derive(rms_normalize, self.out.weight.dtype)))).squeeze(-1)
+        """A weighted sum."""
+        return self.out(self.inputs.read(evidence, self.out.weight.dtype)).squeeze(-1)
 
 
-class FFNGate(Gate):
-    """The feed-forward of a transformer block, whose last projection gives one number.
+class UncertaintyGate(_Informed):
+    """A weighted sum of four numbers that say how unsure the exit's lens is: ``LinearGate`` over ``LensStatistics``.
 
-    Source: DYNAMAX (arXiv 2504.20922), the transformer feed-forward head; its sizes are not published.
+    No gradient reaches the lens. The gate reads the output matrix, which is charged to the exit.
 
-    Parameters: 2 D hidden + hidden + 1. FLOPs: 2 hidden (2 D + 1).
-
-    Args:
-        hidden: Inner width; None for the usual 8/3 D, up to the next multiple of 64.
-    """
-
-    def __init__(self, site: Site, *, hidden: int | None = None) -> None:
-        super().__init__()
-        hidden = swiglu_width(site.spec.width) if hidden is None else positive("hidden", hidden)
-        self.inner = SwiGLU(site.spec.width, hidden)
-        self.out = zero_init(hidden)
-
-    def score(self, evidence: Evidence, memory: Memory | None = None) -> Tensor:
-        """Norm, gate and up projections, last projection."""
-        return self.out(self.inner(evidence.derive(rms_normalize, self.out.weight.dtype))).squeeze(-1)
-
-
-class UncertaintyGate(Gate):
-    """A weighted sum of four numbers that say how unsure the exit's lens is.
-
-    The greatest probability, the entropy of the probabilities p, the greatest less the second probability, and the
-    entropy of p^2 / sum(p^2); both entropies over log V, so that all four lie in [0, 1]. No gradient reaches the lens.
-
-    The gate reads the output matrix, which is charged to the exit.
-
-    Source: JEI-DNN (Regol et al. 2024, arXiv 2310.09163), whose entropies are in nats.
+    Source: JEI-DNN (Regol et al. 2024, arXiv 2310.09163).
 
     Parameters: 5. FLOPs: 18 V + 12, which is the paper's count.
     """
 
     def __init__(self, site: Site) -> None:
-        super().__init__()
-        self._vocab = site.spec.vocab
-        self.out = zero_init(4)
+        super().__init__(site, [LensStatistics()])
+        self.out = zero_init(self.inputs.width)
 
     def score(self, evidence: Evidence, memory: Memory | None = None) -> Tensor:
-        """Four numbers of the lens, then a weighted sum."""
-        return self.out(uncertainty(evidence.probs.detach()).to(self.out.weight.dtype)).squeeze(-1)
-
-    def flops(self) -> int:
-        """All is element-wise but the weighted sum, and counted here since the vocabulary is long."""
-        return 2 * (9 * self._vocab + 6)
+        """A weighted sum."""
+        return self.out(self.inputs.read(evidence, self.out.weight.dtype)).squeeze(-1)
 
 
-def uncertainty(probs: Tensor) -> Tensor:
-    """The four numbers of ``UncertaintyGate``, ``[..., 4]``, from probabilities ``[..., V]``."""
-    nats = math.log(probs.shape[-1])
-    best = probs.topk(2, dim=-1).values
-    squared = probs.square()
-    squared = squared / squared.sum(-1, keepdim=True)
-    entropies = [torch.special.entr(each).sum(-1) / nats for each in (probs, squared)]
-    return torch.stack([best[..., 0], entropies[0], best[..., 0] - best[..., 1], entropies[1]], -1)
+class MLPGate(_Informed):
+    """Two layers with a SiLU between.
+
+    With F numbers of input, D of the state alone: parameters: F hidden + 2 hidden + 1. FLOPs: 2 hidden (F + 1), and
+    the inputs' own.
+
+    Args:
+        hidden: Units of the hidden layer.
+        inputs: What it reads; None for the normed hidden state alone.
+    """
+
+    def __init__(self, site: Site, *, hidden: int = 64, inputs: Sequence[GateInput] | None = None) -> None:
+        super().__init__(site, inputs)
+        self.enter = nn.Linear(self.inputs.width, positive("hidden", hidden))
+        self.out = zero_init(hidden)
+
+    def score(self, evidence: Evidence, memory: Memory | None = None) -> Tensor:
+        """Inputs, hidden layer, last layer."""
+        return self.out(F.silu(self.enter(self.inputs.read(evidence, self.out.weight.dtype)))).squeeze(-1)
+
+
+class FFNGate(_Informed):
+    """The feed-forward of a transformer block, whose last projection gives one number.
+
+    Source: DYNAMAX (arXiv 2504.20922), the transformer feed-forward head; its sizes are not published.
+
+    With F numbers of input, D of the state alone: parameters: 2 F hidden + hidden + 1. FLOPs: 2 hidden (2 F + 1), and
+    the inputs' own.
+
+    Args:
+        hidden: Inner width; None for the usual 8/3 F, up to the next multiple of 64.
+        inputs: What it reads; None for the normed hidden state alone.
+    """
+
+    def __init__(self, site: Site, *, hidden: int | None = None, inputs: Sequence[GateInput] | None = None) -> None:
+        super().__init__(site, inputs)
+        width = self.inputs.width
+        hidden = swiglu_width(width) if hidden is None else positive("hidden", hidden)
+        self.inner = SwiGLU(width, hidden)
+        self.out = zero_init(hidden)
+
+    def score(self, evidence: Evidence, memory: Memory | None = None) -> Tensor:
+        """Inputs, gate and up projections, last projection."""
+        return self.out(self.inner(self.inputs.read(evidence, self.out.weight.dtype))).squeeze(-1)
 
 
 class MambaGate(Gate):

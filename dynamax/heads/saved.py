@@ -23,35 +23,50 @@ from torch import Tensor
 from dynamax.errors import UserError
 from dynamax.files import write_atomically
 from dynamax.heads.base import ExitHead
-from dynamax.registry import HEADS
+from dynamax.heads.inputs import GateInput
+from dynamax.registry import GATE_INPUTS, HEADS
 from dynamax.types import Site, Spec
 
 FORMAT = 1
 WEIGHTS, RECORD = "heads.safetensors", "heads.json"
 
 
-def recorded_name(head: type[ExitHead]) -> str:
+def recorded(part: ExitHead | GateInput) -> dict[str, Any]:
+    """Class and options of a head or of a gate's input, as JSON values; inputs among the options are parts too."""
+    options = {name: _plain(value) for name, value in part.recipe.items()}
+    return {"class": recorded_name(type(part)), "options": options}
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, GateInput):
+        return recorded(value)
+    return [_plain(each) for each in value] if isinstance(value, list | tuple) else value
+
+
+def recorded_name(part: type) -> str:
     """The short name of a registered class; ``module.Class`` of any other, so that it is found again."""
-    name = head.__name__
-    return name if name in HEADS.names() and HEADS.get(name) is head else f"{head.__module__}.{head.__qualname__}"
+    registry = HEADS if issubclass(part, ExitHead) else GATE_INPUTS
+    name = part.__name__
+    return name if name in registry.names() and registry.get(name) is part else f"{part.__module__}.{part.__qualname__}"
 
 
-def recorded_class(name: str) -> type[ExitHead]:
+def recorded_class(name: str, base: type[ExitHead] | type[GateInput] = ExitHead) -> Any:  # noqa: ANN401 - a class
     """The class that a record names: registered, imported already, or imported now if its name has a dot.
 
-    A UserError if there is none, it cannot be imported, or it is no exit head.
+    A UserError if there is none, it cannot be imported, or it is not of the kind.
     """
-    if name in HEADS.names():
-        return HEADS.get(name)
-    imported: dict[str, type[ExitHead]] = {}
-    left: list[type[ExitHead]] = [ExitHead]
-    for head in left:  # which grows: all imported classes below ExitHead, level by level
-        imported |= {head.__name__: head, f"{head.__module__}.{head.__qualname__}": head}
-        left += head.__subclasses__()
+    registry = HEADS if base is ExitHead else GATE_INPUTS
+    if name in registry.names():
+        return registry.get(name)
+    imported: dict[str, type] = {}
+    left: list[type] = [base]
+    for part in left:  # which grows: all imported classes below the base, level by level
+        imported |= {part.__name__: part, f"{part.__module__}.{part.__qualname__}": part}
+        left += part.__subclasses__()
     if name in imported:
         return imported[name]
     if "." not in name:
-        return HEADS.get(name)  # which says what names there are
+        return registry.get(name)  # which says what names there are
     try:
         found = pkgutil.resolve_name(name)
     except (ImportError, AttributeError, ValueError) as error:
@@ -59,29 +74,46 @@ def recorded_class(name: str) -> type[ExitHead]:
             f"The saved heads use the class {name}, which cannot be imported: {error}. Put the folder that holds "
             f"{name.rpartition('.')[0]} on PYTHONPATH, or install its package."
         ) from error
-    if not (isinstance(found, type) and issubclass(found, ExitHead)):
-        raise UserError(f"The saved heads use {name}, which is no exit head. Wanted: a subclass of Lens or Gate.")
+    if not (isinstance(found, type) and issubclass(found, base)):
+        wanted = "a subclass of Lens or Gate" if base is ExitHead else "a subclass of GateInput"
+        raise UserError(f"The saved heads use {name}, which is no {registry.kind}. Wanted: {wanted}.")
     return found
 
 
 def factory(entry: Mapping[str, Any]) -> Callable[[Site], Any]:
     """What builds a saved lens or gate again at its site, from the name of its class and its options.
 
-    A UserError if the class is not found; when called, if it no longer takes the options.
+    A UserError if the class is not found; when called, if it or an input no longer takes the options.
     """
-    head, options = recorded_class(entry["class"]), entry["options"]
+    head = recorded_class(entry["class"])
 
     def built(site: Site) -> ExitHead:
-        try:
-            inspect.signature(head.__init__).bind(None, site, **options)
-        except TypeError as error:
-            raise UserError(
-                f"A saved {head.__name__} at depth {site.depth} cannot be built from its options {options}: {error}. "
-                f"The class has changed since. Train it again, or install the version that saved it."
-            ) from error
+        options = {name: _built(value, site) for name, value in entry["options"].items()}
+        _check_options(head, options, site, None, site)
         return head(site, **options)
 
     return built
+
+
+def _built(value: object, site: Site) -> object:
+    """An option as it was given: an input that was recorded is built again."""
+    if isinstance(value, list):
+        return [_built(each, site) for each in value]
+    if not isinstance(value, dict) or set(value) != {"class", "options"}:
+        return value
+    part = recorded_class(value["class"], GateInput)
+    _check_options(part, value["options"], site, None)
+    return part(**value["options"])
+
+
+def _check_options(part: type, options: Mapping[str, Any], site: Site, *first: object) -> None:
+    try:
+        inspect.signature(part.__init__).bind(*first, **options)
+    except TypeError as error:
+        raise UserError(
+            f"A saved {part.__name__} at depth {site.depth} cannot be built from its options {dict(options)}: {error}. "
+            f"The class has changed since. Train it again, or install the version that saved it."
+        ) from error
 
 
 def write(folder: Path, record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:

@@ -305,7 +305,7 @@ class HeadsModule(LightningModule):
         self.log_dict({f"val/{name}": value for name, value in figures.items()}, batch_size=size)
         if fitting and not any("gates" in self.phases[name].trains for name in names):
             return
-        for depth, evidence in self.bank.known_texts(batch.hidden, self.sites, counted(batch)).items():
+        for depth, evidence in self.bank.known_texts(batch.hidden, self.sites, counted(batch), batch.text).items():
             for name in self.bank.gates(depth):
                 auroc = cast(GateAUROC, self.aurocs[f"{depth}/{name}"])
                 auroc.update(evidence.score(name), agreed[depth])

@@ -75,7 +75,7 @@ class GateObjective(Objective):
         """Weighted sum over exits and gates; ``positive/DEPTH`` and ``bce/DEPTH/GATE`` are reported."""
         shares = dict(zip(bank.depths, depth_weights(len(bank.depths), self.weights), strict=True))
         total, seen = torch.zeros((), device=batch.live_BT.device), {}
-        evidence = bank.known_texts(batch.hidden, sites, counted(batch))
+        evidence = bank.known_texts(batch.hidden, sites, counted(batch), batch.text)
         for depth, label_N in self.labels(bank, batch, sites).items():
             target_N = label_N.float()
             positions, positive = max(1, len(target_N)), target_N.sum()

@@ -83,7 +83,7 @@ class JointGates(Objective):
         ``bce/DEPTH/GATE`` is each gate's own loss, weights included.
         """
         live_BT = counted(batch)
-        evidence = bank.known_texts(batch.hidden, sites, live_BT)
+        evidence = bank.known_texts(batch.hidden, sites, live_BT, batch.text)
         spec = sites[bank.depths[0]].spec
         with torch.no_grad():
             token_N, prob_N = batch.top_tokens_BTK[live_BT][:, 0], batch.top_probs_BTK[live_BT][:, 0]
@@ -146,7 +146,7 @@ class JointLenses(Objective):
         if not losses:
             return torch.zeros((), device=batch.live_BT.device), {}
         with torch.no_grad():
-            evidence = bank.known_texts(batch.hidden, sites, counted(batch))
+            evidence = bank.known_texts(batch.hidden, sites, counted(batch), batch.text)
             leave_EN, _ = exit_distribution(torch.stack([evidence[d].confidence(self.gate) for d in bank.depths]))
         weights = dict(zip(bank.depths, leave_EN, strict=True))
         loss_LN, weight_LN = torch.stack(list(losses.values())), torch.stack([weights[depth] for depth in losses])

@@ -9,18 +9,13 @@ Source: SpecEE (Xu et al. 2025, arXiv 2504.08850), whose candidates are those of
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterable
-from itertools import chain
 
-import torch
 from torch import Tensor
 
 from dynamax.errors import UserError
+from dynamax.past import Candidates, gathered
 from dynamax.policies.base import ScorePolicy
-from dynamax.types import Evidence, Past
-
-Candidates = tuple[Tensor, Tensor | None]
-"""Tokens ``tokens_C``, each once, and which of them count for which row, ``own_BC``; None where all count for all."""
+from dynamax.types import Evidence
 
 
 class _Candidates(ScorePolicy):
@@ -99,37 +94,3 @@ class CandidateMargin(_Candidates):
         """The two greatest probabilities' difference."""
         best = probs.topk(min(2, probs.shape[-1]), -1).values
         return best[..., 0] - (best[..., 1] if best.shape[-1] > 1 else 0)
-
-
-def suggested(past: Past, limit: int, recent: int, likely: int) -> list[list[int]]:
-    """For each row, at most ``limit`` tokens: those that followed its newest before, likely ones, those of its text."""
-    rows = zip(past.texts, past.likely(recent, likely), strict=True)
-    return [unique((followers(text), guessed, reversed(text)), limit) for text, guessed in rows]
-
-
-def gathered(past: Past, limit: int, recent: int, likely: int, device: torch.device) -> Candidates:
-    """``suggested``, for all rows together."""
-    return together(suggested(past, limit, recent, likely), device)
-
-
-def followers(text: list[int]) -> list[int]:
-    """The tokens that stood behind earlier occurrences of the newest one, newest first."""
-    return [text[place + 1] for place in range(len(text) - 2, -1, -1) if text[place] == text[-1]]
-
-
-def unique(parts: Iterable[Iterable[int]], limit: int) -> list[int]:
-    """The first ``limit`` different tokens."""
-    return list(dict.fromkeys(chain.from_iterable(parts)))[:limit]
-
-
-def together(rows: list[list[int]], device: torch.device) -> Candidates:
-    """All rows' tokens ``tokens_C``, and which are whose, ``own_BC``; None where one row has them all."""
-    tokens = rows[0] if len(rows) == 1 else list(dict.fromkeys(chain(*rows)))
-    tokens_C = torch.tensor(tokens, device=device)
-    if all(len(row) == len(tokens) for row in rows):
-        return tokens_C, None
-    places = {token: place for place, token in enumerate(tokens)}
-    own_BC = torch.zeros(len(rows), len(tokens), dtype=torch.bool)
-    for own_C, row in zip(own_BC, rows, strict=True):
-        own_C[[places[token] for token in row]] = True
-    return tokens_C, own_BC.to(device)

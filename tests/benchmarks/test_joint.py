@@ -103,7 +103,9 @@ def test_promises_run_and_keep_their_scores(heads: Path, tmp_path: Path) -> None
 
 def test_a_promise_of_exits_that_are_always_right() -> None:
     rng = np.random.default_rng(0)
-    scores = [Scores(rng.random((2, 9)), np.ones((2, 9), dtype=bool), (Reads(True, 0, ()),) * 2) for _ in range(400)]
+    scores = [
+        Scores(rng.random((2, 9)), np.ones((2, 9), dtype=bool), (Reads(True, 0, (), False),) * 2) for _ in range(400)
+    ]
     args = argparse.Namespace(epsilon=0.05, delta=0.1)
     found = promises.split_once(scores, (2, 4), 6, lambda exits: np.array([0.5, 0.8, 1.0])[[*exits, 2]], args, 0)
     for name in ("ltt", "ucb", "crc", "naive"):

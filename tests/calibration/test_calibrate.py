@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -14,7 +16,8 @@ from dynamax.data.generated import SelfGenerated
 from dynamax.data.text import Document
 from dynamax.decoding.cost import CostModel
 from dynamax.engine import Engine
-from dynamax.heads import Exit, LinearGate, LogitLens
+from dynamax.errors import UserError
+from dynamax.heads import Exit, LinearGate, LogitLens, PastExits
 from dynamax.policies import CandidateProb, GateConfidence, JEIGate, MaxProb, Never, OnlyAt, Saturation, ScorePolicy
 from dynamax.testing import stir
 
@@ -125,6 +128,13 @@ def test_what_cannot_be_promised_is_said_and_never_leaves(engine: Engine, docume
     assert found.promise.reason is not None
     assert "too few to promise it" in found.promise.reason
     assert "would be needed" in found.promise.reason
+
+
+def test_a_gate_that_reads_the_exits_of_earlier_tokens_is_refused(documents: list[Document]) -> None:
+    given = Exit(LogitLens, [partial(LinearGate, inputs=[PastExits()])])
+    engine = dynamax.load("assets/llama", exits={2: given, 4: given}, device="cpu")
+    with pytest.raises(UserError, match="gets those of a perfect policy, so nothing could be promised"):
+        calibrate(engine, GateConfidence(0.5), documents[:4], epsilon=0.1, delta=0.1)
 
 
 @pytest.mark.parametrize("options", [{"epsilon": 0.0}, {"epsilon": 0.1, "delta": 1.0}, {"epsilon": 0.1, "share": 0}])

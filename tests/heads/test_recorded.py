@@ -4,12 +4,27 @@ from __future__ import annotations
 
 import copy
 import pickle
+from functools import partial
 
 import pytest
 import torch
 from torch import nn
 
-from dynamax.heads import AttentionGate, FFNGate, Gate, LinearGate, MambaGate, MLPGate
+from dynamax.heads import (
+    AttentionGate,
+    CandidateStatistics,
+    FFNGate,
+    Gate,
+    HiddenState,
+    LensStatistics,
+    LinearGate,
+    MambaGate,
+    MLPGate,
+    NgramAgreement,
+    PastExits,
+    Position,
+    TrailStatistics,
+)
 from dynamax.heads.bank import Exit, ExitBank
 from dynamax.heads.recorded import GateRecordings
 from dynamax.recording import MOST_POSITIONS
@@ -162,6 +177,32 @@ def test_what_cannot_be_recorded_runs_as_it_is(gate_class, reason):
     assert equal(scores(gate, chunks, recordings), scores(gate, chunks))
     assert reason in recordings.given_up[PART]
     assert not recordings.ready
+
+
+@pytest.mark.parametrize(
+    ("part", "reason"),
+    [
+        (LensStatistics(), "it reads logits"),
+        (CandidateStatistics(), "it reads past"),
+        (TrailStatistics(), "it reads trail"),
+        (NgramAgreement(), "it reads past"),
+        (Position(), "it reads past"),
+        (PastExits(), "it reads past"),
+    ],
+)
+def test_gates_that_read_more_than_the_hidden_state_run_as_they_are(part, reason):
+    gate, recordings = made(partial(LinearGate, inputs=[HiddenState(), part]))
+    chunks = torch.randn(5, 2, 1, 64)
+    assert equal(scores(gate, chunks, recordings), scores(gate, chunks))
+    assert reason in recordings.given_up[PART]
+    assert not recordings.ready
+
+
+def test_a_gate_that_names_the_hidden_state_is_recorded():
+    gate, recordings = made(partial(LinearGate, inputs=[HiddenState()]))
+    chunks = torch.randn(5, 2, 1, 64)
+    assert equal(scores(gate, chunks, recordings), scores(gate, chunks))
+    assert recordings.ready
 
 
 def test_a_memory_that_grows_is_not_recorded():

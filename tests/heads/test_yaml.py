@@ -3,7 +3,19 @@
 import pytest
 from jsonargparse import ArgumentParser
 
-from dynamax.heads import Exit, ExitBank, LinearGate, LogitLens, LowRankLens, MambaGate, TunedLens
+from dynamax.heads import (
+    Exit,
+    ExitBank,
+    GateScore,
+    HiddenState,
+    LinearGate,
+    LogitLens,
+    LowRankLens,
+    MambaGate,
+    NgramAgreement,
+    Position,
+    TunedLens,
+)
 from dynamax.testing import toy_site
 
 MAMBA = """
@@ -76,3 +88,22 @@ def test_a_dotted_option_changes_one_exit(parsed):
     assert isinstance(bank.lens(3), TunedLens)
     assert "MambaGate" in bank.gates(3)
     assert list(bank.gates(2)) == ["MLPGate"]
+
+
+def test_inputs_of_gates(parsed):
+    bank = built(
+        parsed("""
+model:
+  exits:
+    2:
+      gates:
+      - MambaGate
+      - class_path: LinearGate
+        init_args: {inputs: [HiddenState, {class_path: GateScore, init_args: {gate: MambaGate}}]}
+      - class_path: MLPGate
+        init_args: {inputs: [{class_path: NgramAgreement, init_args: {orders: 2}}, Position], hidden: 3}
+""")
+    )
+    assert bank.gates(2)["LinearGate"].recipe == {"inputs": [HiddenState(), GateScore("MambaGate")]}
+    assert bank.gates(2)["MLPGate"].recipe == {"inputs": [NgramAgreement(orders=2), Position()], "hidden": 3}
+    assert bank.gates(2)["MLPGate"].enter.in_features == 4

@@ -1,13 +1,28 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 
 import pytest
 import torch
 from torch.nn import functional as F
 
 from dynamax.data.batch import HiddenBatch
-from dynamax.heads import Exit, ExitBank, LinearGate, MambaGate, TunedLens
+from dynamax.heads import (
+    CandidateStatistics,
+    Exit,
+    ExitBank,
+    GateScore,
+    HiddenState,
+    LensStatistics,
+    LinearGate,
+    MambaGate,
+    NgramAgreement,
+    PastExits,
+    Position,
+    TrailStatistics,
+    TunedLens,
+)
 from dynamax.objectives import GateObjective
 from dynamax.objectives.base import among, best_token, counted, in_top_k
 from dynamax.objectives.gate import depth_weights
@@ -238,3 +253,59 @@ def test_the_loss_falls():
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.9 * losses[0]
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        HiddenState(),
+        LensStatistics(),
+        CandidateStatistics(limit=6),
+        TrailStatistics(),
+        NgramAgreement(orders=2),
+        Position(),
+        PastExits(tokens=2),
+        GateScore("MambaGate"),
+    ],
+    ids=lambda part: type(part).__name__,
+)
+def test_a_gate_learns_a_rule_that_its_input_shows(part, monkeypatch):
+    """At the second exit, whether one number of the input is greater than its mean; at the first always no."""
+    sites = toy_sites([4, 8], vocab=9)
+    more = [partial(MambaGate, width=None, headdim=4)] if part.asks else []
+    given = Exit(TunedLens, [*more, partial(LinearGate, inputs=[part])])
+    bank = ExitBank(dict.fromkeys(sites, given), lambda depth: sites.get(depth, sites[4]))
+    stir(bank)
+    batch = made(sites, lengths=(18, 15))
+    with torch.no_grad():
+        numbers_NF = part.read(bank.known_texts(batch.hidden, sites, counted(batch), batch.text)[8], torch.float32)
+    column_N = numbers_NF[:, numbers_NF.std(0).argmax()]
+    label_N = column_N > column_N.mean()
+    assert label_N.any()
+    assert not label_N.all()
+    labels = {4: torch.zeros_like(label_N), 8: label_N}
+    objective = GateObjective()
+    monkeypatch.setattr(objective, "labels", lambda *given: labels)
+    gates = [bank.gates(depth)["LinearGate"] for depth in (4, 8)]
+    optimizer = torch.optim.Adam([parameter for gate in gates for parameter in gate.parameters()], lr=0.5)
+    for _ in range(80):
+        loss, seen = objective.loss(bank, batch, sites)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert seen["bce/4/LinearGate"] < 0.05
+    assert seen["bce/8/LinearGate"] < 0.3
+
+
+def test_a_stacked_gate_changes_nothing_for_the_gate_it_reads():
+    sites = toy_sites([4], vocab=9)
+    batch, gradients = made(sites), []
+    for inputs in (None, [GateScore("MambaGate")]):
+        torch.manual_seed(0)
+        gates = [partial(MambaGate, width=None, headdim=4), partial(LinearGate, inputs=inputs)]
+        bank = ExitBank({4: Exit(TunedLens, gates)}, lambda depth: sites.get(depth, sites[4]))
+        stir(bank)
+        GateObjective().loss(bank, batch, sites)[0].backward()
+        gradients.append([parameter.grad for parameter in bank.gates(4)["MambaGate"].parameters()])
+    for plain, stacked in zip(*gradients, strict=True):
+        torch.testing.assert_close(plain, stacked)

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from dynamax.errors import UserError
+from dynamax.past import followers, suggested, together
 from dynamax.policies import CandidateMargin, CandidateProb
-from dynamax.policies.candidates import followers, suggested, together
 from dynamax.types import Evidence, Past
 
 LOGITS_BV = torch.tensor([[3.0, 1.0, 0.0, 2.0, -1.0, 9.0], [0.0, 4.0, 1.0, 5.0, 2.0, -3.0]])
