@@ -122,10 +122,11 @@ def test_history() -> None:
     history.keep = 2
     for token in (1, 2, 3):
         history.read(torch.tensor([token, token]))
-        history.say(torch.eye(9)[[token, token + 1]], blocks=token)
+        history.say(torch.eye(9)[[token, token + 1]], blocks=token, depth=2 * token)
     assert history.past().texts == [[7, 8, 1, 2, 3], [4, 5, 6, 1, 2, 3]]
     assert history.past().likely(5, 1) == [[3, 2], [4, 3]]
     assert history.past().blocks() == [[2, 3], [2, 3]], "the first is the prompt's"
+    assert history.past().exits(2) == [[6, 4], [6, 4]], "newest first"
     history.crop(4)
     assert history.past().texts == [[7, 8, 1], [4, 5, 6, 1]]
 
