@@ -196,6 +196,7 @@ class Evidence:
         self._candidates = candidates
         self._vocab = vocab
         self._few: tuple[Tensor, Tensor] | None = None
+        self._settled: list[tuple[Tensor, Tensor]] = []
         self._gates = gates or {}
         self._scores: dict[str, Tensor] = {}
         self._derived: dict[tuple[object, ...], Tensor] = {}
@@ -250,10 +251,19 @@ class Evidence:
         Those of all tokens; but if some tokens alone were read (``over``), theirs, and minus infinity for the others.
         """
         if self.logits_read or self._few is None:
-            return self.logits
-        tokens_C, few = self._few
-        nowhere = few.new_full((*few.shape[:-1], self._vocab), -torch.inf)
-        return nowhere.index_copy(-1, tokens_C, few)
+            found = self.logits
+        else:
+            tokens_C, few = self._few
+            nowhere = few.new_full((*few.shape[:-1], self._vocab), -torch.inf)
+            found = nowhere.index_copy(-1, tokens_C, few)
+        for leave_B, known in reversed(self._settled):
+            found = torch.where(leave_B[..., None], known, found)
+        return found
+
+    def settle(self, leave_B: Tensor) -> None:
+        """These rows leave with what was read so far, whatever is read for the others afterwards."""
+        if self.answers_from_few and bool(leave_B.any()):
+            self._settled.append((leave_B, self.answer))
 
     def derive(self, function: Callable[..., Tensor], *options: object) -> Tensor:
         """``function(hidden, *options)``, computed once, whichever gates of the exit ask for it."""

@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import NamedTuple, final
+from typing import Any, NamedTuple, final
 
 import torch
 from torch import Tensor
@@ -257,13 +257,14 @@ class Scheduler:
             if depth not in self._depths:
                 continue
             past = past or joined([row.session.history.past() for row in rows])
-            evidence = self._evidence(depth, h_R1D, rows, chosen, trail, past)
+            evidence, recurrent = self._evidence(depth, h_R1D, rows, chosen, trail, past)
             assert policy is not None, "exits come with a policy"
             leave = policy(evidence).tolist()
             read, trail = [*read, evidence], [*trail, evidence]
             if any(leave):
                 out = [place for place, left in enumerate(leave) if left]
-                told += self._leave(evidence, h_R1D[out], [rows[i] for i in out], chosen.only(out), out, read)
+                mine = {name: said_R1[out] for name, said_R1 in recurrent.items()}
+                told += self._leave(evidence, h_R1D[out], [rows[i] for i in out], chosen.only(out), out, read, mine)
                 on = [place for place, left in enumerate(leave) if not left]
                 if not on:
                     break
@@ -280,23 +281,16 @@ class Scheduler:
         chosen: SelectedRows,
         trail: Sequence[Evidence],
         past: Past,
-    ) -> Evidence:
+    ) -> tuple[Evidence, Mapping[str, Tensor]]:
+        """What the exit says of all rows, and what its recurrent heads do."""
         assert self._exits is not None
         site = self.backbone.site(depth, chosen)
         step_R = torch.tensor([row.told for row in rows], device=h_R1D.device)
         scores, reads = self._exits.catch_up(site, h_R1D, chosen.rows, step=step_R, recordings=self._gates)
         for row, own in zip(rows, reads, strict=True):
             row.reads += own
-        return self._exits.evidence(
-            site,
-            h_R1D,
-            pick=newest,
-            step=step_R,
-            trail=trail,
-            recurrent=scores,
-            recordings=self._gates,
-            past=past,
-        )
+        given: dict[str, Any] = {"step": step_R, "trail": trail, "past": past, "recordings": self._gates}
+        return self._exits.evidence(site, h_R1D, pick=newest, recurrent=scores, **given), scores
 
     def _leave(
         self,
@@ -306,6 +300,7 @@ class Scheduler:
         chosen: SelectedRows,
         places: Sequence[int],
         read: Sequence[Evidence],
+        recurrent: Mapping[str, Tensor],
     ) -> list[Told]:
         """Rows leave at an exit, where they stood at ``places``; their tokens."""
         assert self._exits is not None
@@ -314,7 +309,8 @@ class Scheduler:
         if evidence.logits_read or evidence.answers_from_few:
             logits_RV = evidence.answer[places]
         else:  # of these rows alone
-            evidence = self._exits.evidence(self.backbone.site(depth, chosen), h_R1D, pick=newest)
+            site = self.backbone.site(depth, chosen)
+            evidence = self._exits.evidence(site, h_R1D, pick=newest, recurrent=recurrent)
             logits_RV, read = evidence.answer, [*read, evidence]
         self._rule.leave(self.backbone, chosen, depth, h_R1D, last_block_ran=self._exits.lens(depth).writes_last_block)
         if self._rule.gates_read_exit:

@@ -61,6 +61,7 @@ class AnyOf(_Combined):
         for policy in self.policies[1:]:
             if leave_B.all():
                 break
+            evidence.settle(leave_B)
             leave_B = leave_B | policy(evidence)
         return leave_B
 

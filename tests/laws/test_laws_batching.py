@@ -22,8 +22,9 @@ from dynamax.heads.gates import AttentionGate, LinearGate, MambaGate
 from dynamax.heads.lenses import LogitLens
 from dynamax.kernels.products import Rows
 from dynamax.policies.base import TerminationPolicy
-from dynamax.policies.candidates import CandidateProb
-from dynamax.policies.confidence import Patience, Saturation
+from dynamax.policies.candidates import CandidateMargin, CandidateProb
+from dynamax.policies.combine import AnyOf
+from dynamax.policies.confidence import MaxProb, Patience, Saturation
 from dynamax.policies.schedule import AtDepth
 from dynamax.types import Evidence, Step
 from tests.float64 import upcast64
@@ -130,7 +131,16 @@ def test_recorded_steps(family: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "policy", [Patience(2), Saturation(0.95), CandidateProb(0.2), AtDepth(3)], ids=lambda policy: policy.label
+    "policy",
+    [
+        Patience(2),
+        Saturation(0.95),
+        CandidateProb(0.2),
+        AtDepth(3),
+        AnyOf([CandidateProb(0.3), MaxProb(0.06)]),
+        AnyOf([CandidateProb(0.3), CandidateMargin(0.1), MaxProb(0.06)]),
+    ],
+    ids=lambda policy: policy.label,
 )
 def test_policies_that_look_at_earlier_exits_and_steps(policy: TerminationPolicy) -> None:
     with upcast64():

@@ -68,10 +68,12 @@ def test_decoding_reads_what_one_pass_reads(family: str, lens: type[Lens], polic
 
 
 @pytest.mark.parametrize("lens", LENSES)
-def test_rows_of_a_batch_say_what_they_say_alone(lens: type[Lens]) -> None:
+@pytest.mark.parametrize("policy", [Wandering(), GateConfidence(0.5)], ids=lambda each: each.label)
+def test_rows_of_a_batch_say_what_they_say_alone(lens: type[Lens], policy: TerminationPolicy) -> None:
     with upcast64():
         _, backbone = pair("llama")
-        assert len(check_same(EarlyExit(backbone, bank_of(backbone, lens), Wandering()))) > 2
+        bank = bank_of(backbone, lens, LinearGate)
+        assert len(check_same(EarlyExit(backbone, bank, policy))) > 2
 
 
 @pytest.mark.parametrize("lens", LENSES)
