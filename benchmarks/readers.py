@@ -255,7 +255,12 @@ def measured(args: argparse.Namespace) -> dict[str, Any]:
                 continue
             documents = train[: int(np.searchsorted(lengths, size)) + 1]
             begin = time.perf_counter()
-            found = right(reader(name, engine, documents, exits, args.steps), engine, held)
+            bank = reader(name, engine, documents, exits, args.steps)
+            if args.save is not None and size == max(sizes):
+                bank.save(
+                    args.save / name.replace(", ", "-").replace(" ", "-"), engine.backbone.spec, source_of(args.model)
+                )
+            found = right(bank, engine, held)
             known[str(size)] = {str(depth): share for depth, share in found.items()}
             print(f"{name:20} {size:8} {time.perf_counter() - begin:6.0f} s  " + line(known[str(size)]), flush=True)
             if args.out is not None:
@@ -287,6 +292,7 @@ def main() -> None:
     parser.add_argument("--sizes", default="2500,10000,40000,80000")
     parser.add_argument("--readers", default="; ".join(READERS), help="names, parted by '; '")
     parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--save", type=Path, default=None, help="folder for the heads of the largest size")
     parser.add_argument("--out", type=Path, default=None)
     report = measured(args := parser.parse_args())
     for name, fits in report["fit"].items():
