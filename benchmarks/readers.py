@@ -2,7 +2,7 @@
 
     python -m benchmarks.readers --train FOLDER [FOLDER ...] --held FOLDER [FOLDER ...] --states FOLDER
                                  [--model SmolLM2] [--exits 15,19,23,27] [--sizes 2500,10000,40000,80000]
-                                 [--readers ...] [--steps 300] [--out FILE]
+                                 [--readers ...] [--steps 300] [--save FOLDER] [--out FILE]
 
 Folders hold pieces of text as ``dynamax cache`` and ``dynamax tune`` write them (``WrittenText``); states at the exits,
 at the inputs of the late blocks and at the top are computed once and kept in ``--states`` as float16.
@@ -32,7 +32,7 @@ from torch import Tensor
 
 from dynamax.data.batch import HiddenBatch, collate
 from dynamax.data.store import StoredDocument
-from dynamax.engine import Engine, load
+from dynamax.engine import Engine, find_source, load
 from dynamax.heads import (
     AttentionLens,
     BridgeLens,
@@ -257,9 +257,8 @@ def measured(args: argparse.Namespace) -> dict[str, Any]:
             begin = time.perf_counter()
             bank = reader(name, engine, documents, exits, args.steps)
             if args.save is not None and size == max(sizes):
-                bank.save(
-                    args.save / name.replace(", ", "-").replace(" ", "-"), engine.backbone.spec, source_of(args.model)
-                )
+                folder = args.save / name.replace(",", "").replace(" ", "-")
+                bank.save(folder, engine.backbone.spec, find_source(args.model)[0].recipe)
             found = right(bank, engine, held)
             known[str(size)] = {str(depth): share for depth, share in found.items()}
             print(f"{name:20} {size:8} {time.perf_counter() - begin:6.0f} s  " + line(known[str(size)]), flush=True)
