@@ -120,7 +120,7 @@ def documents(count: int, seed: int) -> list[Scores]:
     for number in range(count):
         pairs = [drawn(50, 1000 * seed + 2 * number + index, temperature=(1.0, 3.0)[index]) for index in (0, 1)]
         score_ET, right_ET = (np.stack(each) for each in zip(*pairs, strict=True))
-        found.append(Scores(score_ET, right_ET, (Reads(True, 0, ()),) * 2))
+        found.append(Scores(score_ET, right_ET, (Reads(True, 0, (), False),) * 2))
     return found
 
 
