@@ -15,7 +15,8 @@ CandidateProb, and cascades of a gate with these two; ``NAME=MODEL:DEPTHS`` the 
 4. On the other answers: the share of same tokens of all; blocks, bytes and time of ``--timed`` of them, decoded step by
    step in turn with full decoding along the full model's answer, and once more freely.
 
-``oracle`` leaves at the first exit that is right, asks nothing, and saves by the times of 2.
+``oracle`` leaves at the first exit that is right, asks nothing, and saves by the times of 2. Models that ``--out``
+already holds stay in it.
 """
 
 from __future__ import annotations
@@ -357,14 +358,15 @@ def main() -> None:
         "options": {name: getattr(args, name) for name in (*numbers, "precision")},
         "models": {},
     }
+    if args.out is not None and args.out.is_file():
+        report["models"] = json.loads(args.out.read_text())["models"]
     for given in args.heads:
         name, _, where = given.partition("=")
         report["models"][name] = one_model(name, where, asked, args)
-    if args.only_scores:
-        return
-    print(table(report))
-    if args.out is not None:
-        args.out.write_text(json.dumps(report, indent=1) + "\n")
+        if args.out is not None:  # so that a run that is stopped keeps the models that are done
+            args.out.write_text(json.dumps(report, indent=1) + "\n")
+    if not args.only_scores:
+        print(table(report))
 
 
 if __name__ == "__main__":
