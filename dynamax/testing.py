@@ -301,6 +301,7 @@ def _exits(world: World, depths: Sequence[int], gate: str) -> list[Evidence]:
         lambda: texts,
         lambda steps, count: [text[: steps * count] for text in texts],
         blocks=lambda: [[1 + token % total for token in text] for text in texts],
+        seconds=lambda: [[0.001 * (1 + token % total) for token in text] for text in texts],
         top=lambda: world[1][-1].argmax(-1),
     )
     seen: list[Evidence] = []

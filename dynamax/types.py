@@ -116,6 +116,8 @@ class Past:
             the newest step's first and the most likely first.
         blocks: For each row, the block calls of each step before, without the prompt's own pass; None along a known
             text, where they depend on the policy.
+        seconds: For each row, the time that each step before took, on the clock of the wall, without the prompt's own
+            pass; None where ``blocks`` is.
         top: The full model's next token, ``top_B``; None while decoding, where nobody knows it.
         exits: For each row, the depths that the tokens before were drawn from, given how many; the newest first, and
             without the prompt's own pass. Along a known text, the first exit that says the full model's token stands
@@ -128,12 +130,14 @@ class Past:
         likely: Callable[[int, int], list[list[int]]],
         *,
         blocks: Callable[[], list[list[int]]] | None = None,
+        seconds: Callable[[], list[list[float]]] | None = None,
         top: Callable[[], Tensor] | None = None,
         exits: Callable[[int], list[list[int]]] | None = None,
     ) -> None:
         self._texts = texts
         self.likely = likely
         self.blocks = blocks
+        self.seconds = seconds
         self.top = top
         self.exits = exits
         self._derived: dict[tuple[object, ...], Any] = {}

@@ -367,5 +367,6 @@ def joined(pasts: Sequence[Past]) -> Past:
         lambda: [each.texts[0] for each in pasts],
         lambda steps, count: [each.likely(steps, count)[0] for each in pasts],
         blocks=lambda: [each.blocks()[0] for each in pasts if each.blocks is not None],
+        seconds=lambda: [each.seconds()[0] for each in pasts if each.seconds is not None],
         exits=lambda count: [each.exits(count)[0] for each in pasts if each.exits is not None],
     )

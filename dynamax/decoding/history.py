@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import chain
+from time import perf_counter
 from typing import final
 
 import torch
@@ -35,6 +36,8 @@ class History:
         self._said: list[Said] = []
         self._blocks: list[int] = []
         self._depths: list[int] = []
+        self._seconds: list[float] = []
+        self._told = perf_counter()
 
     def read(self, token_B: Tensor) -> None:
         """A step reads these tokens."""
@@ -47,6 +50,9 @@ class History:
         """
         self._blocks.append(blocks)
         self._depths.append(depth)
+        now = perf_counter()
+        self._seconds.append(now - self._told)
+        self._told = now
         self._said.append(Said(logits_BV))
         del self._said[: -self.keep]
 
@@ -63,6 +69,7 @@ class History:
             self._texts,
             self._likely,
             blocks=lambda: [self._blocks[1:]] * rows,
+            seconds=lambda: [self._seconds[1:]] * rows,
             exits=lambda count: [self._depths[:0:-1][:count]] * rows,
         )
 

@@ -1,8 +1,7 @@
-"""Policies of depth and time: never, at a depth, at a depth or threshold that falls, within a budget of blocks."""
+"""Policies of depth and time: never, at a depth, at a depth or threshold that falls."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Self
 
@@ -130,57 +129,6 @@ class Decaying(TerminationPolicy):
     def at(self, threshold: float) -> Self:
         """The same schedule over the inner policy at another threshold."""
         return type(self)(self.policy.at(threshold), temperature=self.temperature, horizon=self.horizon)
-
-    def validate(self, depths: Sequence[int]) -> None:
-        """Check the inner policy."""
-        self.policy.validate(depths)
-
-
-class Budget(TerminationPolicy):
-    """Another policy, with a threshold that moves after each step, so that steps cost so many blocks on average.
-
-    After ``t`` steps that called ``n`` blocks together, of a backbone of ``L``, the threshold is
-    ``x + rate (t blocks - n) / L``, where ``x`` is the inner policy's: what was saved is spent on being surer. For a
-    row decoded alone the mean differs from ``blocks`` by at most ``L (1 + rate) / (rate t)``, whatever the scores are,
-    if ``blocks`` lies between the depth of the first exit and ``L``. It works only while decoding: along a known text
-    nobody knows what earlier steps cost.
-
-    Args:
-        policy: The policy whose score is used, and whose threshold is the first.
-        blocks: Block calls a token, from 1 on; the prompt is not counted. A sweep changes this number.
-        rate: How fast the threshold moves, greater than 0: ``L`` blocks too many lower it by ``rate``.
-
-    Source: adaptive conformal inference (Gibbs and Candès 2021, arXiv 2106.00172), with blocks in place of errors.
-    """
-
-    def __init__(self, policy: ScorePolicy, blocks: float, *, rate: float = 0.1) -> None:
-        if not 0 < rate < math.inf:
-            raise UserError(f"{type(self).__name__} was given rate {rate}; it must be greater than 0 and finite.")
-        self.policy = policy
-        self.rate = rate
-        self.threshold = self.checked(blocks)
-        self.gates = policy.gates
-        self.depths = policy.depths
-        self.recent = max(1, policy.recent)
-        self.made_of = (policy.label,)
-
-    def __call__(self, evidence: Evidence) -> Tensor:
-        """Where the inner policy's score is at least the threshold that the steps before have led to."""
-        if evidence.past is None or evidence.past.blocks is None:
-            raise UserError(
-                f"{self.label} goes by the blocks of earlier steps, which are known only while decoding. Decode with "
-                f"it, or use its policy {self.policy.label} here."
-            )
-        assert isinstance(self.threshold, float), "its constructor and at() have checked it"
-        saved = [len(blocks) * self.threshold - sum(blocks) for blocks in evidence.past.blocks()]
-        moved_B = torch.tensor(saved, device=evidence.hidden.device) * (self.rate / evidence.total)
-        return self.policy.score(evidence) >= self.policy.level(evidence.depth) + moved_B
-
-    def checked(self, threshold: float) -> float:
-        """The blocks; a UserError if they are less than 1 or without end."""
-        if not 1 <= threshold < math.inf:
-            raise UserError(f"{type(self).__name__} was given {threshold} blocks a token; wanted: at least 1.")
-        return float(threshold)
 
     def validate(self, depths: Sequence[int]) -> None:
         """Check the inner policy."""

@@ -22,6 +22,7 @@ from dynamax.policies import (
     Entropy,
     GateConfidence,
     JEIGate,
+    LatencyBudget,
     MaxProb,
     Never,
     OnlyAt,
@@ -113,3 +114,24 @@ def test_rows_of_their_own_have_budgets_of_their_own(house) -> None:  # noqa: AN
     assert [told[ticket] for ticket in tickets] == alone
     assert len({depth for _, depth in alone[0]}) > 1
     assert torch.tensor([[depth for _, depth in row] for row in alone]).unique(dim=0).shape[0] == 3
+
+
+@pytest.mark.parametrize("target", [2.5, 4.0, 5.5])
+def test_a_latency_budget_is_a_budget_of_time(target, house, monkeypatch) -> None:  # noqa: ANN001
+    """On a clock that only blocks move, a millisecond a call, it decides as a budget of as many blocks."""
+    clock = [0.0]
+    block = HFBackbone.block
+
+    def timed(self, *given):  # noqa: ANN001, ANN202
+        clock[0] += 0.001
+        return block(self, *given)
+
+    monkeypatch.setattr(HFBackbone, "block", timed)
+    monkeypatch.setattr("dynamax.decoding.history.perf_counter", lambda: clock[0])
+    inner, options = MaxProb(0.7), {"max_new_tokens": 60}
+    timely = LatencyBudget(inner, target, rate=0.5 * target / DEPTH)
+    found = [step.depth for step in EarlyExit(*house, timely).decode(prompt(6), **options)]
+    assert found == [
+        step.depth for step in EarlyExit(*house, Budget(inner, target, rate=0.5)).decode(prompt(6), **options)
+    ]
+    assert len(set(found)) > 2

@@ -14,11 +14,12 @@ from dynamax.heads.gates import AttentionGate, LinearGate, MambaGate, Uncertaint
 from dynamax.heads.lenses import TunedLens
 from dynamax.policies.base import TerminationPolicy
 from dynamax.policies.bounds import Oracle, Random
+from dynamax.policies.budget import Budget
 from dynamax.policies.combine import AnyOf, OnlyAt
 from dynamax.policies.confidence import Entropy, GateConfidence, Margin, MaxProb, Patience, Saturation, Voting
 from dynamax.policies.joint import JEIGate
 from dynamax.policies.mixture import BetaMixture, BetaPair
-from dynamax.policies.schedule import AtDepth, Budget, Decaying, Never, PositionSchedule
+from dynamax.policies.schedule import AtDepth, Decaying, Never, PositionSchedule
 from tests.float64 import upcast64
 from tests.laws.house import loud, pair, prompt
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from dynamax.policies import AtDepth, Budget, Decaying, MaxProb, Never, PositionSchedule
+from dynamax.policies import AtDepth, Budget, Decaying, LatencyBudget, MaxProb, Never, PositionSchedule
 from dynamax.types import Past
 from tests.policies.evidence import evidence
 
@@ -117,3 +117,20 @@ def test_a_budget_is_for_decoding_alone():
         Budget(MaxProb(0.7), 5.0, rate=0)
     with pytest.raises(ValueError, match=r"0.5 blocks a token; wanted: at least 1"):
         Budget(MaxProb(0.7), 0.5)
+
+
+def test_a_latency_budget_spends_what_was_saved():
+    policy = LatencyBudget(MaxProb(0.7), 5.0, rate=0.3)
+    spent = ((), 0.7), ((0.005, 0.005), 0.7), ((0.003, 0.003), 0.7 + 0.3 * 4 / 5), ((0.009, 0.003), 0.7 - 0.3 * 2 / 5)
+    for seconds, level in spent:
+        for score in (level - 1e-3, level + 1e-3):
+            probs_BV = torch.tensor([[score, 1 - score], [score, 1 - score]])
+            seen = evidence(probs_BV.log())
+            times = [list(seconds), [0.005]]
+            seen.past = Past(list, lambda steps, count: [], blocks=list, seconds=lambda times=times: times)
+            assert policy(seen).tolist() == [score > level, score > 0.7], "each row has its own"
+    assert policy.at(6).threshold == 6.0
+    with pytest.raises(ValueError, match=r"0.0 ms a token; wanted: more than 0"):
+        LatencyBudget(MaxProb(0.7), 0.0)
+    with pytest.raises(ValueError, match="known only while decoding"):
+        policy(evidence(LOGITS_BV))
