@@ -46,7 +46,7 @@ from dynamax.heads import (
 )
 from dynamax.metrics.environment import environment
 from dynamax.objectives import LensDistillation
-from dynamax.suitability.ridge import RidgeLens
+from dynamax.objectives.ridge import RidgeLens
 
 LABELS = 8
 """Most likely tokens of the top that are kept of each position."""

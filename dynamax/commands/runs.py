@@ -144,7 +144,7 @@ class DynamaxCLI(LightningCLI):
         """Give the store the model's backbone, and the depths of its exits."""
         links = {
             "backbone": lambda model: model.backbone if isinstance(model, HeadsModule) else None,
-            "exits": lambda model: sorted(model.exits) if isinstance(model, HeadsModule) else [],
+            "exits": lambda model: model.stored_depths() if isinstance(model, HeadsModule) else [],
         }
         for name, compute in links.items():
             parser.link_arguments("model", f"data.init_args.{name}", compute_fn=compute, apply_on="instantiate")

@@ -241,7 +241,7 @@ class Filler:
         self.writer.finish()
 
     def _groups(self, first: int) -> Iterator[list[StoredDocument]]:
-        depths = [*self.reader.exits, self.engine.backbone.spec.depth]
+        depths = sorted({*self.reader.exits, self.engine.backbone.spec.depth})
         for group in self.source.groups_with_states(self.engine, depths, skip=first):
             self.tell("making labels" if group and group[0].hidden else "reading documents")
             yield self.reader.read(group)

@@ -43,7 +43,7 @@ class StateReader:
 
     Args:
         backbone: The model.
-        exits: Depths to keep, ascending, each at least 1 and below the model's own.
+        exits: Depths to keep, each at least 1; the model's own keeps the states at the top.
         k: Labels a position.
         dtype: What states are kept in.
         readout: A place with the backbone's final norm and output matrix in float32; wanted if the
@@ -99,7 +99,7 @@ class StateReader:
         for depth, h_ND in self._states(documents, rows):
             if depth in self.exits:
                 hidden[depth] = self._kept(h_ND, depth).cpu().split(lengths)
-            else:
+            if depth == self.backbone.spec.depth:
                 asked = [torch.arange(len(each.tokens)) >= each.prompt - 1 for each in documents]
                 columns = [column.split(lengths) for column in self._labels(h_ND, torch.cat(asked))]
         for index, document in enumerate(documents):
@@ -115,7 +115,7 @@ class StateReader:
 
     def _states(self, documents: Sequence[Document], rows: Sequence[Tensor]) -> Iterator[tuple[int, Tensor]]:
         """States of the N positions, document behind document, at each exit and at the top: given, or of a pass."""
-        depths = [*self.exits, self.backbone.spec.depth]
+        depths = sorted({*self.exits, self.backbone.spec.depth})
         given = [document.hidden for document in documents if document.hidden is not None]
         if len(given) == len(documents):
             yield from ((depth, torch.cat([hidden[depth] for hidden in given])) for depth in depths)
@@ -161,17 +161,17 @@ class StateReader:
 
 
 def check_exits(exits: Sequence[int], *, depth: int) -> tuple[int, ...]:
-    """Exits in ascending order.
+    """Depths to keep states at, ascending; the model's own is the top.
 
     Raises:
         UserError: If there are none, one is repeated, or one is outside the model.
     """
-    wanted = f"Wanted are different depths from 1 to {depth - 1}, for this backbone has {depth} blocks."
+    wanted = f"Wanted are different depths from 1 to {depth}, for this backbone has {depth} blocks."
     if not exits:
         raise UserError(f"No exits were given. {wanted}")
     if len(set(exits)) < len(exits):
         raise UserError(f"The exits {list(exits)} repeat a depth. {wanted}")
-    outside = [exit for exit in exits if not 1 <= exit < depth]
+    outside = [exit for exit in exits if not 1 <= exit <= depth]
     if outside:
         raise UserError(f"The exits {outside} of {list(exits)} are outside the model. {wanted}")
     return tuple(sorted(exits))

@@ -7,6 +7,7 @@ import math
 from collections.abc import Collection
 from typing import Any, Self, cast
 
+import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
@@ -19,10 +20,12 @@ from dynamax.data.batch import HiddenBatch
 from dynamax.data.hidden import HiddenStates
 from dynamax.errors import UserError
 from dynamax.heads.bank import Exit, ExitBank
+from dynamax.heads.lenses import TunedLens
 from dynamax.metrics.exits import GateAUROC
 from dynamax.modules.checks import ChecksBeforeFit, check_depths, check_finite, one_device
 from dynamax.modules.phases import Phase, PhaseSchedule, check_length, check_trained, completed, heads_of, share
 from dynamax.objectives.base import KINDS, ExitReader, Kind, counted, in_top_k
+from dynamax.objectives.ridge import RidgeLens
 from dynamax.paths import InputPath
 from dynamax.types import Site, Spec
 
@@ -55,6 +58,9 @@ class HeadsModule(LightningModule):
         alternate: Names of the phases that take turns; all others come before them.
         heads: Folder of saved heads to begin with, or to validate; they must be those of ``exits``, which may have more
             gates. Their lenses may rest in all phases. Left out, heads begin anew.
+        ridge: Begin each TunedLens in closed form, by ridge regression of the top's normed state on the exit's over the
+            documents of the first phase that trains lenses, with this penalty (see ``RidgeLens``); the store keeps the
+            states at the top too. Left out, lenses begin as the logit lens.
         weight_decay: Of AdamW.
         warmup: Part of each phase, in [0, 1), over which the learning rate rises; then it falls as a cosine.
 
@@ -78,6 +84,7 @@ class HeadsModule(LightningModule):
         *,
         alternate: list[str] | None = None,
         heads: InputPath | None = None,
+        ridge: float | None = None,
         weight_decay: float = 0.01,
         warmup: float = 0.05,
     ) -> None:
@@ -87,14 +94,21 @@ class HeadsModule(LightningModule):
                 f"HeadsModule was given warmup {warmup} and weight_decay {weight_decay}; warmup must lie in [0, 1), "
                 f"weight_decay must be a number of at least 0."
             )
+        if ridge is not None and (heads is not None or not 0 < ridge < math.inf):
+            raise UserError(
+                f"HeadsModule was given ridge {ridge} and heads {heads}; ridge is a penalty greater than 0, and sets "
+                f"lenses anew. Leave one of them out."
+            )
         self.backbone = backbone
         self.exits = exits
+        self.ridge = ridge
         self.saved = None if heads is None else str(heads)
         self.alternate = tuple(alternate or ())
         self.phases = completed(phases or {}, self.alternate)
         self.weight_decay = weight_decay
         self.warmup = warmup
         self._top: tuple[Backbone, ...] = ()  # in a tuple, so that it is no submodule and in no checkpoint
+        self._stage: tuple[Backbone, ...] = ()
         self._reader = ExitReader("lens", in_top_k(1))
         self._schedule: PhaseSchedule | None = None
         self._entered: Phase | None = None
@@ -105,8 +119,7 @@ class HeadsModule(LightningModule):
         """Load the backbone's top and build the heads, once; see the class for what is refused."""
         if self._top:
             return
-        rank_zero_info(f"Loading the output stage of {type(self.backbone).__name__}")
-        top = self.backbone.output_stage().eval().requires_grad_(False)
+        top = self._output_stage()
         bank = ExitBank(self.exits, top.site)
         blocks = max(bank.lens(depth).last_blocks for depth in bank.depths)
         if blocks > 1:
@@ -119,6 +132,21 @@ class HeadsModule(LightningModule):
         gates = [f"{depth}/{name}" for depth in bank.depths for name in bank.gates(depth)]
         self.aurocs = nn.ModuleDict({name: GateAUROC() for name in gates})
         check_trained(bank, self.phases, may_rest=["lenses"] if self.saved is not None else [])
+        tuned = [depth for depth in bank.depths if isinstance(bank.lens(depth), TunedLens)]
+        if self.ridge is not None and not tuned:
+            raise UserError("HeadsModule was given ridge, but no exit has a TunedLens. Give one, or leave ridge out.")
+
+    def _output_stage(self) -> Backbone:
+        """The backbone's last block, final norm and output matrix, loaded once."""
+        if not self._stage:
+            rank_zero_info(f"Loading the output stage of {type(self.backbone).__name__}")
+            self._stage = (self.backbone.output_stage().eval().requires_grad_(False),)
+        return self._stage[0]
+
+    def stored_depths(self) -> list[int]:
+        """Depths at which a store must keep states: those of the exits, and the top if lenses begin by ridge."""
+        top = [] if self.ridge is None else [self._output_stage().spec.depth]
+        return sorted([*self.exits, *top])
 
     def _take_up(self, bank: ExitBank, begun: ExitBank, spec: Spec) -> None:
         """Copy saved heads into the bank; only gates may be new."""
@@ -173,7 +201,7 @@ class HeadsModule(LightningModule):
                     f"{phase.objective.tokens} tokens of a position, but the store keeps {data.k}. Raise data.k, which "
                     f"fills another store, or lower top or k of the objective."
                 )
-        check_depths(self.exits, data.exits)
+        check_depths(self.stored_depths(), data.exits)
 
     def setup(self, stage: str) -> None:
         """Check, for runs without the command line; nothing of an earlier fit is used."""
@@ -212,6 +240,27 @@ class HeadsModule(LightningModule):
         epoch_steps = math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
         check_length(self.phases, self.alternate, trainer, epoch_steps)
         self._schedule = PhaseSchedule(self.phases, self.alternate, epoch_steps=epoch_steps, total=int(total))
+        if self.ridge is not None and self.global_step == 0:
+            self._regress(self.ridge)
+
+    @torch.no_grad()
+    def _regress(self, penalty: float) -> None:
+        """Set each TunedLens by ridge regression, over the counted positions of all training documents."""
+        depths = [depth for depth in self.bank.depths if isinstance(self.bank.lens(depth), TunedLens)]
+        found = {depth: RidgeLens(self.spec.width, penalty, self.device) for depth in depths}
+        phase = next(phase for phase in self.phases.values() if "lenses" in phase.trains)
+        for batch in cast(Any, self.trainer).train_dataloader:
+            part = share(batch, phase.prompts or (0.0, 1.0))
+            check_depths(self.stored_depths(), part.hidden)
+            live_BT, site = counted(part), self.sites[depths[0]]
+            top_ND = site.normalize(part.hidden[self.spec.depth][live_BT].to(self.device))
+            for depth, lens in found.items():
+                lens.add(site.normalize(part.hidden[depth][live_BT].to(self.device)), top_ND)
+        for depth, lens in found.items():
+            a_DD, b_D = lens.solve()
+            shift = cast(TunedLens, self.bank.lens(depth)).shift
+            shift.weight.copy_(a_DD.T)
+            shift.bias.copy_(b_D)
 
     def on_validation_start(self) -> None:
         """Bring the backbone's top to the heads; validation on its own may have other heads and other documents."""

@@ -13,8 +13,8 @@ from dynamax.calibration.scores import split
 from dynamax.data.text import Document
 from dynamax.engine import Engine
 from dynamax.errors import UserError
+from dynamax.objectives.ridge import RidgeLens
 from dynamax.suitability.prices import LENSES, Lens, Price, counted, timed
-from dynamax.suitability.ridge import RidgeLens
 
 PENALTY = 0.03
 """Of the ridge lenses."""

@@ -135,12 +135,12 @@ def test_the_longest_document_is_read(backbone):
 
 @pytest.mark.parametrize(
     ("exits", "given"),
-    [([], "No exits"), ([2, 2], "repeat a depth"), ([0, 2], r"\[0\] of"), ([2, 6], r"\[6\] of"), ([-1], r"\[-1\]")],
+    [([], "No exits"), ([2, 2], "repeat a depth"), ([0, 2], r"\[0\] of"), ([2, 7], r"\[7\] of"), ([-1], r"\[-1\]")],
 )
 def test_exits_are_checked(exits, given):
-    with pytest.raises(ValueError, match=rf"{given}.*depths from 1 to 5"):
+    with pytest.raises(ValueError, match=rf"{given}.*depths from 1 to 6"):
         check_exits(exits, depth=6)
-    assert check_exits([5, 1], depth=6) == (1, 5)
+    assert check_exits([6, 5, 1], depth=6) == (1, 5, 6)
 
 
 @pytest.mark.parametrize("k", [0, VOCAB + 1])

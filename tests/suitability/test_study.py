@@ -16,9 +16,9 @@ from dynamax.backbones.state import LayerView
 from dynamax.data.text import Document
 from dynamax.engine import Engine
 from dynamax.errors import UserError
+from dynamax.objectives.ridge import RidgeLens
 from dynamax.suitability.plot import draw
 from dynamax.suitability.prices import Price, counted, timed
-from dynamax.suitability.ridge import RidgeLens
 from dynamax.suitability.study import Reading, Row, leaves, normed_states, oracle, said, study
 from dynamax.types import BlockCost, Spec
 
