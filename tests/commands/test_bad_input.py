@@ -16,10 +16,10 @@ TEST = ("test", "-c", "test.yaml")
 CASES = {
     "class": ([*FIT, "--model.backbone", "SmolLM"], ["model.backbone", "SmolLM", "Did you mean SmolLM2", "Folder"]),
     "lens": ([*FIT, "--model.exits={2: {lens: LogitLense}}"], ["lens", "Did you mean LogitLens", "TunedLens"]),
-    "gate": ([*FIT, "--model.exits={2: {gates: [Mamba]}}"], ["gates", "Did you mean MambaGate"]),
+    "gate": ([*FIT, "--model.exits={2: {gates: [Mamba]}}"], ["gates", "Did you mean MambaLens or MambaGate?"]),
     "policy": (
         [*TEST, "--model.policies=[{policy: MaxProp}]"],
-        ["policy", "Did you mean MaxProb", "GateConfidence, JEIGate, Margin"],
+        ["policy", "Did you mean MaxProb", "GateConfidence, JEIGate, LatencyBudget, Margin"],
     ),
     "objective": ([*FIT, "--model.phases.gates.objective", "GateObj"], ["objective", "Did you mean GateObjective"]),
     "task": ([*TEST, "--data.task", "TriviaQ"], ["data.task", "Did you mean TriviaQA"]),

@@ -172,7 +172,11 @@ def test_several_devices_are_refused_before_the_store_is_filled(
     assert not (place / "store").exists()
 
 
-@pytest.mark.parametrize("name", sorted(path.name for path in TRAINERS.glob("*.yaml")))
+SEVERAL = {"ddp.yaml", "fsdp.yaml"}
+"""For ``tune`` on several GPUs."""
+
+
+@pytest.mark.parametrize("name", sorted({path.name for path in TRAINERS.glob("*.yaml")} - SEVERAL))
 def test_the_trainers_that_come_with_the_project_train_as_many_epochs_as_the_demo_needs(
     run: Run, place: Path, name: str
 ) -> None:
