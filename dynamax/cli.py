@@ -131,7 +131,7 @@ def _dispatch(options: list[str], texts: list[str]) -> None:
 
 def overview() -> str:
     """The help page."""
-    commands = "\n".join(f"  {name:<12}{command.purpose}" for name, command in COMMANDS.items())
+    commands = "\n".join(f"  {name:<14}{command.purpose}" for name, command in COMMANDS.items())
     return f"""Dynamic depth (early exit) for decoder-only language models.
 
 usage: dynamax COMMAND [-c CONFIG]... [--OPTION VALUE]...
