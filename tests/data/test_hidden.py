@@ -216,8 +216,8 @@ def test_bad_options_are_refused_at_once(data, options, message):
 
 def test_an_exit_outside_the_model_is_refused_before_the_backbone_is_loaded(model_folder, tmp_path, monkeypatch):
     monkeypatch.delattr(HiddenStates, "fill")
-    with pytest.raises(ValueError, match=r"\[6\] of \[2, 6\].*6 blocks"):
-        HiddenStates(Folder(model_folder), RandomText(), [2, 6], folder=str(tmp_path)).prepare_data()
+    with pytest.raises(ValueError, match=r"\[7\] of \[2, 7\].*6 blocks"):
+        HiddenStates(Folder(model_folder), RandomText(), [2, 7], folder=str(tmp_path)).prepare_data()
 
 
 class Watcher(LightningModule):
