@@ -1,8 +1,8 @@
 """Every way of leaving early in one table: what it keeps and what it saves, along known texts and decoding freely.
 
     python -m benchmarks.ways_to_leave --heads NAME=FOLDER [NAME=MODEL:15,19,23,27 ...] --questions-file FILE
-                                       [--calibrate 80] [--questions 80] [--timed 8] [--tokens 64] [--precision auto]
-                                       [--cache FOLDER] [--out FILE]
+                                       [--calibrate 80] [--questions 80] [--timed 8] [--rounds 1] [--tokens 64]
+                                       [--precision auto] [--only WAY ...] [--cache FOLDER] [--out FILE]
 
 ``NAME=FOLDER`` gives the confidence of each gate in the folder, JEI-DNN's rule over UncertaintyGate, MaxProb,
 CandidateProb, and cascades of a gate with these two; ``NAME=MODEL:DEPTHS`` the logit lens alone (CALM).
@@ -204,15 +204,23 @@ def oracle(scores: Scores, depths: Sequence[int], prices: dict[str, Any]) -> dic
 
 
 def speeds(
-    engine: Engine, policies: dict[str, TerminationPolicy], answers: Sequence[Answer]
+    engine: Engine, policies: dict[str, TerminationPolicy], answers: Sequence[Answer], rounds: int
 ) -> dict[str, dict[str, float]]:
-    """Blocks, bytes and time a token over those of full decoding: along the answers (forced), and freely."""
+    """Blocks, bytes and time a token over those of full decoding: along the answers (forced), and freely.
+
+    All rounds take the same steps, so the fastest of each is the least disturbed. ``full again`` shows the noise.
+    """
     decoders = {name: engine.decoder(policy, EarlyExit) for name, policy in policies.items()}
     models = {name: CostModel(engine.backbone, decoder.exits) for name, decoder in decoders.items()}
+    decoders["full again"] = engine.decoder(None, Full)
     everyone = {"full": engine.decoder(None, Full)} | decoders
-    models["full"] = CostModel(engine.backbone)
+    models |= dict.fromkeys(("full", "full again"), CostModel(engine.backbone))
     in_turn(everyone, answers[:1])  # steps of each kind are recorded
-    forced = in_turn(everyone, answers)
+    again = [in_turn(everyone, answers) for _ in range(rounds)]
+    forced = [
+        {name: [min(each) for each in zip(*(row[name][0] for row in rows), strict=True)] for name in everyone}
+        for rows in zip(*again, strict=True)
+    ]
     ends = engine.options().eos_token_id
     free: dict[str, list[tuple[float, float, float, bool]]] = {name: [] for name in everyone}
     order = random.Random(0)
@@ -233,10 +241,10 @@ def speeds(
     found: dict[str, dict[str, float]] = {}
     ms, _, bytes_full, _ = (statistics.mean(column) for column in zip(*free["full"], strict=True))
     for name in decoders:
-        ratios = [sum(row["full"][0]) / sum(row[name][0]) for row in forced]
+        ratios = [sum(row["full"]) / sum(row[name]) for row in forced]
         own = [statistics.mean(column) for column in zip(*free[name], strict=True)]
         found[name] = {
-            "speed-up": sum(sum(row["full"][0]) for row in forced) / sum(sum(row[name][0]) for row in forced),
+            "speed-up": sum(sum(row["full"]) for row in forced) / sum(sum(row[name]) for row in forced),
             "least": min(ratios),
             "most": max(ratios),
             "free speed-up": ms / own[0],
@@ -290,6 +298,8 @@ def one_model(name: str, given: str, asked: list[str], args: argparse.Namespace)
     rows: dict[str, Any] = {}
     policies: dict[str, TerminationPolicy] = {}
     for kind, way in ways(scores).items():
+        if args.only is not None and kind not in args.only:
+            continue
         for wanted, choice in chosen(way, first, depths, prices).items():
             row: dict[str, Any] = {"same": 1.0, "blocks": float(depths[-1])}
             if choice.exits:
@@ -301,7 +311,7 @@ def one_model(name: str, given: str, asked: list[str], args: argparse.Namespace)
                 policies[f"{kind} {wanted}"] = OnlyAt(way.policy(limits, choice.low), asks)
             rows.setdefault(kind, {})[str(wanted)] = row
     with torch.inference_mode():
-        found = speeds(engine, policies, timed) if policies else {}
+        found = speeds(engine, policies, timed, args.rounds) if policies else {}
     for kind, row in rows.items():
         for wanted in row:
             row[wanted] |= found.get(f"{kind} {wanted}", {})
@@ -311,6 +321,7 @@ def one_model(name: str, given: str, asked: list[str], args: argparse.Namespace)
         "positions": {"calibration": border, "test": second["right"].shape[1]},
         "oracle": oracle(second, depths, prices),
         "costs us": prices,
+        "full again": found.get("full again"),
         "rows": rows,
     }
 
@@ -348,7 +359,8 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, default=None)
     parser.add_argument("--only-scores", action="store_true", help="fill the cache, and stop before anything is timed")
     parser.add_argument("--out", type=Path, default=None)
-    numbers = {"calibrate": 80, "questions": 80, "timed": 8, "tokens": 64, "skip": 240}
+    parser.add_argument("--only", nargs="+", default=None, metavar="WAY", help="only some ways, by their names")
+    numbers = {"calibrate": 80, "questions": 80, "timed": 8, "rounds": 1, "tokens": 64, "skip": 240}
     for name, value in numbers.items():
         parser.add_argument(f"--{name}", type=int, default=value)
     args = parser.parse_args()
