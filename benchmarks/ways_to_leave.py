@@ -12,7 +12,8 @@ CandidateProb, and cascades of a gate with these two; ``NAME=MODEL:DEPTHS`` the 
 2. What asking an exit costs and what leaving there saves is timed on the model itself.
 3. For each way and each wanted share of same tokens, exits and thresholds are chosen on the answers for calibration,
    where they would save most time. Nothing is chosen where nothing would be saved: full decoding goes on.
-4. On the other answers: the share of same tokens of all; blocks, bytes and time of ``--timed`` of them, decoded step by
+4. On the other answers: the share of same tokens of all, read in one pass, where candidates come from the full model's
+   steps (decoding takes them from the exits'; ``timed same`` is decoding's share on the timed answers); blocks, bytes and time of ``--timed`` of them, decoded step by
    step in turn with full decoding along the full model's answer, and once more freely.
 
 ``oracle`` leaves at the first exit that is right, asks nothing, and saves by the times of 2. Models that ``--out``
@@ -245,6 +246,7 @@ def speeds(
         own = [statistics.mean(column) for column in zip(*free[name], strict=True)]
         found[name] = {
             "speed-up": sum(sum(row["full"]) for row in forced) / sum(sum(row[name]) for row in forced),
+            "timed same": statistics.mean(same for row in again[0] for same in row[name][1]),
             "least": min(ratios),
             "most": max(ratios),
             "free speed-up": ms / own[0],

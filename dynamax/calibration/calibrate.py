@@ -12,6 +12,7 @@ from dynamax.calibration.risk import Method, documents_needed, promised
 from dynamax.calibration.scores import Outcome, Scores, fingerprint, outcome, scored, split, texts
 from dynamax.calibration.search import Searched, found
 from dynamax.data.text import Document
+from dynamax.decoding.early_exit import EarlyExit
 from dynamax.engine import Engine
 from dynamax.errors import UserError
 from dynamax.policies.base import ScorePolicy, TerminationPolicy
@@ -61,18 +62,21 @@ def calibrate(
         progress: Wraps what is gone through, with a label.
 
     Raises:
-        UserError: If an option is out of range, there are no exits, or too few documents.
+        UserError: If an option is out of range, there are no exits or too few documents, or decoding would read
+            something else than one pass over a text.
     """
     for name, value in {"epsilon": epsilon, "delta": delta, "share": share}.items():
         if not 0 < value < 1:
             raise UserError(f"calibrate was given {name} {value}; it must lie between 0 and 1. Change it.")
     if engine.exits is None:
         raise UserError("calibrate was given a model without exits. Give heads, or exits such as LogitLens.")
-    policy.at(dict.fromkeys(engine.exits.depths, 0.5)).validate(engine.exits.depths)
-    if engine.exits.select_gates(policy.gates).recent:
+    asked = policy.at(dict.fromkeys(engine.exits.depths, 0.5))
+    asked.validate(engine.exits.depths)
+    if not engine.decoder(asked, EarlyExit).teacher_forced:
         raise UserError(
-            f"calibrate reads known texts, where a gate of {policy.label} that reads the exits of earlier tokens gets "
-            f"those of a perfect policy, so nothing could be promised. Calibrate a gate without the input PastExits."
+            f"calibrate reads each text in one pass, and what {policy.label} decides here depends on where earlier "
+            f"tokens left, so it could not be promised: the policy looks at earlier steps, a gate reads PastExits, or a "
+            f"lens runs blocks of the backbone. Calibrate another policy, or other exits."
         )
     first, second = split(documents, share)
     search = [scored(text, policy) for text in texts(engine, progress(first, "search"))]

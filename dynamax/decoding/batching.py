@@ -263,8 +263,8 @@ class Scheduler:
             read, trail = [*read, evidence], [*trail, evidence]
             if any(leave):
                 out = [place for place, left in enumerate(leave) if left]
-                mine = {name: said_R1[out] for name, said_R1 in recurrent.items()}
-                told += self._leave(evidence, h_R1D[out], [rows[i] for i in out], chosen.only(out), out, read, mine)
+                given = [rows[i] for i in out]
+                told += self._leave(evidence, h_R1D[out], given, chosen.only(out), out, read, recurrent)
                 on = [place for place, left in enumerate(leave) if not left]
                 if not on:
                     break
@@ -310,7 +310,8 @@ class Scheduler:
             logits_RV = evidence.answer[places]
         else:  # of these rows alone
             site = self.backbone.site(depth, chosen)
-            evidence = self._exits.evidence(site, h_R1D, pick=newest, recurrent=recurrent)
+            mine = {name: said_R1[places] for name, said_R1 in recurrent.items()}
+            evidence = self._exits.evidence(site, h_R1D, pick=newest, recurrent=mine)
             logits_RV, read = evidence.answer, [*read, evidence]
         self._rule.leave(self.backbone, chosen, depth, h_R1D, last_block_ran=self._exits.lens(depth).writes_last_block)
         if self._rule.gates_read_exit:

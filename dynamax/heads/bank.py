@@ -269,15 +269,15 @@ class ExitBank(nn.Module):
                 own = step if isinstance(step, int) else step[alike]
                 evidence = self.sequence(site, chunk_BTD, own)
                 if isinstance(head, Lens):
-                    score_BT = head.continued(chunk_BTD, site, memory)
+                    said_BT = head.continued(chunk_BTD, site, memory)
                 elif recordings is None:
-                    score_BT = cast(Gate, head).score(evidence, memory)
+                    said_BT = cast(Gate, head).score(evidence, memory)
                 else:
-                    score_BT = recordings.score((depth, name), cast(Gate, head), evidence, memory)
+                    said_BT = recordings.score((depth, name), cast(Gate, head), evidence, memory)
                 memory.read += chunk_BTD.shape[1]
                 part_over(memory, [memories[row] for row in alike])
-                for row, score in zip(alike, score_BT.split(len(score_BT) // len(alike)), strict=True):
-                    found[row] = score[:, -count:]
+                for row, said in zip(alike, said_BT.split(len(said_BT) // len(alike)), strict=True):
+                    found[row] = said[:, -count:]
                     if evidence.logits_read:
                         reads[row] += ((depth, chunk_BTD.shape[1]),)
             scores[name] = found[0] if len(runs) == 1 else torch.cat(found)

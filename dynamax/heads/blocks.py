@@ -189,3 +189,12 @@ class MambaBlock(nn.Module):
             memory.values = {"window": window_BWC, "state": state_BHPN}
         y = torch.addcmul(y_BTHP, self.D.unsqueeze(-1), x_BTHP).reshape(*z.shape) * F.silu(z)
         return rms_normalize(y, y.dtype)
+
+
+def transformer_block(
+    x_BTD: Tensor, attention: CausalAttention, inner: SwiGLU, down: nn.Linear, memory: Memory | None
+) -> Tensor:
+    """Attention and feed-forward with their residuals, each behind a norm, then a norm."""
+    x_BTD = x_BTD + attention(rms_normalize(x_BTD, x_BTD.dtype), memory)
+    x_BTD = x_BTD + down(inner(rms_normalize(x_BTD, x_BTD.dtype)))
+    return rms_normalize(x_BTD, x_BTD.dtype)

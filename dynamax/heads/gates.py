@@ -23,6 +23,7 @@ from dynamax.heads.blocks import (
     positive,
     rms_normalize,
     swiglu_width,
+    transformer_block,
     zero_init,
 )
 from dynamax.heads.inputs import GateInput, Inputs, LensStatistics
@@ -208,9 +209,8 @@ class AttentionGate(Gate):
         """Norm, input projection, attention and feed-forward with their residuals, norm, last projection."""
         dtype = self.out.weight.dtype
         x_BTD = self.enter(evidence.derive(rms_normalize, dtype))
-        x_BTD = x_BTD + self.attention(rms_normalize(x_BTD, dtype), memory)
-        x_BTD = x_BTD + self.down(self.inner(rms_normalize(x_BTD, dtype)))
-        return self.out(rms_normalize(x_BTD, dtype)).squeeze(-1)
+        x_BTD = transformer_block(x_BTD, self.attention, self.inner, self.down, memory)
+        return self.out(x_BTD).squeeze(-1)
 
     def flops(self) -> int:
         """The formula of the class: products with weights, and attending to one key."""

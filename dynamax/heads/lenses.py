@@ -18,8 +18,8 @@ from dynamax.heads.blocks import (
     SwiGLU,
     input_projection,
     positive,
-    rms_normalize,
     swiglu_width,
+    transformer_block,
     zero_init,
 )
 from dynamax.kernels import at_least_float32
@@ -181,9 +181,8 @@ class AttentionLens(Lens):
     def _read(self, u_BTD: Tensor, memory: Memory | None) -> Tensor:
         dtype = self.leave.weight.dtype
         x_BTD = self.enter(u_BTD.to(dtype))
-        x_BTD = x_BTD + self.attention(rms_normalize(x_BTD, dtype), memory)
-        x_BTD = x_BTD + self.down(self.inner(rms_normalize(x_BTD, dtype)))
-        return u_BTD + self.leave(rms_normalize(x_BTD, dtype)).to(u_BTD.dtype)
+        x_BTD = transformer_block(x_BTD, self.attention, self.inner, self.down, memory)
+        return u_BTD + self.leave(x_BTD).to(u_BTD.dtype)
 
     def flops(self) -> int:
         """The formula of the class: products with weights, and attending to one key."""

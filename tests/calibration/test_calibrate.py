@@ -17,7 +17,7 @@ from dynamax.data.text import Document
 from dynamax.decoding.cost import CostModel
 from dynamax.engine import Engine
 from dynamax.errors import UserError
-from dynamax.heads import Exit, LinearGate, LogitLens, PastExits
+from dynamax.heads import BridgeLens, Exit, LastBlockLens, LinearGate, LogitLens, PastExits
 from dynamax.policies import CandidateProb, GateConfidence, JEIGate, MaxProb, Never, OnlyAt, Saturation, ScorePolicy
 from dynamax.testing import stir
 
@@ -130,11 +130,21 @@ def test_what_cannot_be_promised_is_said_and_never_leaves(engine: Engine, docume
     assert "would be needed" in found.promise.reason
 
 
-def test_a_gate_that_reads_the_exits_of_earlier_tokens_is_refused(documents: list[Document]) -> None:
-    given = Exit(LogitLens, [partial(LinearGate, inputs=[PastExits()])])
+@pytest.mark.parametrize(
+    ("given", "policy"),
+    [
+        (Exit(LogitLens, [partial(LinearGate, inputs=[PastExits()])]), GateConfidence(0.5)),
+        (Exit(LogitLens), CandidateProb(0.5)),
+        (Exit(LastBlockLens), MaxProb(0.5)),
+        (Exit(partial(BridgeLens, blocks=2)), MaxProb(0.5)),
+    ],
+    ids=["gate", "policy", "last block", "bridge"],
+)
+def test_what_one_pass_does_not_tell_is_refused(given: Exit, policy: ScorePolicy, documents: list[Document]) -> None:
+    """Its promise would be about other readings than those of decoding."""
     engine = dynamax.load("assets/llama", exits={2: given, 4: given}, device="cpu")
-    with pytest.raises(UserError, match="gets those of a perfect policy, so nothing could be promised"):
-        calibrate(engine, GateConfidence(0.5), documents[:4], epsilon=0.1, delta=0.1)
+    with pytest.raises(UserError, match=r"decides here depends on where earlier tokens left"):
+        calibrate(engine, policy, documents[:4], epsilon=0.1, delta=0.1)
 
 
 @pytest.mark.parametrize("options", [{"epsilon": 0.0}, {"epsilon": 0.1, "delta": 1.0}, {"epsilon": 0.1, "share": 0}])
