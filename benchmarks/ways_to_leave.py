@@ -13,8 +13,9 @@ CandidateProb, and cascades of a gate with these two; ``NAME=MODEL:DEPTHS`` the 
 3. For each way and each wanted share of same tokens, exits and thresholds are chosen on the answers for calibration,
    where they would save most time. Nothing is chosen where nothing would be saved: full decoding goes on.
 4. On the other answers: the share of same tokens of all, read in one pass, where candidates come from the full model's
-   steps (decoding takes them from the exits'; ``timed same`` is decoding's share on the timed answers); blocks, bytes and time of ``--timed`` of them, decoded step by
-   step in turn with full decoding along the full model's answer, and once more freely.
+   steps; blocks, bytes and time of ``--timed`` of them, decoded step by step in turn with full decoding along the full
+   model's answer, and once more freely. ``timed same`` is the share of same tokens of the former, where candidates come
+   from the exits' own steps.
 
 ``oracle`` leaves at the first exit that is right, asks nothing, and saves by the times of 2. Models that ``--out``
 already holds stay in it.

@@ -75,8 +75,8 @@ def calibrate(
     if not engine.decoder(asked, EarlyExit).teacher_forced:
         raise UserError(
             f"calibrate reads each text in one pass, and what {policy.label} decides here depends on where earlier "
-            f"tokens left, so it could not be promised: the policy looks at earlier steps, a gate reads PastExits, or a "
-            f"lens runs blocks of the backbone. Calibrate another policy, or other exits."
+            f"tokens left, so it could not be promised: the policy looks at earlier steps, a gate reads PastExits, or "
+            f"a lens runs blocks of the backbone. Calibrate another policy, or other exits."
         )
     first, second = split(documents, share)
     search = [scored(text, policy) for text in texts(engine, progress(first, "search"))]
