@@ -65,19 +65,7 @@ def calibrate(
         UserError: If an option is out of range, there are no exits or too few documents, or decoding would read
             something else than one pass over a text.
     """
-    for name, value in {"epsilon": epsilon, "delta": delta, "share": share}.items():
-        if not 0 < value < 1:
-            raise UserError(f"calibrate was given {name} {value}; it must lie between 0 and 1. Change it.")
-    if engine.exits is None:
-        raise UserError("calibrate was given a model without exits. Give heads, or exits such as LogitLens.")
-    asked = policy.at(dict.fromkeys(engine.exits.depths, 0.5))
-    asked.validate(engine.exits.depths)
-    if not engine.decoder(asked, EarlyExit).teacher_forced:
-        raise UserError(
-            f"calibrate reads each text in one pass, and what {policy.label} decides here depends on where earlier "
-            f"tokens left, so it could not be promised: the policy looks at earlier steps, a gate reads PastExits, or "
-            f"a lens runs blocks of the backbone. Calibrate another policy, or other exits."
-        )
+    check(engine, policy, epsilon=epsilon, delta=delta, share=share)
     first, second = split(documents, share)
     search = [scored(text, policy) for text in texts(engine, progress(first, "search"))]
     if not search or not second:
@@ -93,6 +81,23 @@ def calibrate(
         tested.append([outcome(text, candidate) for candidate in (*candidates, Never())])
         test.append(scored(text, policy))
     return Calibrated(*concluded(engine, tested, candidates, second, (epsilon, delta, method, level)), search, test)
+
+
+def check(engine: Engine, policy: ScorePolicy, *, epsilon: float, delta: float, share: float) -> None:
+    """What ``calibrate`` refuses (UserError), as far as can be known before there are documents."""
+    for name, value in {"epsilon": epsilon, "delta": delta, "share": share}.items():
+        if not 0 < value < 1:
+            raise UserError(f"calibrate was given {name} {value}; it must lie between 0 and 1. Change it.")
+    if engine.exits is None:
+        raise UserError("calibrate was given a model without exits. Give heads, or exits such as LogitLens.")
+    asked = policy.at(dict.fromkeys(engine.exits.depths, 0.5))
+    asked.validate(engine.exits.depths)
+    if not engine.decoder(asked, EarlyExit).teacher_forced:
+        raise UserError(
+            f"calibrate reads each text in one pass, and what {policy.label} decides here depends on where earlier "
+            f"tokens left, so it could not be promised: the policy looks at earlier steps, a gate reads PastExits, or "
+            f"a lens runs blocks of the backbone. Calibrate another policy, or other exits."
+        )
 
 
 def concluded(

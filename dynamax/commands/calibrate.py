@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from dynamax.calibration.calibrate import Calibrated
+from dynamax.calibration.calibrate import Calibrated, check
 from dynamax.calibration.calibrate import calibrate as calibrated
 from dynamax.calibration.promise import Level, as_yaml, described
 from dynamax.calibration.reliability import TREATMENTS, ExitReliability, reliability
@@ -97,6 +97,7 @@ def calibrate(
         raise UserError(f"{out} cannot be written: it is a folder, or its folder does not exist. Change --out.")
     picture = output_file(plot, ".png")
     engine = load(model, heads=None if heads is None else str(heads), exits=exits, dtype=dtype, precision=precision)
+    check(engine, policy, epsilon=epsilon, delta=delta, share=share)  # before texts are written, which takes long
     documents = written(text, engine)
     found = calibrated(
         engine, policy, documents, epsilon=epsilon, delta=delta, method=method, level=level, share=share, progress=bar
