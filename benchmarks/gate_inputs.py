@@ -1,13 +1,15 @@
 """Which information helps a gate: AUROC of each exit for each set of inputs, and what asking costs.
 
-    python -m benchmarks.gate_inputs --model FOLDER (--store FOLDER [--seen 0.75] | --exits 2 4 6)
+    python -m benchmarks.gate_inputs --model FOLDER
+                                     (--store FOLDER [--seen 0.75] | --states FILE [--skip 0] | --exits 2 4 6)
                                      [--documents 480] [--seeds 3] [--epochs 10] [--out FILE]
 
-``--model`` is a folder of heads, or of a model whose exits are then logit lenses. Documents come from a store, or are
-written by the model. Of a store, those are left out that its lenses were trained on: the share ``--seen`` of the
-prompts that are not for validation, as ``fit`` takes them. Each seed splits the documents that are left by their
-prompts: a third for testing, and of the others a sixth says when training stops. Every input is read once, by
-``dynamax.heads.inputs`` itself, and kept in memory; gates are those of the package.
+``--model`` is a folder of heads, or of a model whose exits are then logit lenses. Documents come from a store, from
+states that ``benchmarks.readers`` has kept (``STATES/train``), or are written by the model. Those are left out that the
+lenses were trained on. Of a store: the share ``--seen`` of the prompts that are not for validation, as ``fit`` takes
+them. Of states: all documents with a prompt of the first ``--skip`` positions. Each seed splits the documents that are
+left by their prompts: a third for testing, and of the others a sixth says when training stops. Every input is read
+once, by ``dynamax.heads.inputs`` itself, and kept in memory; gates are those of the package.
 
 Cost is the weights read to ask the gate at one exit: its own; of the lens and the output matrix where an input reads
 logits, or of the candidates' rows; those of another gate. The trail counts this exit alone.
@@ -34,6 +36,7 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 from torchmetrics.functional.classification import binary_auroc
 
+from benchmarks.readers import kept
 from dynamax.data.batch import collate
 from dynamax.data.generated import SelfGenerated
 from dynamax.data.states import StateReader
@@ -290,6 +293,15 @@ def measured(engine: Engine, depth: int, documents: Sequence[Document], seed: in
 
 def documents_of(args: argparse.Namespace) -> tuple[Engine, list[StoredDocument]]:
     """The model, and documents that its lenses never saw."""
+    if args.states is not None:
+        engine = load(args.model, device="cpu")
+        assert engine.exits is not None, "a model with exits"
+        written = kept(args.states, engine.exits.depths).documents()
+        stops = list(accumulate(len(each.tokens_T) for each in written))
+        seen = {each.origin for each, stop in zip(written, stops, strict=True) if stop <= args.skip}
+        unseen = [each for each in written if each.origin not in seen]
+        order = torch.randperm(len(unseen), generator=torch.Generator().manual_seed(0))[: args.documents]
+        return engine, [unseen[number] for number in order.tolist()]
     if args.store is None:
         engine = load(args.model, exits={depth: Exit() for depth in args.exits}, device="cpu")
         assert engine.exits is not None
@@ -309,6 +321,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True)
     parser.add_argument("--store", type=Path, default=None)
+    parser.add_argument("--states", type=Path, default=None)
+    parser.add_argument("--skip", type=int, default=0)
     parser.add_argument("--exits", type=int, nargs="+", default=[2, 4, 6])
     parser.add_argument("--seen", type=float, default=0.75)
     parser.add_argument("--out", type=Path, default=None)
@@ -322,7 +336,7 @@ def main() -> None:
     spec = engine.backbone.spec
     report: dict[str, Any] = {
         "environment": environment("cpu", dtype="float32", batch=1),
-        "options": {name: getattr(args, name) for name in ("documents", "seeds", "epochs", "seen")},
+        "options": {name: getattr(args, name) for name in ("documents", "seeds", "epochs", "seen", "skip")},
         "model": spec.family,
         "block": engine.backbone.block_cost(0).active,
         "matrix": spec.vocab * spec.width,

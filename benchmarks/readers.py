@@ -9,7 +9,8 @@ at the inputs of the late blocks and at the top are computed once and kept in ``
 
 ``ridge``: a TunedLens in closed form. ``bridge-K ridge``: a BridgeLens over the last K blocks, its map in closed form.
 The others are distilled to the top (``LensDistillation``), for as many steps whatever the size: from the closed form
-(``trained``), or lenses from zero. Readers and sizes that ``--out`` holds are not fitted again.
+(``trained``; ``trained longer``: four times the steps), or lenses from zero. Readers and sizes that ``--out`` holds are
+not fitted again.
 
 Right: the share of held-out positions whose most likely token is the top's. The fit
 ``right = a - b * positions ** -c`` says what more positions would give.
@@ -20,6 +21,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,7 +89,7 @@ class States:
                 StoredDocument(
                     torch.from_numpy(self.tokens[part].astype(np.int32)),
                     int(prompt),
-                    0,
+                    zlib.crc32(self.tokens[stop - length : stop - length + prompt].tobytes()),
                     {depth: torch.from_numpy(np.array(h_ND[part])) for depth, h_ND in self.hidden.items()},
                     torch.from_numpy(self.top_tokens[part].astype(np.int32)),
                     torch.from_numpy(self.top_probs[part].astype(np.float32)),
@@ -112,13 +114,13 @@ def read(engine: Engine, folders: Sequence[Path], depths: Sequence[int], file: P
     names = {depth: file.with_name(f"{file.name}-{depth}.npy") for depth in depths}
     notes = file.with_name(f"{file.name}.npz")
     if not notes.is_file():
-        kept: dict[int, list[np.ndarray]] = {depth: [] for depth in depths}
+        hidden: dict[int, list[np.ndarray]] = {depth: [] for depth in depths}
         columns: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
         prompts: list[int] = []
         for tokens, prompt in pieces(folders):
             h_1TD = engine.backbone.embed(torch.from_numpy(tokens)[None])
             for depth, h_1TD in engine.backbone.walk(h_1TD, depths):  # noqa: B020 - the last is the top's
-                kept[depth].append(h_1TD[0].half().numpy())
+                hidden[depth].append(h_1TD[0].half().numpy())
             prob_TK, token_TK = engine.backbone.unembed(h_1TD)[0].softmax(-1).topk(LABELS)
             columns.append((tokens, token_TK.numpy(), prob_TK.half().numpy()))
             prompts.append(prompt)
@@ -126,14 +128,20 @@ def read(engine: Engine, folders: Sequence[Path], depths: Sequence[int], file: P
                 break
         file.parent.mkdir(parents=True, exist_ok=True)
         for depth, name in names.items():
-            np.save(name, np.concatenate(kept[depth]))
+            np.save(name, np.concatenate(hidden[depth]))
         tokens, top_tokens, top_probs = (np.concatenate(column) for column in zip(*columns, strict=True))
         lengths = [len(each[0]) for each in columns]
         np.savez(
             notes, tokens=tokens, top_tokens=top_tokens, top_probs=top_probs, lengths=lengths, prompts=np.array(prompts)
         )
-    with np.load(notes) as held:
-        return States({depth: np.load(name, mmap_mode="r") for depth, name in names.items()}, **held)
+    return kept(file, depths)
+
+
+def kept(file: Path, depths: Sequence[int]) -> States:
+    """States that ``read`` has kept."""
+    hidden = {depth: np.load(file.with_name(f"{file.name}-{depth}.npy"), mmap_mode="r") for depth in depths}
+    with np.load(file.with_name(f"{file.name}.npz")) as held:
+        return States(hidden, **held)
 
 
 def ridge(engine: Engine, documents: Sequence[StoredDocument], depth: int, blocks: int) -> tuple[Tensor, Tensor]:
@@ -210,14 +218,15 @@ def reader(
     if "ridge" in name:
         for depth in depths:
             started(bank.lens(depth), ridge(engine, documents, depth, blocks))
-    if name.endswith("trained") or "ridge" not in name:
+    if "trained" in name or "ridge" not in name:
+        steps = 4 * steps if "longer" in name else steps
         trained(bank, engine, documents, steps, 3e-4 if "ridge" in name else 2e-3)
     return bank
 
 
 READERS = (
-    *("ridge", "bridge-1 ridge", "bridge-3 ridge", "ridge, trained", "bridge-3 ridge, trained", "TunedLens"),
-    *("LowRankLens", "MLPLens", "AttentionLens", "MambaLens"),
+    *("ridge", "bridge-1 ridge", "bridge-3 ridge", "ridge, trained", "ridge, trained longer"),
+    *("bridge-3 ridge, trained", "TunedLens", "LowRankLens", "MLPLens", "AttentionLens", "MambaLens"),
 )
 
 

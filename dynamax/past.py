@@ -79,16 +79,19 @@ Candidates = tuple[Tensor, Tensor | None]
 """Tokens ``tokens_C``, each once, and which of them count for which row, ``own_BC``; None where all count for all."""
 
 
-def suggested(past: Past, limit: int, recent: int, likely: int) -> list[list[int]]:
-    """For each row, at most ``limit`` tokens: those that followed its newest before, likely ones, those of its text."""
+def suggested(past: Past, limit: int, recent: int, likely: int, least: int = 0) -> list[list[int]]:
+    """For each row, at most ``limit`` tokens: those that followed its newest before, likely ones, those of its text.
+
+    None is below ``least``.
+    """
     guesses = past.likely(recent, likely) if recent else [[] for _ in past.texts]
     rows = zip(past.texts, guesses, strict=True)
-    return [unique((followers(text), guessed, reversed(text)), limit) for text, guessed in rows]
+    return [unique((followers(text), guessed, reversed(text)), limit, least) for text, guessed in rows]
 
 
-def gathered(past: Past, limit: int, recent: int, likely: int, device: torch.device) -> Candidates:
+def gathered(past: Past, limit: int, recent: int, likely: int, device: torch.device, least: int = 0) -> Candidates:
     """``suggested``, for all rows together."""
-    return together(suggested(past, limit, recent, likely), device)
+    return together(suggested(past, limit, recent, likely, least), device)
 
 
 def followers(text: list[int]) -> list[int]:
@@ -96,15 +99,16 @@ def followers(text: list[int]) -> list[int]:
     return [text[place + 1] for place in range(len(text) - 2, -1, -1) if text[place] == text[-1]]
 
 
-def unique(parts: Iterable[Iterable[int]], limit: int) -> list[int]:
-    """The first ``limit`` different tokens."""
-    return list(dict.fromkeys(chain.from_iterable(parts)))[:limit]
+def unique(parts: Iterable[Iterable[int]], limit: int, least: int) -> list[int]:
+    """The first ``limit`` different tokens that are not below ``least``."""
+    tokens = dict.fromkeys(chain.from_iterable(parts))
+    return [token for token in tokens if token >= least][:limit]
 
 
 def together(rows: list[list[int]], device: torch.device) -> Candidates:
     """All rows' tokens ``tokens_C``, and which are whose, ``own_BC``; None where one row has them all."""
     tokens = rows[0] if len(rows) == 1 else list(dict.fromkeys(chain(*rows)))
-    tokens_C = torch.tensor(tokens, device=device)
+    tokens_C = torch.tensor(tokens, dtype=torch.long, device=device)
     if all(len(row) == len(tokens) for row in rows):
         return tokens_C, None
     places = {token: place for place, token in enumerate(tokens)}

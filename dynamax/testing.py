@@ -45,7 +45,7 @@ def toy_site(*, depth: int = 2, width: int = 64, vocab: int = 97, fingerprint: s
     matrix_VD = torch.randn(vocab, width, generator=generator, dtype=torch.float64) * width**-0.5
     block_DD = torch.randn(width, width, generator=generator, dtype=torch.float64) * width**-0.5
 
-    def project(u_BTD: Tensor, tokens_C: Tensor | None = None) -> Tensor:
+    def project(u_BTD: Tensor, tokens_C: Tensor | slice | None = None) -> Tensor:
         rows = matrix_VD if tokens_C is None else matrix_VD[tokens_C]
         logits = u_BTD @ rows.to(u_BTD).T
         return logits if u_BTD.dtype == torch.float64 else logits.float()

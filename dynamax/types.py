@@ -54,8 +54,8 @@ class Spec:
 class Project(Protocol):
     """The output matrix: normalised states to float32 logits, over all tokens or some."""
 
-    def __call__(self, u_BTD: Tensor, tokens_C: Tensor | None = None) -> Tensor:
-        """``u_BTD`` to ``logits_BTV``, or to ``logits_BTC`` of the candidate tokens."""
+    def __call__(self, u_BTD: Tensor, tokens_C: Tensor | slice | None = None) -> Tensor:
+        """``u_BTD`` to ``logits_BTV``, or to ``logits_BTC`` of some tokens: their ids, or a slice of all ids."""
         ...
 
 
@@ -169,6 +169,7 @@ class Evidence:
         hidden: Residual stream after ``depth`` blocks, ``[..., D]``.
         trail: Evidence of the earlier exits of the same step, shallowest first; empty for a recurrent gate.
         past: What was read and said before; None where nobody knows, as in training.
+        vocab: Tokens of the vocabulary; 0 where nobody has said.
         rows_read: Rows of the output matrix that were read for some tokens alone.
         inner: Gates that are there for other gates: a policy that names no gate does not mean them.
     """
@@ -184,7 +185,7 @@ class Evidence:
         gates: Mapping[str, Callable[[Evidence], Tensor]] | None = None,
         trail: Sequence[Evidence] = (),
         past: Past | None = None,
-        candidates: Callable[[Tensor], Tensor] | None = None,
+        candidates: Callable[[Tensor | slice], Tensor] | None = None,
         vocab: int = 0,
         inner: Collection[str] = (),
     ) -> None:
@@ -198,8 +199,8 @@ class Evidence:
         self.inner = inner
         self._logits = logits
         self._candidates = candidates
-        self._vocab = vocab
-        self._few: tuple[Tensor, Tensor] | None = None
+        self.vocab = vocab
+        self._few: tuple[int, Tensor, Tensor] | None = None
         self._settled: list[tuple[Tensor, Tensor]] = []
         self._gates = gates or {}
         self._scores: dict[str, Tensor] = {}
@@ -221,27 +222,32 @@ class Evidence:
         """The lens' most likely token, ``[...]``."""
         return self.logits.argmax(-1)
 
-    def over(self, tokens_C: Tensor, own: Tensor | None = None) -> Tensor:
-        """Logits of some tokens alone, ``[..., C]``, in float32 at least: a small part of the output matrix is read.
+    def over(self, tokens_C: Tensor, own: Tensor | None = None, first: int = 0) -> Tensor:
+        """Logits of some tokens alone, ``[..., first + C]``, in float32 at least: a part of the output matrix is read.
 
         If the exit's token is asked for afterwards, and the logits of all were never read, it is one of these.
 
         Args:
             tokens_C: Token ids, each once.
             own: Which of them count for each row, ``[..., C]``; the others get minus infinity. None for all.
+            first: So many tokens besides, ids 0 to ``first - 1``, for every row. ``tokens_C`` has none of them.
         """
-        self._few = tokens_C, self.few(tokens_C, own)
-        return self._few[1]
+        few = self.few(tokens_C, own, first)
+        self._few = first, tokens_C, few
+        return few
 
-    def few(self, tokens_C: Tensor, own: Tensor | None = None) -> Tensor:
+    def few(self, tokens_C: Tensor, own: Tensor | None = None, first: int = 0) -> Tensor:
         """As ``over``, for a gate: what it looks at does not change which token the exit says."""
         if self.logits_read or self._candidates is None:
-            few = self.logits[..., tokens_C]
+            read = [self.logits[..., :first], self.logits[..., tokens_C]]
         else:
-            few = self._candidates(tokens_C)
-            self.rows_read += len(tokens_C)
-        few = few.to(torch.promote_types(few.dtype, torch.float32))
-        return few if own is None else few.masked_fill(~own, -torch.inf)
+            read = [self._candidates(slice(first))] if first else []
+            read += [self._candidates(tokens_C)]
+            self.rows_read += first + len(tokens_C)
+        if own is not None:
+            read[-1] = read[-1].masked_fill(~own, -torch.inf)
+        few = torch.cat(read, -1) if len(read) > 1 else read[0]
+        return few.to(torch.promote_types(few.dtype, torch.float32))
 
     @property
     def answers_from_few(self) -> bool:
@@ -257,9 +263,10 @@ class Evidence:
         if self.logits_read or self._few is None:
             found = self.logits
         else:
-            tokens_C, few = self._few
-            nowhere = few.new_full((*few.shape[:-1], self._vocab), -torch.inf)
-            found = nowhere.index_copy(-1, tokens_C, few)
+            first, tokens_C, few = self._few
+            found = few.new_full((*few.shape[:-1], self.vocab), -torch.inf)
+            found[..., :first] = few[..., :first]
+            found.index_copy_(-1, tokens_C, few[..., first:])
         for leave_B, known in reversed(self._settled):
             found = torch.where(leave_B[..., None], known, found)
         return found
@@ -296,7 +303,7 @@ class Evidence:
             self.hidden[list(rows)],
             logits=lambda: self.logits[list(rows)],
             gates={name: lambda _, name=name: self.score(name)[list(rows)] for name in self._gates},
-            vocab=self._vocab,
+            vocab=self.vocab,
             inner=self.inner,
         )
         if self.logits_read:

@@ -61,8 +61,8 @@ class Backbone(nn.Module, ABC):
         """The final norm."""
 
     @abstractmethod
-    def project(self, u_BTD: Tensor, tokens_C: Tensor | None = None) -> Tensor:
-        """Normalised states to float32 logits, over the vocabulary or over candidate tokens."""
+    def project(self, u_BTD: Tensor, tokens_C: Tensor | slice | None = None) -> Tensor:
+        """Normalised states to float32 logits, over the vocabulary or over some tokens: their ids, or a slice."""
 
     @abstractmethod
     def block_cost(self, index: int) -> BlockCost:

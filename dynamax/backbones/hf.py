@@ -86,11 +86,6 @@ class HFBackbone(Backbone):
         output: Any = self.model.get_output_embeddings()
         return output.dense() if isinstance(output, Product) else output.weight
 
-    def output_rows(self, tokens_C: Tensor) -> Tensor:
-        """Rows ``[C, D]`` of the output matrix."""
-        output: Any = self.model.get_output_embeddings()
-        return output.rows(tokens_C) if isinstance(output, Product) else output.weight[tokens_C]
-
     def reference(self, tokens_BT: Tensor) -> Tensor:
         """Logits of one pass by transformers' own forward, to check this class against."""
         return self.model(tokens_BT, use_cache=False).logits
@@ -157,19 +152,21 @@ class HFBackbone(Backbone):
         """The final norm."""
         return getattr(self.model.base_model, self.row.final_norm)(self.row.residual_stream(self.model.config, h_BTD))
 
-    def project(self, u_BTD: Tensor, tokens_C: Tensor | None = None) -> Tensor:
-        """Normalised states to logits, over the vocabulary or over candidate tokens.
+    def project(self, u_BTD: Tensor, tokens_C: Tensor | slice | None = None) -> Tensor:
+        """Normalised states to logits, over the vocabulary or over some tokens: their ids, or a slice of all ids.
 
         The product is taken in the model's dtype; the logits are float32, or float64 for a float64 model.
         """
         output: Any = self.model.get_output_embeddings()
-        if tokens_C is not None:
-            matrix_CD = self.output_rows(tokens_C)
+        if not isinstance(output, Product):
+            matrix_CD = output.weight if tokens_C is None else output.weight[tokens_C]
             logits = F.linear(u_BTD.to(matrix_CD.dtype), matrix_CD)
-        elif isinstance(output, Product):
+        elif tokens_C is None:
             logits = output(u_BTD)
+        elif isinstance(tokens_C, slice):
+            logits = output.part(u_BTD, tokens_C.indices(self.spec.vocab)[:2])
         else:
-            logits = F.linear(u_BTD.to(output.weight.dtype), output.weight)
+            logits = F.linear(u_BTD, output.rows(tokens_C))
         return self.row.scale_logits(self.model.config, at_least_float32(logits))
 
     def block_cost(self, index: int) -> BlockCost:

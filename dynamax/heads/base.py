@@ -79,8 +79,10 @@ class Lens(ExitHead):
         """
         raise NotImplementedError(f"{type(self).__name__} says recurrent = True, so it needs a method continued")
 
-    def project(self, u_BTD: Tensor, site: Site, tokens_C: Tensor | None = None) -> Tensor:
-        """Normalised states to logits, ``[..., V]``, or ``[..., C]`` of candidate tokens: by the backbone's matrix.
+    def project(self, u_BTD: Tensor, site: Site, tokens_C: Tensor | slice | None = None) -> Tensor:
+        """Normalised states to logits by the backbone's matrix, ``[..., V]``, or ``[..., C]`` of some tokens.
+
+        These are given by their ids, or as a slice of all ids.
 
         A lens with an output matrix of its own overrides this and leaves that matrix out of ``read_weights``: it is
         charged as the backbone's is.

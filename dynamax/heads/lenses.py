@@ -268,7 +268,7 @@ class UntiedLens(Lens):
         """Its own norm."""
         return self.norm(h_BTD[..., : site.spec.width].to(self.norm.weight.dtype)).to(h_BTD.dtype)
 
-    def project(self, u_BTD: Tensor, site: Site, tokens_C: Tensor | None = None) -> Tensor:
+    def project(self, u_BTD: Tensor, site: Site, tokens_C: Tensor | slice | None = None) -> Tensor:
         """Its own output matrix."""
         matrix_VD = self.output.weight if tokens_C is None else self.output.weight[tokens_C]
         return at_least_float32(F.linear(u_BTD.to(matrix_VD.dtype), matrix_VD))

@@ -1,9 +1,10 @@
-"""Policies that read the lens over a few hundred candidate tokens: a small part of the output matrix.
+"""Policies that read the lens over some candidate tokens: a small part of the output matrix.
 
-Candidates are what the text suggests: the tokens that followed the newest one before, the likely tokens of the steps
-before, and the tokens of the text. Where there are none, the whole matrix is read.
+Candidates are frequent tokens, and what the text suggests: the tokens that followed the newest one before, the likely
+tokens of the steps before, and the tokens of the text. Where there is no text, the whole matrix is read.
 
-Source: SpecEE (Xu et al. 2025, arXiv 2504.08850), whose candidates are those of a drafting model.
+Sources: SpecEE (Xu et al. 2025, arXiv 2504.08850), whose candidates are those of a drafting model; FR-Spec (Zhao et al.
+2025, arXiv 2502.14856), whose drafts read the frequent tokens alone.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from abc import abstractmethod
 from torch import Tensor
 
 from dynamax.errors import UserError
-from dynamax.past import Candidates, gathered
+from dynamax.past import gathered
 from dynamax.policies.base import ScorePolicy
 from dynamax.types import Evidence
 
@@ -34,13 +35,16 @@ class _Candidates(ScorePolicy):
         limit: int = 256,
         recent: int = 16,
         likely: int = 16,
+        frequent: int = 2048,
     ) -> None:
         super().__init__(threshold)
-        if limit < 2 or recent < 1 or likely < 1:
+        if limit < 2 or recent < 1 or likely < 1 or frequent < 0:
             raise UserError(
-                f"{type(self).__name__} was given limit {limit}, recent {recent} and likely {likely}; wanted: at least "
-                f"2 candidates, 1 step and 1 token of each. Raise them, or leave them out."
+                f"{type(self).__name__} was given limit {limit}, recent {recent}, likely {likely} and frequent "
+                f"{frequent}; wanted: at least 2 candidates, 1 step, 1 token of each, and 0 frequent tokens. Raise "
+                f"them, or leave them out."
             )
+        self.frequent = frequent
         self.limit = limit
         self.recent = recent
         self.likely = likely
@@ -51,14 +55,10 @@ class _Candidates(ScorePolicy):
 
     def score(self, evidence: Evidence) -> Tensor:
         """How sure the exit is among the candidates, ``score_B``."""
-        found = self._found(evidence)
-        return self.score_few(evidence.probs if found is None else evidence.over(*found).softmax(-1))
-
-    def _found(self, evidence: Evidence) -> Candidates | None:
-        """Candidates of all rows; None if nothing is known."""
-        if evidence.past is None:
-            return None
-        return evidence.past.derive(gathered, self.limit, self.recent, self.likely, evidence.hidden.device)
+        if evidence.past is None or 0 < evidence.vocab <= self.frequent:
+            return self.score_few(evidence.probs)
+        some = (self.limit, self.recent, self.likely, evidence.hidden.device, self.frequent)
+        return self.score_few(evidence.over(*evidence.past.derive(gathered, *some), self.frequent).softmax(-1))
 
 
 class CandidateProb(_Candidates):
@@ -68,9 +68,11 @@ class CandidateProb(_Candidates):
 
     Args:
         threshold: In [0, 1]; one number for all exits, or a mapping from each exit's depth to its own.
-        limit: Most candidates of a row.
+        limit: Most candidates of a row that its text suggests.
         recent: Steps before whose likely tokens are candidates.
         likely: Likely tokens of each such step.
+        frequent: So many tokens are candidates always: the first of the vocabulary. A tokenizer that merges pairs of
+            tokens numbers them as it learns them, the most frequent first.
     """
 
     def score_few(self, probs: Tensor) -> Tensor:
@@ -85,9 +87,11 @@ class CandidateMargin(_Candidates):
 
     Args:
         threshold: In [0, 1]; one number for all exits, or a mapping from each exit's depth to its own.
-        limit: Most candidates of a row.
+        limit: Most candidates of a row that its text suggests.
         recent: Steps before whose likely tokens are candidates.
         likely: Likely tokens of each such step.
+        frequent: So many tokens are candidates always: the first of the vocabulary. A tokenizer that merges pairs of
+            tokens numbers them as it learns them, the most frequent first.
     """
 
     def score_few(self, probs: Tensor) -> Tensor:

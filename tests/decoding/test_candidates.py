@@ -36,7 +36,7 @@ def steps_of(policy: TerminationPolicy, prompt_BT: torch.Tensor = PROMPT_1T, **o
 
 
 def test_each_step_says_a_token_that_was_read_or_said_before() -> None:
-    first, *steps = steps_of(CandidateProb(0.0, recent=1, likely=1))
+    first, *steps = steps_of(CandidateProb(0.0, recent=1, likely=1, frequent=0))
     known = {*PROMPT_1T[0].tolist(), int(first.token_B)}
     for step in steps:
         assert step.logits_read == ()
@@ -47,7 +47,9 @@ def test_each_step_says_a_token_that_was_read_or_said_before() -> None:
 
 def test_rows_are_counted_and_charged() -> None:
     backbone, bank = model()
-    step = list(EarlyExit(backbone, bank, CandidateProb(0.0, limit=5)).decode(PROMPT_1T, max_new_tokens=3))[1]
+    step = list(EarlyExit(backbone, bank, CandidateProb(0.0, limit=5, frequent=0)).decode(PROMPT_1T, max_new_tokens=3))[
+        1
+    ]
     costs, block = CostModel(backbone, bank), CostModel(backbone, bank).blocks[0]
     assert step.rows_read == ((2, 5),)
     width = backbone.spec.width
@@ -57,49 +59,59 @@ def test_rows_are_counted_and_charged() -> None:
 
 
 def test_no_logits_are_read_where_the_cheap_gate_says_no() -> None:
-    for step in steps_of(Cascade([GateConfidence(1.0, gate="LinearGate"), CandidateProb(0.0), MaxProb(0.0)]))[1:]:
+    for step in steps_of(
+        Cascade([GateConfidence(1.0, gate="LinearGate"), CandidateProb(0.0, frequent=0), MaxProb(0.0)])
+    )[1:]:
         assert step.gates_read == ((2, "LinearGate"), (4, "LinearGate"))
         assert step.logits_read == ((6, 1),)
         assert step.rows_read == ()
-    for step in steps_of(Cascade([GateConfidence(0.0, gate="LinearGate"), CandidateProb(1.0), MaxProb(0.0)]))[1:]:
+    for step in steps_of(
+        Cascade([GateConfidence(0.0, gate="LinearGate"), CandidateProb(1.0, frequent=0), MaxProb(0.0)])
+    )[1:]:
         assert [depth for depth, _ in step.rows_read] == [2, 4]
         assert step.logits_read == ((6, 1),)
-    for step in steps_of(Cascade([GateConfidence(0.0, gate="LinearGate"), CandidateProb(0.0), MaxProb(0.0)]))[1:]:
+    for step in steps_of(
+        Cascade([GateConfidence(0.0, gate="LinearGate"), CandidateProb(0.0, frequent=0), MaxProb(0.0)])
+    )[1:]:
         assert step.logits_read == ((2, 1),)
 
 
-def test_rows_of_a_batch_are_the_rows_alone() -> None:
+@pytest.mark.parametrize("frequent", [0, 7])
+def test_rows_of_a_batch_are_the_rows_alone(frequent: int) -> None:
     rows = torch.randint(3, 60, (3, 7), generator=torch.Generator().manual_seed(1))
     pad_B = torch.tensor([0, 2, 4])
-    policy = CandidateProb(0.0, limit=9)
+    policy = CandidateProb(0.0, limit=9, frequent=frequent)
     whole = torch.stack([step.token_B for step in steps_of(policy, rows, pad_B=pad_B)], 1)
     for row, pad in enumerate(pad_B.tolist()):
         alone = torch.stack([step.token_B for step in steps_of(policy, rows[row : row + 1, pad:])], 1)
         assert torch.equal(alone[0], whole[row])
 
 
-def test_lossless_decoding_stays_lossless(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("frequent", [0, 7])
+def test_lossless_decoding_stays_lossless(frequent: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """And every row that was read is in the steps, those of rejected drafts too."""
     counted, project = [], HFBackbone.project
 
     def counting(self, u_BTD, tokens_C=None):
-        counted.append(0 if tokens_C is None else len(tokens_C))
+        counted.append(0 if tokens_C is None else tokens_C.stop if isinstance(tokens_C, slice) else len(tokens_C))
         return project(self, u_BTD, tokens_C)
 
     monkeypatch.setattr(HFBackbone, "project", counting)
     backbone, bank = model()
     full = [int(step.token_B) for step in Full(backbone).decode(PROMPT_1T, max_new_tokens=16)]
-    drafted = list(SelfSpeculative(backbone, bank, CandidateProb(0.2)).decode(PROMPT_1T, max_new_tokens=16))
+    drafted = list(
+        SelfSpeculative(backbone, bank, CandidateProb(0.2, frequent=frequent)).decode(PROMPT_1T, max_new_tokens=16)
+    )
     assert [int(step.token_B) for step in drafted] == full
     assert any(step.work.calls and sum(step.work.calls) > backbone.spec.depth for step in drafted)
     assert sum(rows for step in drafted for _, rows in step.rows_read) == sum(counted) > 0
 
 
-@pytest.mark.parametrize("recent", [1, 4])
-def test_a_known_text_is_read_as_decoding_along_it_reads(recent: int) -> None:
+@pytest.mark.parametrize(("recent", "frequent"), [(1, 0), (4, 0), (4, 7)])
+def test_a_known_text_is_read_as_decoding_along_it_reads(recent: int, frequent: int) -> None:
     """Never leaving: then every step before has said what the top says."""
     backbone, bank = model()
-    policy = CandidateProb(1.0, recent=recent, limit=20)
+    policy = CandidateProb(1.0, recent=recent, limit=20, frequent=frequent)
     seen: list[torch.Tensor] = []
 
     class Watched(CandidateProb):
@@ -107,7 +119,7 @@ def test_a_known_text_is_read_as_decoding_along_it_reads(recent: int) -> None:
             seen.append(super().score(evidence))
             return seen[-1]
 
-    decoder = EarlyExit(backbone, bank, Watched(1.0, recent=recent, limit=20))
+    decoder = EarlyExit(backbone, bank, Watched(1.0, recent=recent, limit=20, frequent=frequent))
     tokens = [step.token_B for step in decoder.decode(PROMPT_1T, max_new_tokens=7)]
     text_1T = torch.cat([PROMPT_1T, torch.stack(tokens, 1)[:, :-1]], 1)
     known = TeacherForcedPass(backbone, bank, text_1T, start=PROMPT_1T.shape[1] - 1)

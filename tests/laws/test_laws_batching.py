@@ -135,10 +135,11 @@ def test_recorded_steps(family: str) -> None:
     [
         Patience(2),
         Saturation(0.95),
-        CandidateProb(0.2),
+        CandidateProb(0.2, frequent=0),
+        CandidateProb(0.2, frequent=9),
         AtDepth(3),
-        AnyOf([CandidateProb(0.3), MaxProb(0.06)]),
-        AnyOf([CandidateProb(0.3), CandidateMargin(0.1), MaxProb(0.06)]),
+        AnyOf([CandidateProb(0.3, frequent=5), MaxProb(0.06)]),
+        AnyOf([CandidateProb(0.3, frequent=5), CandidateMargin(0.1, frequent=0), MaxProb(0.06)]),
     ],
     ids=lambda policy: policy.label,
 )
