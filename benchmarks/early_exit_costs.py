@@ -71,15 +71,16 @@ def extra(rows: list[dict[str, Any]], name: str, base: str) -> float:
     return 1000 * statistics.median(a - b for a, b in pairs)
 
 
-def costs(engine: Engine, answers: list[Answer]) -> dict[str, Any]:
+def costs(engine: Engine, answers: list[Answer], frequent: int = 2048) -> dict[str, Any]:
     """Microseconds, by depth: of passing an exit, of each reading, and what leaving saves."""
     bank = engine.exits
     assert bank is not None, "heads were given"
     never, second = Never(), EverySecond()
-    tried: dict[str, TerminationPolicy] = {"pass": never, "CandidateProb": AllOf([CandidateProb(0.0), never])}
+    few = CandidateProb(0.0, frequent=frequent)
+    tried: dict[str, TerminationPolicy] = {"pass": never, "CandidateProb": AllOf([few, never])}
     tried["MaxProb"] = AllOf([MaxProb(0.0), never])
     tried["leave with MaxProb"] = AllOf([second, MaxProb(0.0)])
-    tried["leave with CandidateProb"] = AllOf([second, CandidateProb(0.0)])
+    tried["leave with CandidateProb"] = AllOf([second, few])
     found: dict[str, Any] = {}
     for depth in bank.depths:
         mine = tried | {name: AllOf([GateConfidence(0.0, gate=name), never]) for name in bank.gates(depth)}

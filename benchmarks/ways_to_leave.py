@@ -2,10 +2,12 @@
 
     python -m benchmarks.ways_to_leave --heads NAME=FOLDER [NAME=MODEL:15,19,23,27 ...] --questions-file FILE
                                        [--calibrate 80] [--questions 80] [--timed 8] [--rounds 1] [--tokens 64]
-                                       [--precision auto] [--only WAY ...] [--cache FOLDER] [--out FILE]
+                                       [--precision auto] [--frequent 2048] [--only WAY ...] [--cache FOLDER]
+                                       [--out FILE]
 
 ``NAME=FOLDER`` gives the confidence of each gate in the folder, JEI-DNN's rule over UncertaintyGate, MaxProb,
-CandidateProb, and cascades of a gate with these two; ``NAME=MODEL:DEPTHS`` the logit lens alone (CALM).
+CandidateProb, and cascades of a gate with these two; ``NAME=MODEL:DEPTHS`` the logit lens alone (CALM). An exit at the
+top skips no block; CandidateProb leaves there without the whole output matrix.
 
 1. The full model answers all questions. Every exit is scored at every position of the answers; with ``--cache`` the
    scores are kept and used again.
@@ -30,6 +32,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -59,14 +62,15 @@ Scores = dict[str, Tensor]
 
 
 @torch.no_grad()
-def scores_of(engine: Engine, answers: Sequence[Answer]) -> Scores:
+def scores_of(engine: Engine, answers: Sequence[Answer], frequent: int) -> Scores:
     """What every exit says at all positions after the first of each answer."""
     assert engine.exits is not None, "heads or exits were given"
     found: dict[str, list[Tensor]] = {}
     for prompt_1T, said_1T in answers:
         text = engine.read(torch.cat([prompt_1T, said_1T[:, :-1]], 1), start=prompt_1T.shape[1] - 1)
         rows: list[dict[str, Tensor]] = []
-        few = [(CandidateProb(0.0).score(each), each.answer.argmax(-1) == said_1T[0]) for each in text.exits]
+        policy = CandidateProb(0.0, frequent=frequent)
+        few = [(policy.score(each), each.answer.argmax(-1) == said_1T[0]) for each in text.exits]
         for evidence, (prob_T, right_T) in zip(text.exits, few, strict=True):  # before one of them is read in full
             row = {"CandidateProb": prob_T, "CandidateProb right": right_T}
             row |= {"MaxProb": evidence.probs.amax(-1), "right": evidence.token == said_1T[0]}
@@ -97,10 +101,11 @@ class Way:
     joint: bool = False
 
 
-def ways(scores: Scores) -> dict[str, Way]:
+def ways(scores: Scores, frequent: int) -> dict[str, Way]:
     """All that a folder of heads allows."""
     gates = [name for name in scores if name.endswith("Gate")]
-    ends: dict[str, type[ScorePolicy]] = {"MaxProb": MaxProb, "CandidateProb": CandidateProb}
+    few = partial(CandidateProb, frequent=frequent)
+    ends: dict[str, Callable[[dict[int, float]], ScorePolicy]] = {"MaxProb": MaxProb, "CandidateProb": few}
     found = {
         name: Way(
             name, "right" if name == "MaxProb" else f"{name} right", lambda at, _, kind=kind: kind(at), (name, name)
@@ -289,7 +294,7 @@ def one_model(name: str, given: str, asked: list[str], args: argparse.Namespace)
         lambda: [tuple(each) for each in answered(engine, asked[: args.calibrate + args.questions], args.tokens)],
     )
     answers = [Answer(*each) for each in answers]
-    scores = kept(args.cache, name, lambda: scores_of(engine, answers))
+    scores = kept(args.cache, name, lambda: scores_of(engine, answers, args.frequent))
     if args.only_scores:
         return {}
     border = sum(each.said_1T.shape[1] - 1 for each in answers[: args.calibrate])
@@ -297,10 +302,12 @@ def one_model(name: str, given: str, asked: list[str], args: argparse.Namespace)
     second = {key: value[:, border:] for key, value in scores.items()}
     timed = answers[args.calibrate :][: args.timed]
     with torch.inference_mode():
-        prices = costs(engine, sorted(answers[: args.calibrate], key=lambda each: -each.said_1T.shape[1])[:2])
+        prices = costs(
+            engine, sorted(answers[: args.calibrate], key=lambda each: -each.said_1T.shape[1])[:2], args.frequent
+        )
     rows: dict[str, Any] = {}
     policies: dict[str, TerminationPolicy] = {}
-    for kind, way in ways(scores).items():
+    for kind, way in ways(scores, args.frequent).items():
         if args.only is not None and kind not in args.only:
             continue
         for wanted, choice in chosen(way, first, depths, prices).items():
@@ -320,6 +327,7 @@ def one_model(name: str, given: str, asked: list[str], args: argparse.Namespace)
             row[wanted] |= found.get(f"{kind} {wanted}", {})
     return {
         "depths": depths,
+        "frequent": args.frequent,
         "right": second["right"].mean(1).tolist(),
         "positions": {"calibration": border, "test": second["right"].shape[1]},
         "oracle": oracle(second, depths, prices),
@@ -363,7 +371,7 @@ def main() -> None:
     parser.add_argument("--only-scores", action="store_true", help="fill the cache, and stop before anything is timed")
     parser.add_argument("--out", type=Path, default=None)
     parser.add_argument("--only", nargs="+", default=None, metavar="WAY", help="only some ways, by their names")
-    numbers = {"calibrate": 80, "questions": 80, "timed": 8, "rounds": 1, "tokens": 64, "skip": 240}
+    numbers = {"calibrate": 80, "questions": 80, "timed": 8, "rounds": 1, "tokens": 64, "skip": 240, "frequent": 2048}
     for name, value in numbers.items():
         parser.add_argument(f"--{name}", type=int, default=value)
     args = parser.parse_args()

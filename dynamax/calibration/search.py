@@ -198,9 +198,9 @@ def price(engine: Engine, policy: ScorePolicy, reads: Sequence[Reads], exits: Se
     total, depths = engine.backbone.spec.depth, [engine.exits.depths[index] for index in exits]
     bank = engine.exits.select_gates(policy.gates, depths=depths) if depths else None
     model, costs = CostModel(engine.backbone, bank), []
-    for leave in (*depths, total):
+    for place, leave in enumerate((*depths, total)):
         passed = [(depth, reads[index]) for depth, index in zip(depths, exits, strict=True) if depth <= leave]
-        few = any(depth == leave and read.few for depth, read in passed)  # its token is one of the candidates
+        few = place < len(depths) and passed[-1][1].few  # its token is one of the candidates
         in_full = [depth for depth, read in passed if read.logits] + ([] if few else [leave])
         ran = tuple(int(index < leave) for index in range(total))
         step = Step(

@@ -47,6 +47,12 @@ class Decoder(ABC):
         if exits is not None and policy is not None:
             policy.validate(exits.depths)
             exits = exits.select_gates(policy.gates, depths=policy.depths)
+            if self.drafts and exits.depths[-1] == backbone.spec.depth:
+                raise UserError(
+                    f"{type(self).__name__} was given the policy {policy.label}, which asks the exit at the top, depth "
+                    f"{backbone.spec.depth}. A draft from there would be verified by what made it. Ask the exits below "
+                    f"(OnlyAt), or decode with EarlyExit."
+                )
         self.backbone = backbone
         self.exits = exits
         self.policy = policy

@@ -221,7 +221,8 @@ class Scheduler:
                     site = self.backbone.site(depth, chosen)
                     row.reads += self._exits.catch_up(site, h_1TD, [row.session.cache], recordings=self._gates)[1][0]
         logits_RV = self.backbone.unembed(torch.cat([h_1TD[:, -1:] for h_1TD in parts]))[:, 0]
-        return self._tell(rows, logits_RV, (), self.backbone.spec.depth, prefill=True)
+        top = self.backbone.spec.depth
+        return self._tell(rows, logits_RV, (), top, prefill=True, more_reads=((top, 1),))
 
     def _remove(self, tickets: set[int]) -> None:
         """Rows end; their slots are free."""
@@ -248,26 +249,26 @@ class Scheduler:
             if depth in self._keep:
                 for row, h_11D in zip(rows, h_R1D.split(1), strict=True):
                     row.session.watched[depth].append(h_11D)
-            if depth == total:
-                on = [place for place, row in enumerate(rows) if row.last is None]
-                if on:
-                    logits_RV = self.backbone.unembed(h_R1D if len(on) == len(rows) else h_R1D[on])[:, 0]
-                    told += self._tell([rows[i] for i in on], logits_RV, read, total)
-                break
             if depth not in self._depths:
+                if depth == total:
+                    on = [place for place, row in enumerate(rows) if row.last is None]
+                    told += self._tell_top(h_R1D, rows, on, read)
                 continue
             past = past or joined([row.session.history.past() for row in rows])
             evidence, recurrent = self._evidence(depth, h_R1D, rows, chosen, trail, past)
             assert policy is not None, "exits come with a policy"
             leave = policy(evidence).tolist()
             read, trail = [*read, evidence], [*trail, evidence]
+            on = [place for place, left in enumerate(leave) if not left]
             if any(leave):
                 out = [place for place, left in enumerate(leave) if left]
                 given = [rows[i] for i in out]
                 told += self._leave(evidence, h_R1D[out], given, chosen.only(out), out, read, recurrent)
-                on = [place for place, left in enumerate(leave) if not left]
-                if not on:
-                    break
+            if depth == total:
+                told += self._tell_top(h_R1D, rows, on, read)
+            if depth == total or not on:
+                break
+            if any(leave):
                 chosen.keep(on)
                 rows, past = [rows[i] for i in on], None
                 trail = [earlier.select(on) for earlier in trail if depth < max(self._depths)]  # copies logits
@@ -313,13 +314,26 @@ class Scheduler:
             mine = {name: said_R1[places] for name, said_R1 in recurrent.items()}
             evidence = self._exits.evidence(site, h_R1D, pick=newest, recurrent=mine)
             logits_RV, read = evidence.answer, [*read, evidence]
-        self._rule.leave(self.backbone, chosen, depth, h_R1D, last_block_ran=self._exits.lens(depth).writes_last_block)
+        if depth < self.backbone.spec.depth:
+            ran = self._exits.lens(depth).writes_last_block
+            self._rule.leave(self.backbone, chosen, depth, h_R1D, last_block_ran=ran)
         if self._rule.gates_read_exit:
             for above in self._exits.recurrent_depths:
                 if above > depth:
                     for row, h_1TD in zip(rows, h_R1D.split(1), strict=True):
                         self._exits.advance(self.backbone.site(above, chosen), h_1TD, row.session.cache)
         return self._tell(rows, logits_RV, read, depth)
+
+    def _tell_top(self, h_R1D: Tensor, rows: Sequence[Row], on: Sequence[int], read: Sequence[Evidence]) -> list[Told]:
+        """Tokens of the rows that the top decides, those in the places ``on``."""
+        if not on:
+            return []
+        chosen = [rows[i] for i in on]
+        total = self.backbone.spec.depth
+        if read and read[-1].depth == total and read[-1].logits_read:  # an exit there has them
+            return self._tell(chosen, read[-1].logits[on], read, total)
+        logits_RV = self.backbone.unembed(h_R1D if len(on) == len(rows) else h_R1D[on])[:, 0]
+        return self._tell(chosen, logits_RV, read, total, more_reads=((total, 1),))
 
     def _tell(
         self,
@@ -329,9 +343,9 @@ class Scheduler:
         depth: int,
         *,
         prefill: bool = False,
+        more_reads: tuple[tuple[int, int], ...] = (),
     ) -> list[Told]:
         """Draw the next token of rows that have come to the same depth, and account for it."""
-        total = self.backbone.spec.depth
         token_R = logits_RV.argmax(-1)
         if any(type(row.session.sampler) is not Greedy for row in rows):
             token_R = torch.cat(
@@ -340,12 +354,11 @@ class Scheduler:
         reads = tuple((evidence.depth, 1) for evidence in read if evidence.logits_read)
         gates = tuple((evidence.depth, gate) for evidence in read for gate in evidence.gates_read)
         few = tuple((evidence.depth, evidence.rows_read) for evidence in read if evidence.rows_read)
-        top = () if depth < total else ((total, 1),)
         depth_1 = torch.tensor([depth])
         told = []
         parts = zip(rows, token_R.split(1), token_R.tolist(), logits_RV.split(1), strict=True)
         for row, token_1, token, logits_1V in parts:
-            work, own = row.session.cache.count_anew(), reads + row.reads + top
+            work, own = row.session.cache.count_anew(), reads + row.reads + more_reads
             row.session.history.say(logits_1V, sum(work.calls), depth)
             step = Step(token_1, depth_1, logits_1V, own, gates, work, prefill, rows_read=few)
             row.reads = ()

@@ -152,7 +152,7 @@ class Session:
         return arrival
 
     def leave(self, arrival: Arrival, skipped_state: SkippedState) -> Tensor:
-        """The step's positions leave at the exit where they arrived; its logits.
+        """The step's positions leave at the exit where they arrived; its logits. At the top no block is skipped.
 
         Args:
             arrival: Where they are.
@@ -160,6 +160,8 @@ class Session:
         """
         assert self._exits is not None
         logits_BV = arrival.trail[-1].answer
+        if arrival.depth == self.total:
+            return logits_BV
         ran = self._exits.lens(arrival.depth).writes_last_block
         skipped_state.leave(self.backbone, self.cache, arrival.depth, arrival.h_BTD, last_block_ran=ran)
         if skipped_state.gates_read_exit:
@@ -171,8 +173,10 @@ class Session:
     def run_to_top(self, arrival: Arrival) -> Tensor:
         """Run the step's positions through the blocks that are left; the model's logits of the newest one.
 
-        Recurrent gates on the way read them, whether or not anybody asks.
+        Recurrent gates on the way read them, whether or not anybody asks. An exit at the top has these logits already.
         """
+        if arrival.depth == self.total:
+            return arrival.trail[-1].logits
         return self.backbone.unembed(self._walk_to_top(arrival)[:, -1:])[:, 0]
 
     def _walk_to_top(self, arrival: Arrival) -> Tensor:
@@ -224,7 +228,7 @@ class Session:
         depth = arrival.depth if arrival.left else self.total
         self.probe.end(depth)
         reads = tuple((evidence.depth, 1) for evidence in arrival.trail if evidence.logits_read)
-        reads += self._reads + (() if arrival.left else ((self.total, top_rows),))
+        reads += self._reads + (() if arrival.depth == self.total or arrival.left else ((self.total, top_rows),))
         gates = tuple((evidence.depth, gate) for evidence in arrival.trail for gate in evidence.gates_read)
         before, self._counted, self._reads = self._counted, self.cache.work(), ()
         rows = tuple((evidence.depth, evidence.rows_read) for evidence in arrival.trail if evidence.rows_read)

@@ -70,8 +70,8 @@ class TeacherForcedPass:
         self._states: list[tuple[Site, Tensor]] = []
         depths = () if exits is None else exits.depths
         h_1TD = embedded_1TD = backbone.embed(tokens_1T)
-        for depth, h_1TD in backbone.walk(embedded_1TD, [*depths, self.total]):
-            if depth < self.total:
+        for depth, h_1TD in backbone.walk(embedded_1TD, sorted({*depths, self.total})):
+            if depth in depths:
                 self._states.append((backbone.site(depth), h_1TD))
         self.logits_TV = backbone.unembed(h_1TD[:, start:])[0]
         self.exits = self._evidence(depths)

@@ -50,10 +50,10 @@ def check_depths(exits: Mapping[int, Exit], total: int) -> None:
                 f"An exit was given at depth {depth!r}{twin}; a depth is a whole number, and each has one exit. "
                 f"Write the number without quotes, once."
             )
-        if not 1 <= depth < total:
+        if not 1 <= depth <= total:
             raise UserError(
                 f"An exit was given at depth {depth}, but the backbone has {total} blocks: exits stand at 1 to "
-                f"{total - 1} (blocks completed). Choose a depth in that range; the top is always there."
+                f"{total} (blocks completed). Choose a depth in that range."
             )
 
 
@@ -62,8 +62,8 @@ def build_exit(given: Exit, site: Site) -> nn.ModuleDict:
 
     Raises:
         UserError: If a lens stands where a gate should or the reverse, two gates have one class, a gate reads the score
-            of one that is not there or reads its own, or a head has options that JSON cannot hold: it could not be
-            built again once it is trained and saved.
+            of one that is not there or reads its own, the top has anything but a LogitLens, or a head has options that
+            JSON cannot hold: it could not be built again once it is trained and saved.
     """
     heads: list[ExitHead] = []
     kinds: list[tuple[Callable[[Site], ExitHead], type[ExitHead]]] = [(given.lens or LogitLens, Lens)]
@@ -85,6 +85,12 @@ def build_exit(given: Exit, site: Site) -> nn.ModuleDict:
                 ) from None
         heads.append(head)
     names = [type(head).__name__ for head in heads[1:]]
+    if site.depth == site.spec.depth and (names or type(heads[0]) is not LogitLens):
+        raise UserError(
+            f"The exit at depth {site.depth}, the top, was given {', '.join(type(head).__name__ for head in heads)}; "
+            f"wanted: LogitLens and no gates, since there it is the model's own output, and always right. Leave lens "
+            f"and gates out. It is for CandidateProb, which leaves there without the whole output matrix."
+        )
     for name in names:
         if names.count(name) > 1:
             raise UserError(

@@ -62,7 +62,7 @@ def simulated(kind: str, scores: Scores, choice: Choice) -> tuple[float, float, 
 
 
 def test_every_way_is_there(scores: Scores) -> None:
-    assert set(ways(scores)) == {
+    assert set(ways(scores, 16)) == {
         *("MaxProb", "CandidateProb", "LinearGate", "MambaGate", "UncertaintyGate", "JEI-DNN"),
         *(f"{gate}, then {end}" for gate in ("LinearGate", "MambaGate") for end in ("MaxProb", "CandidateProb")),
     }
@@ -82,12 +82,12 @@ def test_every_way_is_there(scores: Scores) -> None:
 def test_departures_are_those_of_a_simulation(kind: str, scores: Scores) -> None:
     for exits in ((0, 1, 2), (0, 2), (1,)):
         choice = Choice(0.0, exits, {DEPTHS[place]: 0.6 + 0.1 * place for place in exits}, low=0.4)
-        found = departures(ways(scores)[kind], scores, choice, DEPTHS, PRICES)
+        found = departures(ways(scores, 16)[kind], scores, choice, DEPTHS, PRICES)
         assert found == pytest.approx(simulated(kind, scores, choice))
 
 
 def test_the_choice_keeps_what_was_wanted_and_saves_most(scores: Scores) -> None:
-    way = ways(scores)["MaxProb"]
+    way = ways(scores, 16)["MaxProb"]
     best = chosen(way, scores, DEPTHS, PRICES)
     for wanted in LEVELS:
         same, _, saves = departures(way, scores, best[wanted], DEPTHS, PRICES)
@@ -102,7 +102,7 @@ def test_the_choice_keeps_what_was_wanted_and_saves_most(scores: Scores) -> None
 
 def test_nothing_is_chosen_where_nothing_is_saved(scores: Scores) -> None:
     dear = {depth: {**row, "MaxProb": 1e6} for depth, row in PRICES.items()}
-    assert all(not choice.exits for choice in chosen(ways(scores)["MaxProb"], scores, DEPTHS, dear).values())
+    assert all(not choice.exits for choice in chosen(ways(scores, 16)["MaxProb"], scores, DEPTHS, dear).values())
 
 
 def test_no_way_keeps_all_and_saves_more_than_the_oracle(scores: Scores) -> None:

@@ -57,8 +57,8 @@ def test_heads_are_parameters_of_the_bank_and_depths_are_in_their_names():
     ("exits", "message"),
     [
         ({}, "No exits were given"),
-        ({0: Exit()}, "depth 0, but the backbone has 4 blocks: exits stand at 1 to 3"),
-        ({4: Exit()}, "depth 4, but the backbone has 4 blocks: exits stand at 1 to 3"),
+        ({0: Exit()}, "depth 0, but the backbone has 4 blocks: exits stand at 1 to 4"),
+        ({5: Exit()}, "depth 5, but the backbone has 4 blocks: exits stand at 1 to 4"),
         ({-1: Exit()}, "depth -1"),
         ({"2": Exit()}, "depth '2'; a depth is a whole number"),
         ({2: Exit(), "2": Exit()}, "depth '2', beside 2; .* each has one exit"),
