@@ -30,6 +30,7 @@ class DepthColors:
     def __init__(self, depths: Sequence[int], total: int, *, on: bool) -> None:
         self.total = total
         self.on = on
+        depths = [depth for depth in depths if depth < total]
         steps = max(len(depths) - 1, 1)
         self._codes = {depth: RAMP[index * (len(RAMP) - 1) // steps] for index, depth in enumerate(depths)}
 

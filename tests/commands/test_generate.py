@@ -265,6 +265,12 @@ def test_line_ends_stay_bare() -> None:
     assert all(not line or line.endswith("\x1b[0m") for line in painted.split("\n"))
 
 
+def test_an_exit_at_the_top_is_full_depth():
+    palette = DepthColors([2, 6], 6, on=False)
+    assert palette.legend({2: 1, 6: 3}).split() == ["exit", "2", "25%", "full", "depth", "6", "75%"]
+    assert DepthColors([2, 6], 6, on=True).paint("a", 6) == "a"
+
+
 def test_each_exit_has_its_own_colour() -> None:
     palette = DepthColors(list(range(1, 7)), 8, on=True)
     assert len({palette.paint("x", depth) for depth in range(1, 9)}) == 7  # full depth is bare
