@@ -146,7 +146,7 @@ class HeadsModule(LightningModule):
     def stored_depths(self) -> list[int]:
         """Depths at which a store must keep states: those of the exits, and the top if lenses begin by ridge."""
         top = [] if self.ridge is None else [self._output_stage().spec.depth]
-        return sorted([*self.exits, *top])
+        return sorted({*self.exits, *top})
 
     def _take_up(self, bank: ExitBank, begun: ExitBank, spec: Spec) -> None:
         """Copy saved heads into the bank; only gates may be new."""
