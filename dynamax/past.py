@@ -79,19 +79,19 @@ Candidates = tuple[Tensor, Tensor | None]
 """Tokens ``tokens_C``, each once, and which of them count for which row, ``own_BC``; None where all count for all."""
 
 
-def suggested(past: Past, limit: int, recent: int, likely: int, least: int = 0) -> list[list[int]]:
+def suggested(past: Past, limit: int, recent: int, likely: int, frequent: int = 0) -> list[list[int]]:
     """For each row, at most ``limit`` tokens: those that followed its newest before, likely ones, those of its text.
 
-    None is below ``least``.
+    Tokens below ``frequent`` are left out.
     """
     guesses = past.likely(recent, likely) if recent else [[] for _ in past.texts]
     rows = zip(past.texts, guesses, strict=True)
-    return [unique((followers(text), guessed, reversed(text)), limit, least) for text, guessed in rows]
+    return [unique((followers(text), guessed, reversed(text)), limit, frequent) for text, guessed in rows]
 
 
-def gathered(past: Past, limit: int, recent: int, likely: int, device: torch.device, least: int = 0) -> Candidates:
+def gathered(past: Past, limit: int, recent: int, likely: int, device: torch.device, frequent: int = 0) -> Candidates:
     """``suggested``, for all rows together."""
-    return together(suggested(past, limit, recent, likely, least), device)
+    return together(suggested(past, limit, recent, likely, frequent), device)
 
 
 def followers(text: list[int]) -> list[int]:

@@ -222,28 +222,28 @@ class Evidence:
         """The lens' most likely token, ``[...]``."""
         return self.logits.argmax(-1)
 
-    def over(self, tokens_C: Tensor, own: Tensor | None = None, first: int = 0) -> Tensor:
-        """Logits of some tokens alone, ``[..., first + C]``, in float32 at least: a part of the output matrix is read.
+    def over(self, tokens_C: Tensor, own: Tensor | None = None, frequent: int = 0) -> Tensor:
+        """Logits of some tokens alone, ``[..., frequent + C]``, in float32 at least: part of the matrix is read.
 
         If the exit's token is asked for afterwards, and the logits of all were never read, it is one of these.
 
         Args:
             tokens_C: Token ids, each once.
             own: Which of them count for each row, ``[..., C]``; the others get minus infinity. None for all.
-            first: So many tokens besides, ids 0 to ``first - 1``, for every row. ``tokens_C`` has none of them.
+            frequent: How many token ids besides, from 0 on, for every row. ``tokens_C`` has none of them.
         """
-        few = self.few(tokens_C, own, first)
-        self._few = first, tokens_C, few
+        few = self.few(tokens_C, own, frequent)
+        self._few = frequent, tokens_C, few
         return few
 
-    def few(self, tokens_C: Tensor, own: Tensor | None = None, first: int = 0) -> Tensor:
+    def few(self, tokens_C: Tensor, own: Tensor | None = None, frequent: int = 0) -> Tensor:
         """As ``over``, for a gate: what it looks at does not change which token the exit says."""
         if self.logits_read or self._candidates is None:
-            read = [self.logits[..., :first], self.logits[..., tokens_C]]
+            read = [self.logits[..., :frequent], self.logits[..., tokens_C]]
         else:
-            read = [self._candidates(slice(first))] if first else []
+            read = [self._candidates(slice(frequent))] if frequent else []
             read += [self._candidates(tokens_C)]
-            self.rows_read += first + len(tokens_C)
+            self.rows_read += frequent + len(tokens_C)
         if own is not None:
             read[-1] = read[-1].masked_fill(~own, -torch.inf)
         few = torch.cat(read, -1) if len(read) > 1 else read[0]
@@ -263,10 +263,10 @@ class Evidence:
         if self.logits_read or self._few is None:
             found = self.logits
         else:
-            first, tokens_C, few = self._few
+            frequent, tokens_C, few = self._few
             found = few.new_full((*few.shape[:-1], self.vocab), -torch.inf)
-            found[..., :first] = few[..., :first]
-            found.index_copy_(-1, tokens_C, few[..., first:])
+            found[..., :frequent] = few[..., :frequent]
+            found.index_copy_(-1, tokens_C, few[..., frequent:])
         for leave_B, known in reversed(self._settled):
             found = torch.where(leave_B[..., None], known, found)
         return found
@@ -322,6 +322,11 @@ class Evidence:
         offered = [name for name in self._gates if name not in self.inner]
         name = gate if gate is not None else next(iter(offered), None)
         if name is None or name not in self._gates or (gate is None and len(offered) > 1):
+            if self.depth == self.total:
+                raise UserError(
+                    f"The policy asked for the gate {gate or '(unnamed)'} of the exit at depth {self.depth}, the top, "
+                    f"which takes no gates. Ask the gate at the exits below alone: OnlyAt(policy, depths)."
+                )
             known = ", ".join(offered) or "none"
             raise UserError(
                 f"The policy asked exit {self.depth} for the gate {gate or '(unnamed)'}; its gates that the policy may "

@@ -163,7 +163,7 @@ class HFBackbone(Backbone):
             logits = F.linear(u_BTD.to(matrix_CD.dtype), matrix_CD)
         elif tokens_C is None:
             logits = output(u_BTD)
-        elif isinstance(tokens_C, slice):
+        elif isinstance(tokens_C, slice) and output.repacks:
             logits = output.part(u_BTD, tokens_C.indices(self.spec.vocab)[:2])
         else:
             logits = F.linear(u_BTD, output.rows(tokens_C))

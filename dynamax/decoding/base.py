@@ -49,9 +49,9 @@ class Decoder(ABC):
             exits = exits.select_gates(policy.gates, depths=policy.depths)
             if self.drafts and exits.depths[-1] == backbone.spec.depth:
                 raise UserError(
-                    f"{type(self).__name__} was given the policy {policy.label}, which asks the exit at the top, depth "
-                    f"{backbone.spec.depth}. A draft from there would be verified by what made it. Ask the exits below "
-                    f"(OnlyAt), or decode with EarlyExit."
+                    f"{type(self).__name__} was given exits of which one is at depth {backbone.spec.depth}, the top. A "
+                    f"draft from there has cost a full pass already. Ask the exits below alone: OnlyAt(policy, "
+                    f"depths); or decode with EarlyExit."
                 )
         self.backbone = backbone
         self.exits = exits

@@ -8,6 +8,7 @@ activations are left out.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -108,7 +109,7 @@ class CostModel:
         return Cost(2.0 * count * rows, self.weight_size * count / self.batch)
 
     def _reads(self, step: Step) -> Cost:
-        cost = FREE
+        cost, translated = FREE, Counter(depth for depth, _ in step.logits_read)
         for depth, rows in step.logits_read:
             cost += self._weights(self.spec.vocab * self.spec.width, rows)
             if depth < self.spec.depth and self.bank is not None and not self.bank.lens(depth).recurrent:
@@ -116,7 +117,9 @@ class CostModel:
         for depth, tokens in step.rows_read:
             assert self.bank is not None
             cost += self._weights(tokens * self.spec.width, 1)
-            if not self.bank.lens(depth).recurrent:
+            if translated[depth]:  # the lens was run once for both
+                translated[depth] -= 1
+            elif not self.bank.lens(depth).recurrent:
                 cost += self._head(self.bank.lens(depth), 1)
         for depth, name in step.gates_read:
             assert self.bank is not None

@@ -227,8 +227,9 @@ class Session:
         """
         depth = arrival.depth if arrival.left else self.total
         self.probe.end(depth)
-        reads = tuple((evidence.depth, 1) for evidence in arrival.trail if evidence.logits_read)
-        reads += self._reads + (() if arrival.depth == self.total or arrival.left else ((self.total, top_rows),))
+        reads = tuple((evidence.depth, 1) for evidence in arrival.trail if evidence.logits_read) + self._reads
+        if not arrival.left and arrival.depth < self.total:  # an exit at the top has read its logits itself
+            reads += ((self.total, top_rows),)
         gates = tuple((evidence.depth, gate) for evidence in arrival.trail for gate in evidence.gates_read)
         before, self._counted, self._reads = self._counted, self.cache.work(), ()
         rows = tuple((evidence.depth, evidence.rows_read) for evidence in arrival.trail if evidence.rows_read)

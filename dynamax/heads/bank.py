@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Self, cast
 
@@ -160,7 +160,8 @@ class ExitBank(nn.Module):
                 return lambda _: pick(gate.score(self.sequence(site, h_BTD, step)))
             return gate.score if recordings is None else partial(recordings.score, (depth, name), gate)
 
-        def translated() -> Tensor:
+        @cache
+        def translated() -> Tensor:  # read over candidates, and perhaps once more over all tokens
             return pick(known[LENS] if LENS in known else lens.translate(h_BTD, site))
 
         return Evidence(
@@ -172,7 +173,7 @@ class ExitBank(nn.Module):
             gates={name: scorer(name, gate) for name, gate in gates.items()},
             trail=trail,
             past=past,
-            candidates=lambda tokens_C: lens.project(translated(), site, tokens_C),
+            candidates=lambda tokens: lens.project(translated(), site, tokens),
             vocab=site.spec.vocab,
             inner=self._inner,
         )

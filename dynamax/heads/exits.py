@@ -88,8 +88,8 @@ def build_exit(given: Exit, site: Site) -> nn.ModuleDict:
     if site.depth == site.spec.depth and (names or type(heads[0]) is not LogitLens):
         raise UserError(
             f"The exit at depth {site.depth}, the top, was given {', '.join(type(head).__name__ for head in heads)}; "
-            f"wanted: LogitLens and no gates, since there it is the model's own output, and always right. Leave lens "
-            f"and gates out. It is for CandidateProb, which leaves there without the whole output matrix."
+            f"wanted: LogitLens and no gates, since the exit's output there is the model's own. Leave lens and gates "
+            f"out. Such an exit is for CandidateProb, which leaves there without reading the whole output matrix."
         )
     for name in names:
         if names.count(name) > 1:

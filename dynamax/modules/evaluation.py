@@ -87,7 +87,8 @@ class Evaluation(ABC):
         self.bounds = {}
         if not any(self.bank.lens(depth).last_blocks for depth in self.bank.depths):  # else one pass does not tell
             self.bounds[None] = Oracle(), PolicyStats("Oracle", None)
-            self.bounds |= {depth: (AtDepth(depth), PolicyStats("AtDepth", depth)) for depth in self.bank.depths}
+            below = [depth for depth in self.bank.depths if depth < self.engine.backbone.spec.depth]
+            self.bounds |= {depth: (AtDepth(depth), PolicyStats("AtDepth", depth)) for depth in below}
 
     @abstractmethod
     def add(self, example: Any) -> None:  # noqa: ANN401 - each kind has its own class of example

@@ -121,6 +121,11 @@ class HeadsModule(LightningModule):
             return
         top = self._output_stage()
         bank = ExitBank(self.exits, top.site)
+        if bank.depths[-1] == top.spec.depth:
+            raise UserError(
+                f"HeadsModule was given an exit at depth {top.spec.depth}, the top, where there is nothing to train. "
+                f"Leave it out here; give it where the model is decoded (exits: {{{top.spec.depth}: {{}}}})."
+            )
         blocks = max(bank.lens(depth).last_blocks for depth in bank.depths)
         if blocks > 1:
             top = self.backbone.output_stage(blocks=blocks).eval().requires_grad_(False)

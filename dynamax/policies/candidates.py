@@ -38,11 +38,11 @@ class _Candidates(ScorePolicy):
         frequent: int = 2048,
     ) -> None:
         super().__init__(threshold)
-        if limit < 2 or recent < 1 or likely < 1 or frequent < 0:
+        if limit < 2 or recent < 0 or likely < 1 or frequent < 0:
             raise UserError(
                 f"{type(self).__name__} was given limit {limit}, recent {recent}, likely {likely} and frequent "
-                f"{frequent}; wanted: at least 2 candidates, 1 step, 1 token of each, and 0 frequent tokens. Raise "
-                f"them, or leave them out."
+                f"{frequent}; wanted: limit at least 2, likely at least 1, recent and frequent at least 0. Raise them, "
+                f"or leave them out."
             )
         self.frequent = frequent
         self.limit = limit
@@ -69,10 +69,11 @@ class CandidateProb(_Candidates):
     Args:
         threshold: In [0, 1]; one number for all exits, or a mapping from each exit's depth to its own.
         limit: Most candidates of a row that its text suggests.
-        recent: Steps before whose likely tokens are candidates.
+        recent: Steps before whose likely tokens are candidates. With 0 the candidates do not depend on where earlier
+            tokens left, so one pass over a text tells what decoding does, and ``calibrate`` takes the policy.
         likely: Likely tokens of each such step.
-        frequent: So many tokens are candidates always: the first of the vocabulary. A tokenizer that merges pairs of
-            tokens numbers them as it learns them, the most frequent first.
+        frequent: How many token ids, from 0 on, are always candidates. A tokenizer that merges pairs of tokens numbers
+            them as it learns them, the most frequent first.
     """
 
     def score_few(self, probs: Tensor) -> Tensor:
@@ -88,10 +89,11 @@ class CandidateMargin(_Candidates):
     Args:
         threshold: In [0, 1]; one number for all exits, or a mapping from each exit's depth to its own.
         limit: Most candidates of a row that its text suggests.
-        recent: Steps before whose likely tokens are candidates.
+        recent: Steps before whose likely tokens are candidates. With 0 the candidates do not depend on where earlier
+            tokens left, so one pass over a text tells what decoding does, and ``calibrate`` takes the policy.
         likely: Likely tokens of each such step.
-        frequent: So many tokens are candidates always: the first of the vocabulary. A tokenizer that merges pairs of
-            tokens numbers them as it learns them, the most frequent first.
+        frequent: How many token ids, from 0 on, are always candidates. A tokenizer that merges pairs of tokens numbers
+            them as it learns them, the most frequent first.
     """
 
     def score_few(self, probs: Tensor) -> Tensor:

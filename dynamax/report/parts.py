@@ -30,8 +30,9 @@ PROMPT = 600
 
 
 def depths_of(run: Run) -> list[int]:
-    """Depths of the exits, and of the model."""
-    return [row["depth"] for row in run.report["exits"]] + [run.report["backbone"]["depth"]]
+    """Depths of the exits below the top, and of the model."""
+    total = run.report["backbone"]["depth"]
+    return [row["depth"] for row in run.report["exits"] if row["depth"] < total] + [total]
 
 
 def paint(run: Run, depth: int) -> str:

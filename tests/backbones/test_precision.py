@@ -18,7 +18,7 @@ from dynamax.backbones.base import Backbone
 from dynamax.backbones.hf import HFBackbone
 from dynamax.backbones.packed import pack
 from dynamax.backbones.precision import PRECISIONS, set_precision
-from dynamax.kernels.products import Columns, Product, Rows
+from dynamax.kernels.products import BFloat16, Columns, Float16, Int4, Int8, Product, Rows
 from dynamax.kernels.torchao import Int8Torchao
 from dynamax.types import Span
 from tests.folders import model_folder
@@ -195,6 +195,23 @@ def test_candidates_are_the_logits_of_the_whole_matrix() -> None:
     u_BTD = torch.randn(1, 2, 32, generator=torch.Generator().manual_seed(0))
     for some in (tokens_C, slice(9), slice(3, None)):
         torch.testing.assert_close(model.project(u_BTD, some), model.project(u_BTD)[..., some], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", [Rows, Columns, Float16, BFloat16, Int8, Int4])
+def test_frequent_candidates_and_others_come_from_the_same_weights(kind: type[Product]) -> None:
+    """Weights of a few bits are not packed a second time, and any number of rows will do."""
+    model, tokens_C = backbone(), torch.arange(64)
+    weight_VD = torch.randn(64, 32, generator=torch.Generator().manual_seed(1))
+    if (reason := kind.refusal(weight_VD)) is not None:
+        pytest.skip(reason)
+    output = kind(weight_VD)
+    model.model.set_output_embeddings(output)
+    u_BTD = torch.randn(1, 2, 32, generator=torch.Generator().manual_seed(0))
+    gathered_BTV = model.project(u_BTD, tokens_C)
+    for some in (slice(9), slice(0, 61), slice(3, 40)):
+        torch.testing.assert_close(model.project(u_BTD, some), gathered_BTV[..., some], rtol=0, atol=0.05)
+    if not kind.repacks:
+        torch.testing.assert_close(model.project(u_BTD, slice(9)), gathered_BTV[..., :9], rtol=1e-6, atol=1e-5)
 
 
 def test_half_packed_is_never_left(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -14,7 +16,7 @@ from dynamax.decoding.speculative import SelfSpeculative
 from dynamax.decoding.teacher_forced import TeacherForcedPass
 from dynamax.heads.bank import Exit, ExitBank
 from dynamax.heads.gates import LinearGate
-from dynamax.heads.lenses import TunedLens
+from dynamax.heads.lenses import BridgeLens, TunedLens
 from dynamax.policies import AtDepth, CandidateProb, Cascade, GateConfidence, MaxProb, TerminationPolicy
 from dynamax.testing import stir
 from dynamax.types import Step
@@ -167,3 +169,32 @@ def test_the_best_of_groups_are_the_best(vocab: int, count: int) -> None:
     assert values.equal(logits_BV.topk(count, -1).values)
     assert logits_BV.gather(1, places).equal(values)
     assert all(len(set(row)) == count for row in places.tolist())
+
+
+@pytest.mark.parametrize(
+    "policy", [CandidateProb(0.0, frequent=7), Cascade([CandidateProb(0.0, frequent=7), MaxProb(0.0)])]
+)
+def test_a_lens_runs_once_whatever_is_read(policy: TerminationPolicy) -> None:
+    """A lens that runs blocks of the backbone would run them again; the cost is that of one run."""
+    backbone = HFBackbone(tiny("llama", dtype=torch.float64))
+    bank = ExitBank({2: Exit(partial(BridgeLens, blocks=2))}, backbone.site).double()
+    step = list(EarlyExit(backbone, bank, policy).decode(PROMPT_1T, max_new_tokens=3))[1]
+    assert step.work.calls == (1, 1, 0, 0, 1, 1)
+    read = sum(rows for _, rows in step.rows_read) + backbone.spec.vocab * len(step.logits_read)
+    costs, block = CostModel(backbone, bank), CostModel(backbone, bank).blocks[0]
+    assert costs.step(step, 9).flops == pytest.approx(
+        2 * (4 * (block.active + block.scores * 10) + read * backbone.spec.width + bank.lens(2).flops() / 2)
+    )
+
+
+def test_without_likely_tokens_one_pass_over_a_text_tells_what_decoding_does() -> None:
+    backbone, bank = model()
+    policy = CandidateProb(0.2, recent=0, frequent=7)
+    decoder = EarlyExit(backbone, bank, policy)
+    assert decoder.teacher_forced
+    steps = list(decoder.decode(PROMPT_1T, max_new_tokens=12))
+    text_1T = torch.cat([PROMPT_1T, torch.stack([step.token_B for step in steps], 1)], 1)[:, :-1]
+    path = TeacherForcedPass(backbone, bank, text_1T, start=PROMPT_1T.shape[1] - 1).apply_policy(policy)
+    assert path.depth_T.tolist() == [int(step.depth_B) for step in steps]
+    assert len(set(path.depth_T.tolist())) > 1
+    torch.testing.assert_close(path.logits_TV, torch.cat([step.logits_BV for step in steps]), rtol=1e-9, atol=1e-9)

@@ -17,7 +17,7 @@ from dynamax.errors import UserError
 from dynamax.heads.bank import Exit, ExitBank
 from dynamax.heads.gates import LinearGate
 from dynamax.heads.lenses import TunedLens
-from dynamax.policies import AnyOf, CandidateProb, MaxProb, Never, OnlyAt, TerminationPolicy
+from dynamax.policies import AnyOf, CandidateProb, GateConfidence, MaxProb, Never, OnlyAt, TerminationPolicy
 from dynamax.testing import stir
 from tests.tiny import tiny
 
@@ -107,9 +107,20 @@ def test_rows_of_their_own_say_what_they_say_alone(threshold: float, second: Ter
 @pytest.mark.parametrize("decoder", [SelfSpeculative, Speculative])
 def test_a_draft_from_the_top_is_refused(decoder: type) -> None:
     backbone, bank = model()
-    with pytest.raises(UserError, match="asks the exit at the top"):
+    with pytest.raises(UserError, match="depth 6, the top. A draft from there"):
         decoder(backbone, bank, CandidateProb(0.5))
     decoder(backbone, bank, OnlyAt(CandidateProb(0.5), [2]))
+
+
+@pytest.mark.parametrize("gate", [None, "LinearGate"])
+def test_a_gate_is_asked_below_the_top_alone(gate: str | None) -> None:
+    backbone = HFBackbone(tiny("llama", dtype=torch.float64))
+    bank = ExitBank({2: Exit(gates=[LinearGate]), backbone.spec.depth: Exit()}, backbone.site).double()
+    policy = GateConfidence(1.0, gate=gate)
+    with pytest.raises(UserError, match="depth 6, the top, which takes no gates"):
+        list(EarlyExit(backbone, bank, policy).decode(PROMPT_1T, max_new_tokens=3))
+    asked = AnyOf([OnlyAt(policy, [2]), some(0.0, backbone)])
+    assert len(list(EarlyExit(backbone, bank, asked).decode(PROMPT_1T, max_new_tokens=3))) == 3
 
 
 @pytest.mark.parametrize("given", [Exit(TunedLens), Exit(gates=[LinearGate])])

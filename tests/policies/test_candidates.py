@@ -119,7 +119,7 @@ def test_one_candidate_is_certain():
     assert CandidateMargin(0.5, frequent=0).score(seen).tolist() == [1.0]
 
 
-@pytest.mark.parametrize("options", [{"limit": 1}, {"recent": 0}, {"likely": 0}, {"frequent": -1}])
+@pytest.mark.parametrize("options", [{"limit": 1}, {"recent": -1}, {"likely": 0}, {"frequent": -1}])
 def test_options_out_of_range_are_refused(options):
     with pytest.raises(UserError, match="CandidateProb was given limit"):
         CandidateProb(0.5, **options)

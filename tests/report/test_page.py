@@ -14,7 +14,8 @@ import pytest
 from dynamax.modules.results import SCHEMA_VERSION
 from dynamax.report.charts import Axis, Series, bullet, plot, ticks
 from dynamax.report.page import page
-from dynamax.report.read import VERSIONS, read_runs
+from dynamax.report.parts import depths_of
+from dynamax.report.read import VERSIONS, read_run, read_runs
 from tests.report.made import LINE, report, row, run_folder
 
 SCHEMA = json.loads((Path(__file__).parents[2] / "docs" / "report.schema.json").read_text())
@@ -137,6 +138,13 @@ def test_text_stays_text(tmp_path: Path) -> None:
     assert shown.values("onerror") == []
     assert shown.text.count("<script>alert(1)</script>") > 10
     assert content.encode("utf-8", "replace")
+
+
+def test_an_exit_at_the_top_is_full_depth(tmp_path: Path) -> None:
+    given = report()
+    top = {**given["exits"][0], "depth": 6}
+    run = read_run(run_folder(tmp_path / "a", {**given, "exits": [*given["exits"], top]}))
+    assert depths_of(run) == [2, 4, 6]
 
 
 def test_tokens_tell_their_depth(folder: Path) -> None:
