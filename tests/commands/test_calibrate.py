@@ -62,7 +62,7 @@ def test_what_is_written_is_tested_and_generated_with(
     assert run("test", "-c", "promised.yaml") == 0
     shown = capfd.readouterr().out
     assert f"Promised: {promise.text}. Here: " in shown
-    assert "of 4 examples" in shown
+    assert "on 4 examples" in shown
 
     asked = ("generate", "-c", "calibrated.yaml", "--backbone", "Folder", "--backbone.path", str(LLAMA))
     assert run(*asked, "--exits", EXITS[1], "--max_new_tokens", "4", "A kitten") == 0
