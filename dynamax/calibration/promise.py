@@ -9,6 +9,7 @@ from typing import Any, Literal
 import numpy as np
 import yaml
 
+from dynamax.calibration.risk import Method
 from dynamax.decoding.base import Decoder
 from dynamax.decoding.early_exit import EarlyExit
 from dynamax.decoding.sampling import Greedy
@@ -81,7 +82,7 @@ class Promise:
     level: Level | Literal["score"]
     epsilon: float
     delta: float
-    method: str
+    method: Method
     documents: int
     tokens: int
     loss: float

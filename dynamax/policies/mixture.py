@@ -69,11 +69,11 @@ class BetaMixture(ScorePolicy):
         self.made_of = (policy.label,)
 
     @classmethod
-    def fit(cls, threshold: float | dict[int, float], policy: ScorePolicy, scored: ScoresByDepth) -> Self:
+    def fit(cls, threshold: float, policy: ScorePolicy, scored: ScoresByDepth) -> Self:
         """The policy whose mixtures have the means and variances of scores that were seen (method of moments).
 
         Args:
-            threshold: In [0, 1]; one number for all exits, or a mapping from each exit's depth to its own.
+            threshold: In [0, 1].
             policy: The policy that scored.
             scored: What it scored.
 
@@ -109,8 +109,7 @@ class BetaMixture(ScorePolicy):
         if self.mixtures is not None:
             return self
         assert self.threshold is not None, "a score policy has a threshold"
-        threshold = self.threshold if isinstance(self.threshold, float) else dict(self.threshold)
-        return type(self).fit(threshold, self.policy, scores_of(self.policy))
+        return type(self).fit(0.5, self.policy, scores_of(self.policy)).at(self.threshold)
 
     @property
     def fitted_options(self) -> dict[str, Any]:
