@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -15,6 +15,8 @@ from dynamax.data.text import Document, held_out, origin_hash
 from dynamax.decoding.teacher_forced import TeacherForcedPass
 from dynamax.engine import Engine
 from dynamax.policies.base import ScorePolicy, TerminationPolicy
+
+T = TypeVar("T")
 
 
 class Reads(NamedTuple):
@@ -57,9 +59,14 @@ class Outcome:
 def texts(engine: Engine, documents: Iterable[Document]) -> Iterable[TeacherForcedPass]:
     """Read documents one after the other; those in which nothing is decided behind the prompt are passed over."""
     for document in documents:
-        start = max(0, document.prompt - 1)
-        if len(document.tokens) - 1 - start >= 2:
+        if decided(document):
+            start = max(0, document.prompt - 1)
             yield engine.read(torch.tensor([document.tokens[:-1]], device=engine.device), start=start)
+
+
+def decided(document: Document) -> bool:
+    """Whether a token stands behind the one that the prompt's own pass decides."""
+    return len(document.tokens) - max(1, document.prompt) >= 2
 
 
 @torch.inference_mode()
@@ -99,8 +106,8 @@ def fingerprint(documents: Sequence[Document]) -> str:
     return digest.hexdigest()[:16]
 
 
-def split(documents: Sequence[Document], share: float) -> tuple[list[Document], list[Document]]:
-    """Two parts, the first with a share of the origins; documents of one origin are on one side."""
-    first_N = held_out(torch.tensor([origin_hash(document.origin) for document in documents]), share).tolist()
-    pairs = list(zip(documents, first_N, strict=True))
-    return [document for document, first in pairs if first], [document for document, first in pairs if not first]
+def split(items: Sequence[T], origins: Iterable[str], share: float) -> tuple[list[T], list[T]]:
+    """Two parts, the first with a share of the origins; what goes back to one origin is on one side."""
+    first_N = held_out(torch.tensor([origin_hash(origin) for origin in origins]), share).tolist()
+    pairs = list(zip(items, first_N, strict=True))
+    return [item for item, first in pairs if first], [item for item, first in pairs if not first]

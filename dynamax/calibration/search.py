@@ -7,9 +7,10 @@ are tried, and the one that costs least at the bound is kept. Nothing is promise
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -32,10 +33,18 @@ WITHIN = 1e-3
 BEYOND = 2.0
 """The path ends where the search documents lose this many times the bound: nothing further could be promised."""
 
+CANDIDATES = 8
+"""Policies that are tested where each has to decode."""
+
+LEAST = 0.005
+"""Share of tokens unlike the full model's, on the search documents, of the surest of them."""
+
 CONTEXT = 128
 """Positions before a token whose bytes are counted."""
 
 NOTHING = torch.zeros(0)
+
+ROUNDING = 1e-12
 
 Thresholds = dict[int, float]
 
@@ -95,6 +104,15 @@ class Path:
     levels: list[Thresholds]
 
 
+class Way(NamedTuple):
+    """Exits that are asked, thresholds by depth, and what comes of it on the search documents."""
+
+    exits: tuple[int, ...]
+    levels: Thresholds
+    loss: float
+    cost: float
+
+
 def found(
     engine: Engine, policy: ScorePolicy, searched: Searched, epsilon: float, level: Level
 ) -> list[TerminationPolicy]:
@@ -117,10 +135,41 @@ def found(
         lambda exits: price(engine, policy, searched.reads, exits) / full,
         together=policy.reads_trail,
     )
-    if path is None:
-        return []
-    asked = [depths[index] for index in path.exits]
-    return [OnlyAt(policy.at({depth: levels.get(depth, 1.0) for depth in asked}), asked) for levels in path.levels]
+    return [] if path is None else [asked_at(policy, depths, path.exits, levels) for levels in path.levels]
+
+
+def frontier(engine: Engine, policy: ScorePolicy, searched: Searched) -> list[TerminationPolicy]:
+    """Few policies that cost little for what they lose, the surest first; none if full decoding costs no more.
+
+    For a loss that one pass does not tell, such as that of a task's score. In its place stands the share of tokens
+    unlike the full model's: at each of some shares, evenly spread in their logarithm, the policy that costs least.
+
+    Source: Pareto Testing (Laufer-Goldshtein et al. 2022, arXiv 2210.07913): what is tested in order is the frontier of
+    cost and a loss on the search documents.
+    """
+    assert engine.exits is not None, "an engine with exits"
+    depths, full = engine.exits.depths, CostModel(engine.backbone).full(CONTEXT).bytes
+    paths = ways(
+        searched,
+        depths,
+        "document",
+        lambda exits: price(engine, policy, searched.reads, exits) / full,
+        together=policy.reads_trail,
+    )
+    saving = [way for path in paths for way in path if way.cost < 1]
+    worst = max((way.loss for way in saving), default=0.0)
+    chosen: list[Way] = []
+    for bound in np.geomspace(LEAST, max(LEAST, worst), CANDIDATES):
+        within = [way for way in saving if way.loss <= bound * (1 + ROUNDING)]
+        if within and (best := min(within, key=lambda way: (way.cost, way.loss))) not in chosen:
+            chosen.append(best)
+    return [asked_at(policy, depths, way.exits, way.levels) for way in chosen]
+
+
+def asked_at(policy: ScorePolicy, depths: Sequence[int], exits: Sequence[int], levels: Thresholds) -> OnlyAt:
+    """The policy at some exits (places among all) alone; one without a threshold there leaves at a score of 1."""
+    asked = [depths[index] for index in exits]
+    return OnlyAt(policy.at({depth: levels.get(depth, 1.0) for depth in asked}), asked)
 
 
 def best_path(
@@ -143,17 +192,32 @@ def best_path(
             decoding; the top is last.
         together: Whether all exits are asked, since the score of one depends on the others.
     """
-    maps = [Calibration(*pair) for pair in zip(searched.score_EN, searched.right_EN, strict=True)]
     best, kept = 1.0, None
+    for path in ways(searched, depths, level, cost_of, together=together):
+        least = min((way.cost for way in path if way.loss <= epsilon), default=1.0)
+        if least < best:
+            ends = next((i for i, way in enumerate(path) if way.loss > BEYOND * epsilon), len(path))
+            best, kept = least, Path(path[0].exits, [way.levels for way in path[:ends]])
+    return kept
+
+
+def ways(
+    searched: Searched,
+    depths: Sequence[int],
+    level: Level,
+    cost_of: Callable[[Sequence[int]], np.ndarray],
+    *,
+    together: bool,
+) -> Iterator[list[Way]]:
+    """For each set of exits, thresholds from the surest down; arguments as for ``best_path``."""
+    maps = [Calibration(*pair) for pair in zip(searched.score_EN, searched.right_EN, strict=True)]
     for size in range(len(depths) if together else 1, len(depths) + 1):
         for exits in combinations(range(len(depths)), size):
-            cost_E, path = cost_of(exits), thresholds(maps, depths, exits)
-            results = [judged(searched, depths, exits, levels, cost_E, level) for levels in path]
-            least = min((cost for loss, cost in results if loss <= epsilon), default=1.0)
-            if least < best:
-                ends = next((i for i, (loss, _) in enumerate(results) if loss > BEYOND * epsilon), len(path))
-                best, kept = least, Path(exits, path[:ends])
-    return kept
+            cost_E = cost_of(exits)
+            yield [
+                Way(exits, levels, *judged(searched, depths, exits, levels, cost_E, level))
+                for levels in thresholds(maps, depths, exits)
+            ]
 
 
 def thresholds(maps: Sequence[Calibration], depths: Sequence[int], exits: Sequence[int]) -> list[Thresholds]:

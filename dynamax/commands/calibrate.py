@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from dynamax.calibration.calibrate import Calibrated, check
 from dynamax.calibration.calibrate import calibrate as calibrated
 from dynamax.calibration.promise import Level, as_yaml, described
 from dynamax.calibration.reliability import TREATMENTS, ExitReliability, reliability
 from dynamax.calibration.risk import Method
+from dynamax.calibration.task import calibrate_task, parted, usable
 from dynamax.commands.parsing import Parser, prepare
 from dynamax.data.text import Document, TextSource
 from dynamax.engine import Engine, load
@@ -22,6 +23,9 @@ from dynamax.paths import InputPath, output_file
 from dynamax.policies.base import ScorePolicy, TerminationPolicy
 from dynamax.policies.schedule import Never
 from dynamax.progress import Bar
+from dynamax.tasks.base import Task
+
+T = TypeVar("T")
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -46,12 +50,14 @@ def options(arguments: Sequence[str]) -> dict[str, Any]:
 def calibrate(
     model: str,
     policy: TerminationPolicy,
-    text: TextSource,
+    text: TextSource | None = None,
     *,
+    task: Task | None = None,
     epsilon: float,
     delta: float = 0.1,
     method: Method = "ltt",
-    level: Level = "document",
+    level: Level | None = None,
+    chat: bool | None = None,
     share: float = 0.5,
     heads: InputPath | None = None,
     exits: dict[int, Exit] | None = None,
@@ -67,17 +73,20 @@ def calibrate(
     Args:
         model: Which model: usually a folder of trained heads; else a folder, a name on the Hub, or a source.
         policy: Whose score decides, such as MaxProb or GateConfidence. Its threshold is not read: one is found for
-            each exit.
+            each exit. A policy that must be fitted, such as BetaMixture without mixtures, is fitted first.
         text: The texts that thresholds are searched and tested on, drawn as those that the promise is about, and
             not among those that the heads were trained on.
+        task: In place of text: a task whose score is not to be lower than the full model's. One loss is how much lower
+            the score of one example is; answers are decoded, which takes long.
         epsilon: The mean loss is to be at most this.
         delta: Probability that it is not, over the draw of the texts.
         method: How the promise is tested. ltt and ucb: with probability 1 - delta; crc: on average over draws; naive:
             not at all, to compare.
         level: One loss is the share of a document's tokens that are not the full model's (document), whether any is
             (answer), or each token by itself (token), which promises less than it says, since tokens of one document
-            depend on one another.
-        share: Part of the texts that is searched; the rest tests.
+            depend on one another. Left out, document; not for a task.
+        chat: Whether a task's prompts are wrapped in the chat template, as in dynamax test; left out, they are not.
+        share: Part of the texts, or of a task's examples, that is searched; the rest tests.
         heads: Folder of trained heads, for a model that is none.
         exits: Untrained exits in place of heads, such as '{2: {}, 4: {}}'.
         dtype: Of the model, such as float32 or bfloat16.
@@ -92,16 +101,34 @@ def calibrate(
             f"calibrate was given the policy {policy.label}; wanted: one with a score, such as MaxProb, Margin, "
             f"Entropy, GateConfidence or JEIGate. Name one of these: combinations are searched by exit alone."
         )
+    if (text is None) == (task is None):
+        given = "neither text nor task" if text is None else "both text and task"
+        raise UserError(
+            f"calibrate was given {given}; wanted: one of the two. Name texts (--text SelfGenerated), whose tokens are "
+            f"to be the full model's, or a task (--task Questions), whose score is to be as good."
+        )
+    idle = {"chat": chat} if task is None else {"level": level}
+    for name, value in idle.items():
+        if value is not None:
+            raise UserError(
+                f"calibrate was given {name}={value}, which changes nothing with "
+                f"{'text: a source of texts has its own' if task is None else 'task: a loss is of its score'}. Leave "
+                f"{name} out."
+            )
+    if task is not None:
+        parted(usable(task), share)  # refuses before the model is loaded, which takes longer
     place = Path(out).expanduser()
     if not place.parent.is_dir() or place.is_dir():
         raise UserError(f"{out} cannot be written: it is a folder, or its folder does not exist. Change --out.")
     picture = output_file(plot, ".png")
     engine = load(model, heads=None if heads is None else str(heads), exits=exits, dtype=dtype, precision=precision)
     check(engine, policy, epsilon=epsilon, delta=delta, share=share)  # before texts are written, which takes long
-    documents = written(text, engine)
-    found = calibrated(
-        engine, policy, documents, epsilon=epsilon, delta=delta, method=method, level=level, share=share, progress=bar
-    )
+    bounds: dict[str, Any] = {"epsilon": epsilon, "delta": delta, "method": method, "share": share, "progress": bar}
+    if task is not None:
+        found = calibrate_task(engine, policy, task, chat=bool(chat), **bounds)
+    else:
+        assert text is not None, "one of the two was given"
+        found = calibrated(engine, policy, written(text, engine), level=level or "document", **bounds)
     assert engine.exits is not None, "or calibrate would have refused"
     rows = reliability(found.search, found.test, engine.exits.depths)
     print(told(found), "", table(rows), "", sep="\n")
@@ -126,12 +153,12 @@ def written(text: TextSource, engine: Engine) -> list[Document]:
     return documents
 
 
-def bar(documents: Iterable[Document], label: str) -> Iterable[Document]:
-    """Documents, with a bar."""
-    everything = list(documents)
+def bar(items: Iterable[T], label: str) -> Iterator[T]:
+    """Documents, or a task's examples, with a bar."""
+    everything = list(items)
     with Bar(total=len(everything), desc=label, unit="document") as shown:
-        for document in everything:
-            yield document
+        for item in everything:
+            yield item
             shown.update()
 
 

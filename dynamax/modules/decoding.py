@@ -15,6 +15,7 @@ from dynamax.backbones.hf import UNBOUNDED
 from dynamax.backbones.precision import capture_steps, check_precision
 from dynamax.backbones.sources import Source
 from dynamax.calibration.promise import Promise
+from dynamax.calibration.task import options_for
 from dynamax.data.tasks import TaskData
 from dynamax.decoding.base import DecoderFactory
 from dynamax.decoding.cost import CostModel
@@ -149,6 +150,8 @@ class DecodingModule(LightningModule):
         name = type(self._task).__name__
         if stage != "predict":
             check_options(self._task, sampler=self.sampler, chat=self.chat, timed=self.timed)
+            for promise in filter(None, self.promises):
+                promise.check_task(self._task, chat=bool(self.chat))
         elif not isinstance(self._task, GenerationTask):
             raise UserError(f"predict answers in words, but {name} asks for likelihoods. Use test.")
         elif not self.policies:
@@ -193,6 +196,8 @@ class DecodingModule(LightningModule):
         points = []
         for policy, promise in zip(self.policies, self.promises, strict=True):
             decoder = engine.decoder(policy, self.decoder, sampler=sampler)
+            if promise is not None:
+                promise.check_decoder(decoder)
             stats = PolicyStats(policy.label, policy.threshold, drafts=decoder.drafts, promise=promise)
             points.append(OperatingPoint(decoder, CostModel(engine.backbone, decoder.exits), stats, policy))
         if generates:
@@ -256,9 +261,7 @@ class DecodingModule(LightningModule):
 
     def predict_step(self, example: Example, index: int) -> dict[str, Any]:
         """Answer one example with the first policy: text, tokens, and the depth each token left at."""
-        options = self.engine.options(
-            sampler=self.sampler, max_new_tokens=example.max_new_tokens, stop_strings=example.stop_strings or None
-        )
+        options = options_for(self.engine, example, self.sampler)
         options.sampler.restart(index)
         decoder = self.engine.decoder(self.policies[0], self.decoder, sampler=options.sampler)
         answer = self.engine.answer(decoder, self.engine.encode(example.prompt, chat=bool(self.chat)), options)

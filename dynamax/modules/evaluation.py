@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from dynamax.calibration.scores import outcome
+from dynamax.calibration.task import options_for
 from dynamax.data.text import silent
 from dynamax.decoding.base import Decoder
 from dynamax.decoding.cost import FREE, CostModel
@@ -192,9 +193,7 @@ class Generation(Evaluation):
     ) -> Answer:
         """Answer, and compare with the full model's answer; left out, this is the full model's."""
         self.sampler.restart(self.examples)
-        options = self.engine.options(
-            sampler=self.sampler, max_new_tokens=example.max_new_tokens, stop_strings=example.stop_strings or None
-        )
+        options = options_for(self.engine, example, self.sampler)
         answer = self.engine.answer(point.decoder, prompt_1T, options)
         point.stats.scores.append(self.task.score(example, answer.text))
         point.stats.answers.update([answer.text], [answer.text if whole is None else whole.text])

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dynamax.calibration.promise import Promise
+from dynamax.calibration.promise import Promise, score_loss
 from dynamax.calibration.scores import Outcome
 from dynamax.decoding.cost import FREE, Cost
 from dynamax.decoding.teacher_forced import PolicyPath
@@ -50,7 +50,7 @@ class PromiseFacts:
         if self.loss is None:
             return f"Promised: {self.promise}. Nothing was counted here."
         kept = "not more" if self.loss <= self.epsilon else "more"
-        return f"Promised: {self.promise}. Here: {self.loss:.1%} of {self.documents} examples, which is {kept}."
+        return f"Promised: {self.promise}. Here: {self.loss:.1%} on {self.documents} examples, which is {kept}."
 
 
 @dataclass(frozen=True)
@@ -273,14 +273,19 @@ class PolicyStats:
         self.agreement.update(token_T.cpu(), top_T.cpu())
         self.wrong.append((token_T != top_T).cpu())
 
-    def _kept(self) -> PromiseFacts | None:
+    def _kept(self, full: PolicyStats) -> PromiseFacts | None:
         """The promise beside what happened."""
-        if self.promise is None:
+        promise = self.promise
+        if promise is None:
             return None
-        losses = [self.promise.losses(wrong_T.numpy()) for wrong_T in self.wrong]
+        if promise.task is None:
+            losses = [promise.losses(wrong_T.numpy()) for wrong_T in self.wrong]
+        else:
+            name, pairs = promise.task.score, zip(full.scores, self.scores, strict=True)
+            losses = [np.array([score_loss(top[name], own[name])]) for top, own in pairs]
         mean = float(np.concatenate(losses).mean()) if losses else None
-        tokens = sum(map(len, self.wrong))
-        return PromiseFacts(self.promise.text, self.promise.epsilon, mean, len(self.wrong), tokens)
+        documents = len(self.wrong if promise.task is None else self.scores)
+        return PromiseFacts(promise.text, promise.epsilon, mean, documents, sum(map(len, self.wrong)))
 
     def row(self, task: Task, full: PolicyStats) -> PolicyRow:
         """One line of the frontier."""
@@ -303,7 +308,7 @@ class PolicyStats:
             tokens=tokens,
             timed_tokens=self.timed,
             depth_counts=dict(sorted(self.depths.items())),
-            promise=self._kept(),
+            promise=self._kept(full),
         )
 
 

@@ -5,13 +5,16 @@ from __future__ import annotations
 import copy
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping, Sequence
-from typing import ClassVar, Self
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, ClassVar, Self
 
 from torch import Tensor
 
 from dynamax.errors import UserError
 from dynamax.types import Evidence
+
+ScoresByDepth = Mapping[int, tuple[Tensor, Tensor]]
+"""For each exit's depth: what a policy scored on tokens, ``score_N``, and whether the exit was right, ``right_N``."""
 
 
 class TerminationPolicy(ABC):
@@ -92,6 +95,22 @@ class ScorePolicy(TerminationPolicy):
     def __call__(self, evidence: Evidence) -> Tensor:
         """Whether the score is at least the threshold here, ``leave_B``."""
         return self.score(evidence) >= self.level(evidence.depth)
+
+    def fitted(self, scores_of: Callable[[ScorePolicy], ScoresByDepth]) -> Self:
+        """The policy, ready for use: fitted, if it must be and has not been; else itself.
+
+        Args:
+            scores_of: Gives the scores of another policy on tokens that are known. It is slow: it reads texts.
+
+        Raises:
+            UserError: If the tokens are too few to fit the policy.
+        """
+        return self
+
+    @property
+    def fitted_options(self) -> dict[str, Any]:
+        """The options that ``fitted`` sets, as YAML holds them; empty for a policy that is never fitted."""
+        return {}
 
     def level(self, depth: int) -> float:
         """The threshold at one depth; a UserError if thresholds are given by depth and this depth has none."""

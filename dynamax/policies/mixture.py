@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self
 
 from torch import Tensor
 
 from dynamax.errors import UserError
-from dynamax.policies.base import ScorePolicy
+from dynamax.policies.base import ScorePolicy, ScoresByDepth
 from dynamax.types import Evidence
 
 EDGE = 1e-6
@@ -51,13 +51,14 @@ class BetaMixture(ScorePolicy):
     Args:
         threshold: In [0, 1]; one number for all exits, or a mapping from each exit's depth to its own.
         policy: The policy whose score is used; its threshold is not.
-        mixtures: For each exit's depth, how scores of right and of wrong exits are distributed; ``fit`` finds it.
+        mixtures: For each exit's depth, how scores of right and of wrong exits are distributed. Left out, the policy
+            must be fitted before use, as ``dynamax calibrate`` does.
 
     Source: FREE (Bae et al. 2023, arXiv 2310.05424), its adaptive threshold estimator.
     """
 
     def __init__(
-        self, threshold: float | dict[int, float], *, policy: ScorePolicy, mixtures: dict[int, BetaPair]
+        self, threshold: float | dict[int, float], *, policy: ScorePolicy, mixtures: dict[int, BetaPair] | None = None
     ) -> None:
         super().__init__(threshold)
         self.policy = policy
@@ -68,13 +69,13 @@ class BetaMixture(ScorePolicy):
         self.made_of = (policy.label,)
 
     @classmethod
-    def fit(cls, threshold: float, policy: ScorePolicy, scored: Mapping[int, tuple[Tensor, Tensor]]) -> Self:
+    def fit(cls, threshold: float, policy: ScorePolicy, scored: ScoresByDepth) -> Self:
         """The policy whose mixtures have the means and variances of scores that were seen (method of moments).
 
         Args:
             threshold: In [0, 1].
             policy: The policy that scored.
-            scored: For each exit's depth, ``score_N`` of tokens, and whether the exit was right, ``right_N`` bool.
+            scored: What it scored.
 
         Raises:
             UserError: If an exit was right, or wrong, on fewer than two tokens, or with one and the same score on all.
@@ -103,12 +104,37 @@ class BetaMixture(ScorePolicy):
             mixtures[depth] = BetaPair(pairs[0], pairs[1], float(right_N.double().mean()))
         return cls(threshold, policy=policy, mixtures=mixtures)
 
+    def fitted(self, scores_of: Callable[[ScorePolicy], ScoresByDepth]) -> Self:
+        """The policy with its mixtures; found from the inner policy's scores if none were given."""
+        if self.mixtures is not None:
+            return self
+        assert self.threshold is not None, "a score policy has a threshold"
+        return type(self).fit(0.5, self.policy, scores_of(self.policy)).at(self.threshold)
+
+    @property
+    def fitted_options(self) -> dict[str, Any]:
+        """The mixtures."""
+        return {
+            "mixtures": {
+                depth: {"right": list(pair.right), "wrong": list(pair.wrong), "prior": pair.prior}
+                for depth, pair in (self.mixtures or {}).items()
+            }
+        }
+
     def score(self, evidence: Evidence) -> Tensor:
         """The probability that the exit is right, ``score_B``."""
+        if self.mixtures is None:
+            self.validate([evidence.depth])
+        assert self.mixtures is not None, "or validate has refused"
         return self.mixtures[evidence.depth].posterior(self.policy.score(evidence))
 
     def validate(self, depths: Sequence[int]) -> None:
         """Refuse exits without a mixture; check the inner policy."""
+        if self.mixtures is None:
+            raise UserError(
+                f"{type(self).__name__} was given no mixtures, so it has no score. Fit it: `dynamax calibrate` does, "
+                f"and writes the mixtures into its file; in Python, {type(self).__name__}.fit does. Or give mixtures."
+            )
         super().validate(depths)
         if missing := sorted(set(depths) - set(self.mixtures)):
             raise UserError(

@@ -152,7 +152,7 @@ def study(
             f"suitability was given every {every}; wanted: 1 to {total - 1}, as the model has {total} blocks."
         )
     depths = range(every, total, every)
-    fitting, held = split(documents, share)
+    fitting, held = split(documents, [document.origin for document in documents], share)
     lenses = {depth: RidgeLens(backbone.spec.width, PENALTY, engine.device) for depth in depths}
     for states in normed_states(engine, progress(fitting, "fit"), depths):
         for depth, lens in lenses.items():

@@ -12,11 +12,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import exp, inf, log
 from statistics import fmean
-from typing import ClassVar, Generic, NamedTuple, TypeVar, final
+from typing import ClassVar, Generic, Literal, NamedTuple, TypeVar, final
 
 from dynamax.errors import UserError
 
 E = TypeVar("E")
+
+Scale = Literal["binary", "fraction", "any"]
+"""What a score of one example may be: 0 or 1; between 0 and 1, both counted; any number."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,8 @@ class Example:
         incorrect: Answers known to be wrong; empty where a task has none.
         stop_strings: Strings that end the answer.
         max_new_tokens: Most tokens to generate.
+        origin: Text that several examples go back to, such as a passage; they are on one side of every split. None for
+            an example that shares nothing.
     """
 
     id: str
@@ -38,6 +43,7 @@ class Example:
     incorrect: tuple[str, ...] = ()
     stop_strings: tuple[str, ...] = ()
     max_new_tokens: int = 64
+    origin: str | None = None
 
 
 @dataclass(frozen=True)
@@ -81,10 +87,13 @@ class Task(ABC, Generic[E]):
     Attributes:
         headline: Name of the score that stands for the task, one of ``aggregate``'s keys.
         higher_is_better: Whether a greater headline is a better one.
+        headline_scale: What the headline of one example may be. ``dynamax calibrate`` takes tasks whose headline is
+            ``binary`` or a ``fraction``.
     """
 
     headline: ClassVar[str]
     higher_is_better: ClassVar[bool] = True
+    headline_scale: ClassVar[Scale] = "any"
 
     @abstractmethod
     def examples(self) -> list[E]:

@@ -38,6 +38,7 @@ class ConversationTask(GenerationTask):
     """Asks questions about passages, one turn after another, with CoQA's prompt and scores."""
 
     headline = "f1"
+    headline_scale = "fraction"
     limit: int | None
     offset: int
     max_new_tokens: int
@@ -56,7 +57,8 @@ class ConversationTask(GenerationTask):
             prompt = f"{each.passage}\n\n"
             for turn, (question, golds) in enumerate(zip(each.questions, each.golds, strict=True), 1):
                 prompt += f"Q: {question}\n\nA:"
-                turns.append(Example(f"{each.id}-{turn}", prompt, golds, (), STOPS, self.max_new_tokens))
+                name = f"{each.id}-{turn}"
+                turns.append(Example(name, prompt, golds, (), STOPS, self.max_new_tokens, each.passage))
                 prompt += f" {golds[0]}\n\n"
             examples += turns[-1:] if self.last_turn_only else turns
         return select(examples, skip=self.offset, limit=self.limit)

@@ -29,6 +29,7 @@ class Questions(GenerationTask):
     """
 
     headline = "accuracy"
+    headline_scale = "binary"
 
     def __init__(self, *, limit: int | None = None, offset: int = 0, max_new_tokens: int = 48, shots: int = 0) -> None:
         at_least(self, 1, limit=limit, max_new_tokens=max_new_tokens)

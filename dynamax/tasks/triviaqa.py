@@ -49,6 +49,7 @@ class TriviaQA(GenerationTask):
     """
 
     headline = "em"
+    headline_scale = "binary"
 
     def __init__(
         self,

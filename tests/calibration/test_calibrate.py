@@ -107,7 +107,7 @@ def test_one_sureness_gives_each_exit_its_threshold() -> None:
 def test_a_promise_on_texts_that_the_search_did_not_see(engine: Engine, documents: list[Document]) -> None:
     found = calibrate(engine, MaxProb(0.5), documents, epsilon=0.3, delta=0.2)
     assert isinstance(found.policy, OnlyAt)
-    first, second = split(documents, 0.5)
+    first, second = split(documents, [each.origin for each in documents], 0.5)
     assert found.promise.documents == len(list(texts(engine, second)))
     assert len(found.search) == len(list(texts(engine, first)))
     assert len(found.test) == found.promise.documents

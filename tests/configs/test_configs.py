@@ -15,6 +15,7 @@ import pytest
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from dynamax.backbones.sources import Source
+from dynamax.calibration.task import parted, usable
 from dynamax.cli import main
 from dynamax.commands import calibrate, generate, runs
 from dynamax.commands.parsing import Parser, prepare
@@ -149,8 +150,12 @@ def test_what_lies_over_a_joint_run_is_built(name: str, monkeypatch: pytest.Monk
 def test_a_calibration_is_built(name: str) -> None:
     given = calibrate.options(["calibrate", "runs/demo/heads", "-c", str(CONFIGS / name)])
     assert isinstance(given["policy"], ScorePolicy)
-    assert isinstance(given["text"], TextSource)
-    assert given["out"] == "runs/demo/calibrated.yaml"
+    if given["task"] is None:
+        assert isinstance(given["text"], TextSource)
+    else:
+        assert given["text"] is None
+        assert all(parted(usable(given["task"]), given["share"]))
+    assert given["out"] == f"runs/demo/calibrated{'' if given['task'] is None else '-task'}.yaml"
 
 
 @pytest.mark.parametrize("name", [name for name in named(SIBLINGS) if Path(name).stem != "text"])
