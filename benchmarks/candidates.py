@@ -148,7 +148,8 @@ def main() -> None:
     parser.add_argument("--heads", type=Path, default=None)
     parser.add_argument("--precision", default="float16")
     parser.add_argument("--out", type=Path, default=None)
-    numbers = {"train": 40, "answers": 30, "tokens": 60, "limit": 256, "recent": 16, "likely": 16, "threads": 1}
+    numbers = {"train": 40, "answers": 30, "tokens": 60, "limit": 256, "recent": 16, "likely": 16, "frequent": 2048}
+    numbers |= {"threads": 1}
     for name, value in numbers.items():
         parser.add_argument(f"--{name}", type=int, default=value)
     args = parser.parse_args()
@@ -168,7 +169,7 @@ def measured(args: argparse.Namespace) -> dict[str, Any]:
     random.Random(0).shuffle(texts)
     trained, held = texts[: args.train], texts[args.train :]
     bank = fitted(backbone, trained) if args.heads is None else ExitBank.load(args.heads, backbone.site)
-    options = {"limit": args.limit, "recent": args.recent, "likely": args.likely}
+    options = {name: getattr(args, name) for name in ("limit", "recent", "likely", "frequent")}
     policies = CandidateProb(0.5, **options), CandidateMargin(0.5, **options)
     scores = {depth: Scores() for depth in bank.depths}
     with torch.inference_mode():
