@@ -38,7 +38,9 @@ def test_candidates_are_scored_beside_the_whole_matrix(monkeypatch):
             known = TeacherForcedPass(model, bank, tokens_1T, start=start)
             top_T = known.logits_TV.argmax(-1)
             for evidence in known.exits:
-                scores[evidence.depth].candidates(evidence, top_T, (CandidateProb(0.5), CandidateMargin(0.5)))
+                scores[evidence.depth].candidates(
+                    evidence, top_T, (CandidateProb(0.5, frequent=9), CandidateMargin(0.5, frequent=9))
+                )
                 assert not evidence.logits_read
             for evidence in known.exits:
                 scores[evidence.depth].matrix(evidence, top_T)

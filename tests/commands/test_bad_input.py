@@ -83,8 +83,9 @@ CASES = {
     "part's file beside us": ([*FIT, "--model.exits={2: nope.yaml}"], ["the file nope.yaml, which is not there"]),
     "backbone's file": ([*FIT, "--model.backbone", "nope.yaml"], ["the file nope.yaml, which is not there"]),
     "exit repeated": ([*FIT, "--model.exits={2: {}, '2': {}}"], ["key 2 stands twice"]),
-    "exit too deep": ([*FIT, "--model.exits={6: parts/exit.yaml}"], ["depth 6", "6 blocks", "1 to 5"]),
-    "exit at zero": ([*FIT, "--model.exits={0: parts/exit.yaml}"], ["depth 0", "1 to 5"]),
+    "exit too deep": ([*FIT, "--model.exits={7: parts/exit.yaml}"], ["depth 7", "6 blocks", "1 to 6"]),
+    "exit at the top": ([*FIT, "--model.exits={6: parts/exit.yaml}"], ["depth 6, the top", "LogitLens and no gates"]),
+    "exit at zero": ([*FIT, "--model.exits={0: parts/exit.yaml}"], ["depth 0", "1 to 6"]),
     "threshold": (
         [*TEST, "--model.policies=[{policy: {class_path: MaxProb, init_args: {threshold: 1.5}}}]"],
         ["MaxProb was given threshold 1.5", "[0, 1]"],
