@@ -99,10 +99,10 @@ def followers(text: list[int]) -> list[int]:
     return [text[place + 1] for place in range(len(text) - 2, -1, -1) if text[place] == text[-1]]
 
 
-def unique(parts: Iterable[Iterable[int]], limit: int, least: int) -> list[int]:
-    """The first ``limit`` different tokens that are not below ``least``."""
+def unique(parts: Iterable[Iterable[int]], limit: int, frequent: int) -> list[int]:
+    """The first ``limit`` different tokens that are not below ``frequent``."""
     tokens = dict.fromkeys(chain.from_iterable(parts))
-    return [token for token in tokens if token >= least][:limit]
+    return [token for token in tokens if token >= frequent][:limit]
 
 
 def together(rows: list[list[int]], device: torch.device) -> Candidates:

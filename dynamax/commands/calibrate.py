@@ -101,20 +101,7 @@ def calibrate(
             f"calibrate was given the policy {policy.label}; wanted: one with a score, such as MaxProb, Margin, "
             f"Entropy, GateConfidence or JEIGate. Name one of these: combinations are searched by exit alone."
         )
-    if (text is None) == (task is None):
-        given = "neither text nor task" if text is None else "both text and task"
-        raise UserError(
-            f"calibrate was given {given}; wanted: one of the two. Name texts (--text SelfGenerated), whose tokens are "
-            f"to be the full model's, or a task (--task Questions), whose score is to be as good."
-        )
-    idle = {"chat": chat} if task is None else {"level": level}
-    for name, value in idle.items():
-        if value is not None:
-            raise UserError(
-                f"calibrate was given {name}={value}, which changes nothing with "
-                f"{'text: a source of texts has its own' if task is None else 'task: a loss is of its score'}. Leave "
-                f"{name} out."
-            )
+    check_source(text, task, level=level, chat=chat)
     if task is not None:
         parted(usable(task), share)  # refuses before the model is loaded, which takes longer
     place = Path(out).expanduser()
@@ -140,6 +127,24 @@ def calibrate(
         title = f"{policy.label}: its scores as probabilities"
         draw(rows, title=title, path=picture)
         print(f"Wrote {picture}")
+
+
+def check_source(text: TextSource | None, task: Task | None, *, level: Level | None, chat: bool | None) -> None:
+    """Refuse both or neither of texts and a task, and what changes nothing with the one that was given (UserError)."""
+    if (text is None) == (task is None):
+        given = "neither text nor task" if text is None else "both text and task"
+        raise UserError(
+            f"calibrate was given {given}; wanted: one of the two. Name texts (--text SelfGenerated), whose tokens are "
+            f"to be the full model's, or a task (--task Questions), whose score is to be as good."
+        )
+    idle = {"chat": chat} if task is None else {"level": level}
+    for name, value in idle.items():
+        if value is not None:
+            raise UserError(
+                f"calibrate was given {name}={value}, which changes nothing with "
+                f"{'text: a source of texts has its own' if task is None else 'task: a loss is of its score'}. Leave "
+                f"{name} out."
+            )
 
 
 def written(text: TextSource, engine: Engine) -> list[Document]:
