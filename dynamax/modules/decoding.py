@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
@@ -221,6 +223,8 @@ class DecodingModule(LightningModule):
         task, run = self._task, self._evaluation
         assert run is not None
         decoder = (run.points or [run.full])[0].decoder
+        # A report is passed on: a folder within the current one is written without the rest of its user's paths.
+        heads = None if self.heads is None else str(Path(self.heads).absolute()).removeprefix(f"{Path.cwd()}{os.sep}")
         sampler = chat = None
         if isinstance(run, Generation):
             options = {name: value for name, value in vars(run.sampler).items() if not name.startswith("_")}
@@ -229,9 +233,7 @@ class DecodingModule(LightningModule):
         self.results = DecodingResults(
             task=TaskFacts(type(task).__name__, task.headline, run.examples),
             backbone=spec_facts(self.engine),
-            decoding=DecodingFacts(
-                type(decoder).__name__, decoder.lossless, decoder.options(), sampler, chat, self.heads
-            ),
+            decoding=DecodingFacts(type(decoder).__name__, decoder.lossless, decoder.options(), sampler, chat, heads),
             environment=environment(
                 self.engine.device,
                 dtype=str(self.engine.dtype).removeprefix("torch."),

@@ -67,6 +67,12 @@ def curves(run: Run, x: str, y: str, names: Sequence[str], *, colour: int | None
     return [each for each in found if each.points]
 
 
+def heading(label: str, axis: str) -> str:
+    """Over a picture: both axes in short, "Same tokens and bytes"."""
+    name = axis.partition(",")[0]
+    return f"{label.partition(' (')[0]} and {name if name == 'FLOPs' else name.lower()}"
+
+
 def frontier(run: Run) -> str:
     """What was kept against what it cost."""
     kept, kept_name = quality([run])
@@ -80,7 +86,7 @@ def frontier(run: Run) -> str:
                 signs += series
                 title = f"{run.name}: {label} against {axis}. The numbers are in the table below."
                 picture = plot(series, Axis(axis, marked=(1.0,)), Axis(label, share=is_share), title=title)
-                drawn.append(panel(f"{label.partition(' (')[0]} and {axis.partition(',')[0]}", picture))
+                drawn.append(panel(heading(label, axis), picture))
     if drawn:
         out += panels(drawn) + legend(signs)
         out += "<p>Same tokens: share of tokens that are the full model's own. Up is better, left is cheaper; the "

@@ -7,7 +7,7 @@ from importlib.resources import files
 from typing import Any
 
 from dynamax.report.charts import Axis, Series, plot
-from dynamax.report.frontiers import COSTS, cost, curves, frontier, policies, quality
+from dynamax.report.frontiers import COSTS, cost, curves, frontier, heading, policies, quality
 from dynamax.report.markup import legend, made, missing, panel, panels, table, text
 from dynamax.report.parts import answers, gates, histograms, promises, reliability
 from dynamax.report.read import Run
@@ -84,8 +84,8 @@ def section(run: Run, number: int) -> str:
         "schema version": str(run.version),
     }
     out = '<dl class="facts">' + "".join(f"<dt>{text(k)}</dt><dd>{text(v)}</dd>" for k, v in facts.items()) + "</dl>\n"
-    for heading, part in PARTS.items():
-        out += f"<h3>{text(heading)}</h3>\n{part(run)}"
+    for title, part in PARTS.items():
+        out += f"<h3>{text(title)}</h3>\n{part(run)}"
     return out + f"<h3>Answers, coloured by depth</h3>\n{answers(run, number)}"
 
 
@@ -115,7 +115,7 @@ def comparison(runs: Sequence[Run]) -> str:
                 signs += series
                 title = f"All runs: {label} against {axis}. The numbers are in the tables of the runs."
                 picture = plot(series, Axis(axis, marked=(1.0,)), Axis(label, share=is_share), title=title)
-                drawn.append(panel(f"{label.partition(' (')[0]} and {axis.partition(',')[0]}", picture))
+                drawn.append(panel(heading(label, axis), picture))
     if not drawn:
         return out + missing("pictures over FLOPs, bytes and time", "Nothing was timed or charged in any run.")
     return out + panels(drawn) + legend(signs) + "".join(made(run.report["command"], f"{run.name} by") for run in runs)

@@ -44,6 +44,7 @@ def test_fit_then_test_leaves_heads_report_and_picture(run: Run, fitted: Path) -
     assert run("test", "-c", "test.yaml") == 0
     report = json.loads((fitted / "report" / "report.json").read_text())
     assert report["frontier"][0]["policy"] == "Full"
+    assert report["decoding"]["heads"] == "heads"  # what lies here is named from here: a report is passed on
     assert [exit_["depth"] for exit_ in report["exits"]] == [2, 4]
     first = report["frontier"][1]
     assert first["blocks_per_token"] == 2  # a threshold of 0 leaves at the first exit
