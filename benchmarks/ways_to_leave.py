@@ -182,12 +182,14 @@ def chosen(way: Way, scores: Scores, depths: Sequence[int], prices: dict[str, An
             given = (
                 exit_distribution(scores[way.scored][list(exits)])[1] if way.joint else scores[way.scored][list(exits)]
             )
+            passes_EN = np.ones(given.shape, dtype=bool)
+            if way.first is not None:
+                passes_EN = scores[way.first][list(exits)].numpy() >= low
+            if not passes_EN.any(1).all():  # at one of them nothing gets to the second policy
+                continue
             maps: list[Any] = [None] * count
-            for place, score_N in zip(exits, given.numpy(), strict=True):
-                kept_N = (
-                    np.ones(len(score_N), dtype=bool) if way.first is None else scores[way.first][place].numpy() >= low
-                )
-                maps[place] = Calibration(score_N[kept_N], right_EN[place][kept_N])
+            for place, score_N, pass_N in zip(exits, given.numpy(), passes_EN, strict=True):
+                maps[place] = Calibration(score_N[pass_N], right_EN[place][pass_N])
             for levels in thresholds(maps, depths, exits):
                 choice = Choice(0.0, exits, levels, low)
                 same, _, choice.saves = departures(way, scores, choice, depths, prices)

@@ -45,6 +45,9 @@ COMMANDS = {
     "import-heads": Command(
         "dynamax.commands.import_heads", "write heads that DSSD published in this project's format"
     ),
+    "split": Command("dynamax.commands.split", "write a model in two folders, for an edge device and a cloud"),
+    "serve cloud": Command("dynamax.commands.serve_cloud", "finish tokens for edges, with a model's upper part"),
+    "serve edge": Command("dynamax.commands.serve_edge", "answer OpenAI's clients, with an edge or a whole model"),
     "suitability": Command(
         "dynamax.commands.suitability", "say whether early exits will pay on a model, before anything is trained"
     ),
@@ -109,6 +112,8 @@ def _terminated(number: int, frame: object) -> NoReturn:
 
 def _dispatch(options: list[str], texts: list[str]) -> None:
     first = options[0] if options else "--help"
+    if (both := " ".join(options[:2])) in COMMANDS:  # such as serve cloud
+        first = both
     if first in ("-h", "--help", "help"):
         print(overview())
     elif first == "--version":

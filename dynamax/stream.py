@@ -189,6 +189,11 @@ class Stream(Iterator[Token]):
     def __next__(self) -> Token:
         return next(self._tokens)
 
+    @property
+    def stopped(self) -> bool:
+        """Whether an end token or a stop string has ended it."""
+        return self._transcript.stopped
+
     def _run(self, decoded: Iterator[Step]) -> Iterator[Token]:
         began = time.perf_counter()
         for step in decoded:

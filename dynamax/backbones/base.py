@@ -28,11 +28,13 @@ class Backbone(nn.Module, ABC):
         spec: Depth, width, vocabulary, fingerprint.
         additive_masks: True where attention adds its mask (eager), False where it takes booleans (sdpa).
         captured: Spans of blocks that small steps replay as CUDA graphs; None for none.
+        held: The blocks that are here, of a part of a model; None for all.
     """
 
     spec: Spec
     additive_masks: bool = False
     captured: CapturedSpans | None = None
+    held: Span | None = None
 
     def train(self, mode: bool = True) -> Backbone:
         """Stay in eval mode: frozen weights alone would leave dropout on."""
@@ -134,6 +136,7 @@ class Backbone(nn.Module, ABC):
             for view in views:
                 view.commit()
             cache.passed(Span(start, stop), plan)
+            cache.arrived(stop, h_BTD)
         return cache.part(span.stop, h_BTD, mine)
 
     def run_blocks(self, h_BTD: Tensor, blocks: Sequence[int], plan: Plan, views: Sequence[LayerView]) -> Tensor:
@@ -254,6 +257,6 @@ class Backbone(nn.Module, ABC):
 
     @final
     def new_cache(self, capacity: int = 256, pad_B: Tensor | None = None, span: Span | None = None) -> Cache:
-        """An empty cache for this backbone, or for a span of its blocks."""
-        span = span or Span(0, self.spec.depth)
+        """An empty cache for this backbone, or for a span of its blocks; left out, all that are here."""
+        span = span or self.held or Span(0, self.spec.depth)
         return Cache(span, capacity, pad_B, [self.state_kinds(index) for index in range(span.stop)])

@@ -9,7 +9,7 @@ blocks have been through fewer positions, and at every moment (law 4)::
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, final
 
@@ -126,7 +126,7 @@ class AnyCache(ABC):
 
     @abstractmethod
     def joins(self, span: Span) -> list[int]:
-        """Depths inside the span where positions are owed."""
+        """Depths inside the span where positions are owed or looked at."""
 
     @abstractmethod
     def join(self, depth: int, h_BTD: Tensor) -> Tensor:
@@ -147,6 +147,10 @@ class AnyCache(ABC):
     @abstractmethod
     def passed(self, span: Span, plan: Plan) -> None:
         """The chunk has been through these blocks."""
+
+    @abstractmethod
+    def arrived(self, depth: int, h_BTD: Tensor) -> None:
+        """The chunk, whatever it brought along, is now before block ``depth``."""
 
     @abstractmethod
     def peeked(self, index: int, plan: Plan) -> None:
@@ -174,6 +178,7 @@ class Cache(AnyCache):
         rows: For each block, how many positions those calls held.
         writes: For each block, how many positions were written without running it.
         memories: What recurrent heads remember, by (depth, head name).
+        outlets: Given the positions ``h_BTD`` that come by a depth, each once and in order, by depth.
     """
 
     def __init__(
@@ -191,6 +196,7 @@ class Cache(AnyCache):
         self.rows = [0] * span.stop
         self.writes = [0] * span.stop
         self.memories: dict[tuple[int, str], Memory] = {}
+        self.outlets: dict[int, Callable[[Tensor], None]] = {}
         self._plan: StepPlan | None = None
         self._angles: AngleTable | None = None
 
@@ -233,10 +239,10 @@ class Cache(AnyCache):
         return CacheView(self.states[index], plan, window)
 
     def joins(self, span: Span) -> list[int]:
-        """Depths inside the span where positions are owed; law 4 is checked where a step begins."""
+        """Depths inside the span where positions are owed or looked at; law 4 is checked where a step begins."""
         if span.start == self.span.start:
             self.group.balance()
-        return [depth for depth in self.group.debts if span.start < depth < span.stop]
+        return [depth for depth in {*self.group.debts, *self.outlets} if span.start < depth < span.stop]
 
     def join(self, depth: int, h_BTD: Tensor) -> Tensor:
         """The chunk, behind the positions owed before block ``depth``."""
@@ -263,6 +269,11 @@ class Cache(AnyCache):
             self.group.filled[index] += plan.length
             self.calls[index] += 1
             self.rows[index] += plan.length
+
+    def arrived(self, depth: int, h_BTD: Tensor) -> None:
+        """Show them to whoever looks there."""
+        if self.outlets and depth in self.outlets:
+            self.outlets[depth](h_BTD)
 
     def peeked(self, index: int, plan: Plan) -> None:
         """A call of a block."""

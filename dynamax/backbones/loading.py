@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from dynamax.backbones.check import QUICK, check_backbone
 from dynamax.backbones.checkpoint import Checkpoint, fingerprint_of, reading
 from dynamax.backbones.families import FamilySpec, family
 from dynamax.backbones.hf import HFBackbone
+from dynamax.backbones.parts import Part, part_in
 from dynamax.errors import UserError
 from dynamax.types import Span
 
@@ -46,6 +48,7 @@ def load_backbone(
     span: Span | None = None,
     embedding: bool = True,
     output: bool = True,
+    part: Part | None = None,
 ) -> HFBackbone:
     """Load a folder in transformers' layout, whole or in part.
 
@@ -59,12 +62,20 @@ def load_backbone(
             ``spec``: ``run`` takes spans within it.
         embedding: Whether to keep the embedding matrix. A part that begins at an inner block needs none.
         output: Whether to keep the output matrix. A part that ends at an inner block needs none.
+        part: What the folder holds, if ``dynamax split`` wrote it; then ``span``, ``embedding`` and ``output`` are its.
 
     Raises:
         UserError: If the family is unknown, a file is damaged, weights and configuration do not fit each other, or
-            the logits differ.
+            the logits differ; if the folder holds a part of a model, and the whole is wanted.
     """
     kind, place = dtype_of(dtype), device_of(device)
+    if part is not None:
+        span, embedding, output = part.span, part.embedding, part.output
+    elif (held := part_in(folder)) is not None:
+        raise UserError(
+            f"{folder} holds the blocks {held.span.start} to {held.span.stop} of a model of {held.depth} alone, as "
+            f"dynamax split wrote it. Give the whole model; or use it with dynamax serve."
+        )
     config = read_config(folder)
     row, all_blocks = family(config.model_type), Span(0, config.num_hidden_layers)
     span = span or all_blocks
@@ -87,7 +98,7 @@ def load_backbone(
             output_loading_info=True,
         )
     model, report = loaded
-    check_report(report, model, row, folder)
+    check_report(report, model, row, folder, () if part is None else part.absent)
     model.__class__ = model_class  # the part is made: it is an ordinary model again
     if span != all_blocks:
         held = dict(model.base_model.get_submodule(row.blocks).named_children())
@@ -101,8 +112,11 @@ def load_backbone(
         model.set_experts_implementation("eager")  # the grouped product knows no float64
     model.config.name_or_path = str(folder)
     model.generation_config = read_generation_config(folder)
-    backbone = HFBackbone(model, fingerprint=fingerprint_of(config, tensors)).to(place)
-    if span == all_blocks and embedding and output:
+    fingerprint = fingerprint_of(config, tensors) if part is None else part.fingerprint
+    backbone = HFBackbone(model, fingerprint=fingerprint).to(place)
+    if part is not None:
+        backbone.held = part.span
+    if part is None and span == all_blocks and embedding and output:
         check_backbone(backbone, backbone.reference, modes=QUICK)
     return backbone
 
@@ -187,9 +201,7 @@ def part_class(kind: type[PreTrainedModel], row: FamilySpec, span: Span) -> type
     def __init__(model: PreTrainedModel, config: PretrainedConfig) -> None:  # noqa: N807
         kind.__init__(model, config)
         tied: dict[str, str] = model.all_tied_weights_keys
-        wanted = set(range(*span))
-        wanted |= {block_of(source, row) for target, source in tied.items() if block_of(target, row) in wanted}
-        absent = set(range(config.num_hidden_layers)) - wanted
+        absent = set(range(config.num_hidden_layers)) - blocks_needed(model, row, span)
         if not absent:
             return
         apart = {name for pair in tied.items() for name in pair if block_of(name, row) in absent}
@@ -205,13 +217,22 @@ def part_class(kind: type[PreTrainedModel], row: FamilySpec, span: Span) -> type
     return type(kind.__name__, (kind,), {"__init__": __init__, "__module__": kind.__module__})
 
 
+def blocks_needed(model: PreTrainedModel, row: FamilySpec, span: Span) -> set[int]:
+    """Indices of the blocks of a span, and of those whose weights they share (Zamba2)."""
+    wanted, tied = set(range(*span)), model.all_tied_weights_keys.items()
+    shared = (block_of(source, row) for target, source in tied if block_of(target, row) in wanted)
+    return wanted | {index for index in shared if index is not None}
+
+
 def block_of(name: str, row: FamilySpec) -> int | None:
     """Index of the block that a tensor belongs to; None if to no block."""
     found = re.search(rf"(^|\.){row.blocks}\.(\d+)\.", name)
     return None if found is None else int(found[2])
 
 
-def check_report(report: dict[str, Any], model: PreTrainedModel, row: FamilySpec, folder: Path) -> None:
+def check_report(
+    report: dict[str, Any], model: PreTrainedModel, row: FamilySpec, folder: Path, absent: Collection[str] = ()
+) -> None:
     """Refuse a model whose weights and configuration do not fit each other.
 
     transformers would leave missing weights random, and pass over what it has no place for. The latter is harmless
@@ -222,6 +243,7 @@ def check_report(report: dict[str, Any], model: PreTrainedModel, row: FamilySpec
     """
     modules = {name for name, _ in model.named_modules()}
     faults = {key: report.get(key) for key in ("missing_keys", "mismatched_keys", "error_msgs")}
+    faults["missing_keys"] = set(report["missing_keys"]) - set(absent)
     faults["unexpected_keys"] = [
         key
         for key in report["unexpected_keys"]

@@ -183,6 +183,9 @@ class SelectedRows(AnyCache):
             row.calls[blocks] = [calls + 1 for calls in row.calls[blocks]]
             row.rows[blocks] = [positions + length for positions in row.rows[blocks]]
 
+    def arrived(self, depth: int, h_BTD: Tensor) -> None:
+        """Nobody looks at rows that share a chunk."""
+
     def peeked(self, index: int, plan: Plan) -> None:
         """The chunk has been through a block that keeps nothing of it."""
         for row in self.rows:

@@ -19,6 +19,7 @@ from dynamax.heads.bank import Exit
 from dynamax.heads.saved import RECORD
 from dynamax.paths import InputPath
 from dynamax.policies.base import TerminationPolicy
+from dynamax.serving.options import EdgeOptions, check_installed
 from dynamax.stream import Answer, Stream
 
 DEMO = "runs/demo/heads"
@@ -72,6 +73,7 @@ def generate(
     compile: bool = False,
     device: Literal["auto", "cpu", "cuda"] = "auto",
     promise: Promise | None = None,
+    edge: EdgeOptions | None = None,
 ) -> None:
     """Print the answer, a legend, and what was saved.
 
@@ -98,6 +100,8 @@ def generate(
             compiler; on a GPU they are captured in CUDA graphs.
         device: Where to run; auto takes a GPU where there is one.
         promise: What dynamax calibrate promised of the policy; its file has both, and the promise is shown.
+        edge: Answer with the blocks of an edge, and ask a cloud: --edge.folder runs/split/edge --edge.cloud HOST:PORT.
+            Its folder has model and heads.
     """
     print("dynamax generate: loading the model", file=sys.stderr, flush=True)
     numbers: dict[str, Any] = {"dtype": dtype, "precision": precision, "compile": compile, "device": device}
@@ -110,6 +114,17 @@ def generate(
         "seed": seed,
         "stop_strings": stop_strings,
     }
+    if edge is not None:
+        taken = {"backbone": backbone, "heads": heads, "exits": exits, "decoder": decoder, "compile": compile or None}
+        if refused := [name for name, value in taken.items() if value is not None]:
+            raise UserError(
+                f"{' and '.join(refused)} stood beside edge, whose folder and mode say what decodes. Leave it out."
+            )
+        check_installed()
+        from dynamax.commands.edge import show_edge  # gRPC is wanted here alone
+
+        show_edge(edge, prompt, policy, precision=precision, chat=chat, **options)
+        return
     if exits is None:
         folder = DEMO if heads is None else str(heads)
         if not (Path(folder) / RECORD).is_file():

@@ -68,6 +68,9 @@ EXAMPLES = {
     "distill": "-c configs/distill/smollm2-to-mamba2.yaml",
     "generate": '"What is the capital of France?"',
     "import-heads": "DSSD-Qwen3-0.6B --backbone configs/backbone/qwen3-0.6b.yaml",
+    "split": "runs/demo/heads --at 15 --out runs/split",
+    "serve cloud": "--part runs/split/cloud --address 127.0.0.1:7070",
+    "serve edge": "--edge.folder runs/split/edge --edge.cloud 127.0.0.1:7070 --policy MaxProb",
     "suitability": "SmolLM2 --plot runs/suitability.png",
     "calibrate": "runs/demo/heads -c configs/calibrate/demo.yaml",
     "bench": "SmolLM2",
@@ -103,16 +106,24 @@ MODEL = Option(
 RUN = Option("RUN...", None, "Folders that dynamax test wrote, each with a report.json.")
 PUBLISHED = Option("FOLDER", None, "Folder with config.json and aux_heads.pt, as DSSD publishes them.")
 PRINT = Option("--print_config", None, "Print all options that the run would use, as YAML, and stop.")
-FUNCTIONS = {
+FUNCTIONS: dict[str, tuple[str, Option | None]] = {
     "generate": ("dynamax.commands.generate", PROMPT),
     "import-heads": ("dynamax.commands.import_heads", PUBLISHED),
+    "split": ("dynamax.commands.split", MODEL),
+    "serve cloud": ("dynamax.commands.serve_cloud", None),
+    "serve edge": ("dynamax.commands.serve_edge", None),
     "suitability": ("dynamax.commands.suitability", MODEL),
     "calibrate": ("dynamax.commands.calibrate", MODEL),
     "bench": ("dynamax.commands.measuring", MODEL),
 }
 """Commands whose options are those of a function of their name: its module, and the argument that is no option."""
-HELP = {"suitability": "--text.help SelfGenerated", "import-heads": "--backbone.help Hub"}
-"""What stands for an option with options of its own, where that is no policy."""
+HELP = {
+    "suitability": "--text.help SelfGenerated",
+    "split": "--exits.help Exit",
+    "serve cloud": None,
+    "import-heads": "--backbone.help Hub",
+}
+"""What stands for an option with options of its own, where that is no policy; None where there is none."""
 HIDDEN = ("prompt", "model", "recipe", "command", "folder")
 """Arguments of these functions that are no options."""
 
@@ -121,7 +132,8 @@ def page(command: str, purpose: str) -> str:
     """The page of a command."""
     usage = {"list": "[KIND]", "info": "[--precision [MODEL] [--positions N] [--text FILE]]"}
     usage |= {"report": "RUN... [--out FILE]"}
-    usage |= {name: f"{first.name} [-c FILE]... [--OPTION VALUE]..." for name, (_, first) in FUNCTIONS.items()}
+    begins = {name: "" if first is None else f"{first.name} " for name, (_, first) in FUNCTIONS.items()}
+    usage |= {name: f"{begin}[-c FILE]... [--OPTION VALUE]..." for name, begin in begins.items()}
     shown = usage.get(command, "[-c FILE]... [--OPTION VALUE]...")
     lines = [f"usage: dynamax {command} {shown}".rstrip(), "", f"{purpose[0].upper()}{purpose[1:]}."]
     if command == "list":
@@ -139,9 +151,9 @@ def page(command: str, purpose: str) -> str:
         lines += ["", f"  dynamax {command} {EXAMPLES[command]}", "", "Options", *_entries("", [CONFIG, PRINT])]
     if command in FUNCTIONS:
         module, first = FUNCTIONS[command]
-        lines += _entries("", [first])
+        lines += _entries("", [] if first is None else [first])
         lines += _entries(
-            "--", [each for each in options(module, command.replace("-", "_")) if each.name not in HIDDEN]
+            "--", [each for each in options(module, re.sub("[ -]", "_", command)) if each.name not in HIDDEN]
         )
     for part in PARTS.get(command, ()):
         found = [each for each in options(part.module, part.name) if part is not STORE or each.name not in LINKED]
@@ -158,15 +170,11 @@ def page(command: str, purpose: str) -> str:
             own.append(Option("ckpt_path", "None", "Checkpoint of the trainer to go on from, or to score."))
         lines += ["", "More options", *_entries("--", own)]
     if command in EXAMPLES:
+        parts = HELP.get(command, "--policy.help MaxProb") if command in FUNCTIONS else None
+        parts = f"--model.help {PARTS[command][0].name}" if command in PARTS else parts
+        named = "Names of exit heads, policies, tasks and other parts: dynamax list. Options of one of them:"
+        lines += ["", *([] if parts is None else [named, f"  --OPTION.help NAME, such as {parts}"])]
         lines += [
-            "",
-            "Names of exit heads, policies, tasks and other parts: dynamax list. Options of one of them:",
-            "  --OPTION.help NAME, such as "
-            + (
-                HELP.get(command, "--policy.help MaxProb")
-                if command in FUNCTIONS
-                else f"--model.help {PARTS[command][0].name}"
-            ),
             "How files are put together: configs/README.md. Every option there is:",
             f"  dynamax {command} --help all",
         ]

@@ -57,6 +57,8 @@ class Session:
         token_B: The token that each row goes on with.
         finished_B: Rows that have met an end token.
         steps: Steps told so far.
+        total: Blocks of the model.
+        end: The depth that blocks can be run to here: the top, but for the lower part of a model.
         watched: States ``h_BTD`` that have gone by on the way to the top, at the depths that stand in it.
     """
 
@@ -82,6 +84,7 @@ class Session:
         self.max_new_tokens = max_new_tokens
         self.total = backbone.spec.depth
         self.cache = backbone.new_cache(capacity, pad_B)
+        self.end = self.cache.span.stop
         self.history = History(prompt_BT, pad_B)
         self.steps = 0
         self.watched: dict[int, list[Tensor]] = {}
@@ -118,7 +121,14 @@ class Session:
         self.history.read(token_B)
         return Arrival(self.backbone.embed(token_B[:, None], self.cache), 0)
 
-    def run_to_exit(self, policy: TerminationPolicy, token_B: Tensor | None = None, *, ahead: int = 0) -> Arrival:
+    def run_to_exit(
+        self,
+        policy: TerminationPolicy,
+        token_B: Tensor | None = None,
+        *,
+        ahead: int = 0,
+        arrival: Arrival | None = None,
+    ) -> Arrival:
         """Run up to the first exit where the policy lets every unfinished row leave, or to the last exit.
 
         The positions stand there afterwards: the caller lets them leave, owes them or runs on.
@@ -127,13 +137,15 @@ class Session:
             policy: Asked once at each exit.
             token_B: As for ``embed``.
             ahead: Steps taken that are not told yet.
+            arrival: Positions that are embedded already, in place of a token's; the newest is what exits and policy
+                read.
         """
         assert self._exits is not None, "a decoder without exits runs to the top"
-        arrival = self.embed(token_B)
+        arrival = self.embed(token_B) if arrival is None else arrival
+        step = self.steps + ahead
         self.history.keep = max(1, policy.recent)
         trail: list[Evidence] = []
         past = self.history.past()
-        step = self.steps + ahead
         for depth, h_BTD in self.backbone.walk(arrival.h_BTD, self._depths, self.cache):
             site = self._sites[depth]
             self._note(depth, h_BTD)
@@ -175,13 +187,15 @@ class Session:
 
         Recurrent gates on the way read them, whether or not anybody asks. An exit at the top has these logits already.
         """
+        assert self.end == self.total, "the lower part of a model has no top"
         if arrival.depth == self.total:
             return arrival.trail[-1].logits
-        return self.backbone.unembed(self._walk_to_top(arrival)[:, -1:])[:, 0]
+        return self.backbone.unembed(self.run_to_end(arrival)[:, -1:])[:, 0]
 
-    def _walk_to_top(self, arrival: Arrival) -> Tensor:
+    def run_to_end(self, arrival: Arrival) -> Tensor:
+        """Run positions through the blocks that are here; recurrent gates on the way read them. They are given back."""
         h_BTD = arrival.h_BTD
-        stops = {*self._recurrent, *self.watched, self.total}
+        stops = {*self._recurrent, *self.watched, self.end}
         depths = sorted(depth for depth in stops if depth > arrival.depth)
         for depth, h_BTD in self.backbone.walk(arrival.h_BTD, depths, self.cache, start=arrival.depth):
             self._read_on(depth, h_BTD)
@@ -198,17 +212,17 @@ class Session:
         for token_B in tokens_BT.unbind(1):
             self.history.read(token_B)
         start = Arrival(self.backbone.embed(tokens_BT, self.cache), 0)
-        h_BTD = self._walk_to_top(start)
+        h_BTD = self.run_to_end(start)
         return start._replace(h_BTD=h_BTD), self.backbone.unembed(h_BTD)
 
     def settle(self) -> Tensor:
-        """Pay all debts: every owed position goes to the top; recurrent gates on the way read them.
+        """Pay all debts: every owed position goes to the end; recurrent gates on the way read them.
 
         Returns:
             The paid positions after the last block, oldest first.
         """
         h_BTD: Tensor | None = None
-        for depth, h_BTD in self.backbone.walk(None, [*self._recurrent, self.total], self.cache):
+        for depth, h_BTD in self.backbone.walk(None, [*self._recurrent, self.end], self.cache):
             self._read_on(depth, h_BTD)
         assert h_BTD is not None, "a decoder settles what it owes"
         return h_BTD

@@ -17,7 +17,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from dynamax.backbones.sources import Source
 from dynamax.calibration.task import parted, usable
 from dynamax.cli import main
-from dynamax.commands import calibrate, generate, runs
+from dynamax.commands import calibrate, generate, runs, serve_cloud, serve_edge
 from dynamax.commands.parsing import Parser, prepare
 from dynamax.data.answers import Answers
 from dynamax.data.language import LanguageData
@@ -61,6 +61,8 @@ LAYERSKIP = "layerskip"
 """Runs on checkpoints trained with LayerSkip; ``early-exit.yaml`` lies over ``test.yaml``."""
 PUBLISHED = ("mistral-7b", "codestral-7b")
 """DYNAMAX's runs; other files lie over ``test.yaml``."""
+SERVE = "serve"
+"""Options of ``serve cloud`` and ``serve edge``."""
 SWEEP = "sweep"
 """Lie over ``demo/test.yaml``."""
 TABLES = (ROOT / "docs/dynamax-tables.md").read_text()
@@ -89,6 +91,7 @@ def test_every_file_is_of_a_known_kind() -> None:
         CALIBRATE,
         LAYERSKIP,
         *PUBLISHED,
+        SERVE,
         SWEEP,
     }
     assert {"demo/fit.yaml", "demo/test.yaml", "demo/generate.yaml"} <= set(runs_found)
@@ -156,6 +159,14 @@ def test_a_calibration_is_built(name: str) -> None:
         assert given["text"] is None
         assert all(parted(usable(given["task"]), given["share"]))
     assert given["out"] == f"runs/demo/calibrated{'' if given['task'] is None else '-task'}.yaml"
+
+
+def test_a_cloud_and_its_edge_are_built() -> None:
+    cloud = serve_cloud.options(["serve", "cloud", "-c", "configs/serve/cloud.yaml"])
+    edge = serve_edge.options(["serve", "edge", "-c", "configs/serve/edge.yaml"])
+    assert cloud["address"] == edge["edge"].cloud
+    assert Path(cloud["part"]).parent == Path(edge["edge"].folder).parent == ROOT / "runs/split"
+    assert edge["policy"].threshold == 0.9
 
 
 @pytest.mark.parametrize("name", [name for name in named(SIBLINGS) if Path(name).stem != "text"])

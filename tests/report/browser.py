@@ -103,13 +103,13 @@ class Browser:
                 self.errors.append(given["entry"]["text"])
         return told
 
-    def open(self, file: Path, *, width: int = 1280, dark: bool = False) -> None:
-        """Open a file and wait until it has loaded."""
+    def open(self, place: Path | str, *, width: int = 1280, dark: bool = False) -> None:
+        """Open a file or an address and wait until it has loaded."""
         theme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.call("Emulation.setEmulatedMedia", features=[theme])
         size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 600}
         self.call("Emulation.setDeviceMetricsOverride", **size)
-        self.call("Page.navigate", url=file.resolve().as_uri())
+        self.call("Page.navigate", url=place if isinstance(place, str) else place.resolve().as_uri())
         while self._next().get("method") != "Page.loadEventFired":
             pass
         self.call("Page.getLayoutMetrics")  # what happened until now has been told before its answer

@@ -1,0 +1,308 @@
+"""The edge's side of the wire: states go up in the background, each once; a token is waited for no longer than allowed.
+
+What was sent of an answer is kept until it ends, so that a cloud that has lost it can be sent it again.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import grpc
+import torch
+from torch import Tensor
+
+from dynamax.backbones.parts import Part
+from dynamax.errors import UserError
+from dynamax.serving.wire import ALIVE_MS, CHUNK, METHODS, SERVICE, VERSION, packed, unpacked, wire_format
+
+FLYING = 32
+"""Most messages under way at a time."""
+
+PAUSE = 0.02
+"""Seconds before a call that failed is made again; twice as long each time, up to a second."""
+
+
+class CloudDown(UserError):
+    """The cloud did not answer in time."""
+
+
+@dataclass
+class Traffic:
+    """What an answer sent and waited for.
+
+    Attributes:
+        sent: Bytes of hidden states.
+        positions: Positions sent, those sent again included.
+        asked: Tokens asked for.
+        waited: Seconds that tokens were waited for.
+        again: How often the cloud had lost the answer, and was sent it again.
+    """
+
+    sent: int = 0
+    positions: int = 0
+    asked: int = 0
+    waited: float = 0.0
+    again: int = 0
+
+
+@dataclass
+class _Sent:
+    """What has been handed over of an answer.
+
+    Attributes:
+        rows: All its positions, in pieces.
+        count: How many they are.
+        session: Its name in the cloud; None before it is opened, and once the cloud has lost it.
+        turn: How often the cloud took positions back.
+        lost: Whether some message did not arrive.
+        fault: Why positions cannot be sent.
+    """
+
+    rows: list[Tensor] = field(default_factory=list)
+    count: int = 0
+    session: str | None = None
+    turn: int = 0
+    lost: bool = False
+    fault: UserError | None = None
+
+
+class Link:
+    """A connection to a cloud. One answer at a time.
+
+    Args:
+        address: Of the cloud, ``HOST:PORT``.
+        part: The edge's part of the model.
+        format: How states travel: float32, float16, bfloat16, int8 or int4.
+        token: Bearer token.
+        root: Certificate that vouches for the cloud's, as a PEM file; TLS is used if there is one.
+        timeout: Seconds that a token may take, all tries together.
+
+    Attributes:
+        start: Depth at which states are sent.
+        traffic: Of the answer under way, or of the last one.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        part: Part,
+        *,
+        format: str = "float32",  # noqa: A002 - the name of the option
+        token: str | None = None,
+        root: Path | None = None,
+        timeout: float = 10.0,
+    ) -> None:
+        if not timeout > 0:
+            raise UserError(f"timeout is {timeout}; it must be above 0, in seconds.")
+        self.address, self.timeout = address, timeout
+        self.traffic = Traffic()
+        if part.sends is None:
+            raise UserError("A cloud's part was given to an edge. Give the part in the folder edge.")
+        self._part, self.start = part, part.sends
+        self._name, self._format = format, wire_format(format)
+        self._metadata = () if token is None else (("authorization", f"Bearer {token}"),)
+        self._channel = self._connect(root)
+        self._calls = {name: self._channel.unary_unary(f"/{SERVICE}/{name}") for name in METHODS}
+        self._sent = _Sent()
+        self._lock, self._opening = threading.Lock(), threading.Lock()
+        self._flying = threading.Semaphore(FLYING)
+        self._queue: queue.Queue[tuple[_Sent, int, int, Tensor] | None] = queue.Queue()
+        self._sender = threading.Thread(target=self._send_all, name="dynamax-link", daemon=True)
+        self._sender.start()
+
+    def _connect(self, root: Path | None) -> grpc.Channel:
+        options = [  # a connection that is silent for some seconds is given up, and made anew
+            ("grpc.max_reconnect_backoff_ms", 1000),
+            ("grpc.keepalive_time_ms", ALIVE_MS),
+            ("grpc.keepalive_timeout_ms", ALIVE_MS),
+            ("grpc.http2.max_pings_without_data", 0),
+        ]
+        if root is None:
+            return grpc.insecure_channel(self.address, options)
+        try:
+            return grpc.secure_channel(self.address, grpc.ssl_channel_credentials(root.read_bytes()), options)
+        except OSError as error:
+            raise UserError(f"The certificate {root} cannot be read: {error}. Give the cloud's, as PEM.") from error
+
+    # -- an answer ----------------------------------------------------------------------------------------
+
+    def begin(self) -> None:
+        """A new answer; whatever was under way is dropped, here and in the cloud."""
+        self.end()
+        self.traffic = Traffic()
+
+    def end(self) -> Any:  # noqa: ANN401 - grpc's future
+        """The answer is done: the cloud may forget it. Gives the call that says so; None if there is none."""
+        sent, self._sent = self._sent, _Sent()
+        if sent.session is None:
+            return None
+        return self._calls["close"].future(packed({"session": sent.session}), 1.0, metadata=self._metadata)
+
+    def send(self, h_TW: Tensor) -> None:
+        """The next positions, as they have passed the depth of the cut; they go up in the background."""
+        with self._lock:
+            sent = self._sent
+            first, sent.count = sent.count, sent.count + len(h_TW)
+            sent.rows.append(h_TW)
+            self._queue.put((sent, sent.turn, first, h_TW))
+
+    def next(self, drafts: Sequence[int] = (), timeout: float | None = None) -> tuple[list[int], int]:
+        """The most likely tokens after all positions that were sent, and how many drafts the cloud would have said too.
+
+        Positions behind the drafts that were kept are forgotten, here and there.
+
+        Args:
+            drafts: Tokens that the last positions were read from.
+            timeout: Seconds to wait; the link's own if left out.
+
+        Raises:
+            CloudDown: If it takes longer.
+            UserError: If the cloud refuses: another model, an unknown token, no room in its context.
+        """
+        begin, count, sent = time.monotonic(), self._sent.count, self._sent
+        until, pause, reason = begin + (self.timeout if timeout is None else timeout), PAUSE, "it missed states"
+        self.traffic.asked += 1
+        try:
+            while True:
+                try:
+                    reply = self._ask(sent, count, drafts, until)
+                    if "likely" in reply:
+                        self._take_back(
+                            sent, count - len(drafts) + reply["kept"] if reply["kept"] < len(drafts) else count
+                        )
+                        sent.turn = reply["turn"]
+                        return reply["likely"], reply["kept"]
+                    self._send_again(sent, reply["missing"], reply["turn"])
+                except grpc.RpcError as error:
+                    self._sort(error, sent)
+                    reason = _reason(error)
+                if time.monotonic() + pause > until:
+                    raise CloudDown(
+                        f"The cloud at {self.address} did not answer in time: {reason}. Start it, or correct the "
+                        f"address; with a deadline the edge answers alone meanwhile."
+                    )
+                time.sleep(pause)
+                pause = min(2 * pause, 1.0)
+        finally:
+            self.traffic.waited += time.monotonic() - begin
+
+    def health(self, timeout: float = 5.0) -> dict[str, Any]:
+        """What the cloud says of itself.
+
+        Raises:
+            CloudDown: If it does not answer.
+        """
+        try:
+            return unpacked(self._calls["health"](packed({}), timeout, metadata=self._metadata)).header
+        except grpc.RpcError as error:
+            raise CloudDown(
+                f"The cloud at {self.address} does not answer: {_reason(error)}. Start it, or correct the address."
+            ) from error
+
+    def close(self) -> None:
+        """End the connection."""
+        told = self.end()
+        self._queue.put(None)
+        self._sender.join(2.0)
+        if told is not None:
+            told.exception()  # wait for it; a cloud that is gone has forgotten
+        self._channel.close()
+
+    # -- calls ---------------------------------------------------------------------------------------------
+
+    def _call(self, name: str, header: dict[str, Any], until: float, body: bytes = b"") -> dict[str, Any]:
+        left = max(0.001, until - time.monotonic())
+        return unpacked(self._calls[name](packed(header, body), left, metadata=self._metadata)).header
+
+    def _session(self, sent: _Sent, until: float) -> str:
+        """The name of the session; opened if need be."""
+        with self._opening:
+            session = sent.session
+            if session is None:
+                facts = {"version": VERSION, "fingerprint": self._part.fingerprint}
+                facts |= {"start": self.start, "width": self._part.width}
+                session = sent.session = str(self._call("open", facts, until)["session"])
+            return session
+
+    def _ask(self, sent: _Sent, count: int, drafts: Sequence[int], until: float) -> dict[str, Any]:
+        if sent.fault is not None:
+            raise sent.fault
+        session = self._session(sent, until)
+        if sent.lost:
+            self._send_again(sent, 0, sent.turn)
+        header = {"session": session, "turn": sent.turn, "count": count, "drafts": list(drafts)}
+        return self._call("next", header, until)
+
+    def _send_again(self, sent: _Sent, first: int, turn: int) -> None:
+        """Put positions from ``first`` on into the queue once more."""
+        with self._lock:
+            sent.turn, sent.lost = turn, False
+            if first < sent.count:
+                self._queue.put((sent, turn, first, torch.cat(sent.rows)[first:]))
+
+    def _take_back(self, sent: _Sent, count: int) -> None:
+        """Forget all positions from ``count`` on, as the cloud has."""
+        with self._lock:
+            if count < sent.count:
+                sent.rows, sent.count = [torch.cat(sent.rows)[:count]], count
+
+    def _sort(self, error: grpc.RpcError, sent: _Sent) -> None:
+        """Return if the call may be made again; else say what the cloud refuses."""
+        code, told = error.code(), error.details() or ""
+        if code is grpc.StatusCode.NOT_FOUND:  # the cloud was restarted, or needed the room
+            sent.session, sent.turn, sent.lost = None, 0, True
+            self.traffic.again += 1
+        elif code is grpc.StatusCode.UNAUTHENTICATED:
+            raise UserError(
+                f"The cloud at {self.address} does not know this edge: {told}. Give it the token."
+            ) from error
+        elif code is grpc.StatusCode.FAILED_PRECONDITION:
+            raise UserError(
+                f"The cloud at {self.address} does not fit this edge: {told}. Use the two folders of one split."
+            ) from error
+        elif code is grpc.StatusCode.INVALID_ARGUMENT:
+            raise UserError(f"The cloud at {self.address} refuses what was sent: {told}.") from error
+
+    # -- the background ------------------------------------------------------------------------------------
+
+    def _send_all(self) -> None:
+        while (item := self._queue.get()) is not None:
+            sent, turn, first, h_TW = item
+            if sent is not self._sent or turn != sent.turn:
+                continue  # of an answer that is over, or taken back
+            for place in range(0, len(h_TW), CHUNK):
+                self._send_one(sent, turn, first + place, h_TW[place : place + CHUNK])
+
+    def _send_one(self, sent: _Sent, turn: int, first: int, h_TW: Tensor) -> None:
+        """Send some positions, without waiting for the answer; what does not arrive is noticed by the next ask."""
+        try:
+            session = self._session(sent, time.monotonic() + self.timeout)
+        except grpc.RpcError:
+            sent.lost = True
+            return
+        try:
+            body = self._format.encode(h_TW)
+        except UserError as error:
+            sent.fault = error
+            return
+        header = {"session": session, "turn": turn, "first": first, "count": len(h_TW), "format": self._name}
+        self._flying.acquire()
+        call = self._calls["send"].future(packed(header, body), self.timeout, metadata=self._metadata)
+        call.add_done_callback(lambda done: self._arrived(sent, done))
+        self.traffic.sent += len(body)
+        self.traffic.positions += len(h_TW)
+
+    def _arrived(self, sent: _Sent, call: Any) -> None:  # noqa: ANN401 - grpc's future
+        self._flying.release()
+        if call.code() is not grpc.StatusCode.OK:
+            sent.lost = True
+
+
+def _reason(error: grpc.RpcError) -> str:
+    return (error.details() or str(error.code())).splitlines()[0]

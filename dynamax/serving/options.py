@@ -1,0 +1,48 @@
+"""What can be chosen of an edge. Knows nothing that must be installed for serving."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Literal
+
+from dynamax.errors import UserError
+from dynamax.paths import InputPath
+
+
+def check_installed(*packages: str) -> None:
+    """Refuse (UserError) to serve without the packages for it; their names are those that are imported."""
+    if missing := [name for name in ("grpc", "prometheus_client", *packages) if find_spec(name) is None]:
+        raise UserError(
+            f"An edge and a cloud need {' and '.join(missing)}, which is not installed. Install the extra: pip install "
+            f"'dynamax-exits[serve]'."
+        )
+
+
+@dataclass(frozen=True)
+class EdgeOptions:
+    """An edge, and the cloud that it asks.
+
+    Attributes:
+        folder: The folder edge that dynamax split wrote.
+        cloud: Address of the cloud, HOST:PORT; left out, the edge is alone.
+        mode: collaborative: the cloud says what no exit is sure of. drafting: the edge drafts, the cloud verifies, and
+            the tokens are the whole model's. standalone: the last exit says what no other does; nothing is sent.
+        deadline: Seconds that a token of the cloud may take, in the mode collaborative; if it would take longer, the
+            last exit says it. Left out, the cloud is waited for.
+        timeout: Seconds after which a cloud that does not answer is an error.
+        wire: How hidden states travel: float32, float16, bfloat16, int8 or int4.
+        draft_limit: Most drafts of a round, in the mode drafting.
+        token_file: File with the bearer token; left out, the environment's DYNAMAX_TOKEN.
+        root: Certificate that vouches for the cloud's, as a PEM file. Without one nothing is encrypted.
+    """
+
+    folder: InputPath
+    cloud: str | None = None
+    mode: Literal["collaborative", "drafting", "standalone"] = "collaborative"
+    deadline: float | None = None
+    timeout: float = 10.0
+    wire: str = "float32"
+    draft_limit: int = 8
+    token_file: InputPath | None = None
+    root: InputPath | None = None

@@ -1,0 +1,281 @@
+"""The cloud's service: who may ask what, in which order it is done, and what is answered when it cannot be.
+
+Calls come in on many threads; one thread finishes tokens. Whatever waits is finished in one pass, side by side.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+import threading
+import time
+from collections.abc import Callable, Collection
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any
+
+from dynamax.backbones.base import Backbone
+from dynamax.backbones.parts import Part
+from dynamax.errors import UserError
+from dynamax.serving.contexts import Context, Contexts, GoneError, Limits
+from dynamax.serving.finishing import Ask, Said, finish
+from dynamax.serving.metrics import Metrics
+from dynamax.serving.wire import CHUNK, FORMATS, MOST_HEADER, VERSION, Message, WireError, states, value
+
+MOST_DRAFTS = 64
+PATIENCE = 5.0
+"""Seconds that a token waits for states that have not come; then the edge is told what is missing."""
+
+
+class DeniedError(Exception):
+    """Whoever asks may not."""
+
+
+class MismatchError(Exception):
+    """The edge has another model, or speaks another version of the protocol."""
+
+
+class BusyError(Exception):
+    """More is asked than is allowed at a time."""
+
+
+@dataclass(eq=False)
+class Waiting:
+    """An ask that waits for its turn, or for states."""
+
+    ask: Ask
+    until: float
+    answer: Future[Said | int] = field(default_factory=Future)
+
+
+class Bucket:
+    """How often somebody may ask: ``rate`` times a second, twice as many at once.
+
+    Args:
+        rate: Times a second.
+        clock: Tells the time.
+    """
+
+    def __init__(self, rate: float, clock: Callable[[], float]) -> None:
+        self._rate, self._clock = rate, clock
+        self._left, self._then = 2 * rate, clock()
+
+    def take(self) -> bool:
+        """Whether one more is allowed now."""
+        now = self._clock()
+        self._left, self._then = min(2 * self._rate, self._left + self._rate * (now - self._then)), now
+        self._left -= self._left >= 1
+        return self._left >= 1
+
+
+class Cloud:
+    """Finishes tokens for edges.
+
+    Args:
+        backbone: The cloud's part of a model.
+        part: Which part it is.
+        limits: What it takes.
+        tokens: Whoever shows one of these may use it; none lets everybody.
+        rate: Calls a second that one token may make; 0 for any number.
+        metrics: Counts what is done.
+        clock: Tells the time, in seconds.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        part: Part,
+        limits: Limits | None = None,
+        *,
+        tokens: Collection[str] = (),
+        rate: float = 0.0,
+        metrics: Metrics | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        if not part.output or part.span.stop != part.depth:
+            raise UserError(
+                f"The part has the blocks {part.span.start} to {part.span.stop} of {part.depth}; a cloud's ends at the "
+                f"top. Give the folder cloud that dynamax split wrote."
+            )
+        self.contexts = Contexts(backbone, part.span, limits or Limits(), clock)
+        self.metrics = metrics or Metrics()
+        self._part, self._clock, self._rate = part, clock, rate
+        self._tokens = [token.encode() for token in tokens]
+        self._buckets: dict[str, Bucket] = {}
+        self._waiting: list[Waiting] = []
+        self._changed = threading.Condition()
+        self._stopped = False
+        self._last: dict[str, tuple[tuple[int, tuple[int, ...]], dict[str, Any]]] = {}
+        self._worker = threading.Thread(target=self._work, name="dynamax-cloud", daemon=True)
+        self._worker.start()
+
+    @property
+    def most_bytes(self) -> int:
+        """The longest message that is taken."""
+        return MOST_HEADER + 4 + FORMATS["float32"].size(CHUNK, self._part.width)
+
+    def owner(self, token: str | None) -> str:
+        """Whom a session belongs to, from the token that was shown.
+
+        Raises:
+            DeniedError: If it is none of those that are known.
+            BusyError: If it was shown too often.
+        """
+        given = (token or "").encode()
+        known = [secrets.compare_digest(given, each) for each in self._tokens]  # all of them, whichever it is
+        if self._tokens and not any(known):
+            raise DeniedError("a bearer token that this cloud knows is wanted")
+        name = hashlib.sha256(given).hexdigest()
+        if self._rate:
+            with self._changed:
+                bucket = self._buckets.setdefault(name, Bucket(self._rate, self._clock))
+                if not bucket.take():
+                    raise BusyError(f"more than {self._rate:g} calls a second")
+        return name
+
+    # -- calls ------------------------------------------------------------------------------------------
+
+    def open(self, message: Message, owner: str) -> dict[str, Any]:
+        """A new session for an edge that has the same model."""
+        header = message.header
+        theirs = tuple(header.get(name) for name in ("version", "fingerprint", "start", "width"))
+        ours = (VERSION, self._part.fingerprint, self._part.span.start, self._part.width)
+        for name, given, wanted in zip(("version", "model", "depth", "width"), theirs, ours, strict=True):
+            if given != wanted:
+                raise MismatchError(f"the edge's {name} is {str(given)[:40]!r}, the cloud's {wanted!r}")
+        with self._changed:
+            context = self.contexts.open(owner)
+            self._last = {key: kept for key, kept in self._last.items() if self.contexts.known(key)}
+            self.metrics.sessions.set(len(self.contexts))
+        return {"session": context.key, "positions": context.most}
+
+    def send(self, message: Message, owner: str) -> dict[str, Any]:
+        """States of a session come in."""
+        header = message.header
+        name = value(header, "format", str)
+        if name not in FORMATS:
+            raise WireError(f"format must be one of {', '.join(FORMATS)}")
+        context = self._context(header, owner)
+        first, h_TW = states(message, FORMATS[name], width=self._part.width, most=context.most)
+        self.metrics.bytes.inc(len(message.body))
+        with self._changed:
+            context = self._context(header, owner)
+            if value(header, "turn", int, 0) == context.turn:  # else these positions were taken back meanwhile
+                context.receive(first, h_TW.to(self.contexts.dtype))
+                self._changed.notify_all()
+            return {"received": context.received, "turn": context.turn}
+
+    def next(self, message: Message, owner: str, patience: float = PATIENCE) -> dict[str, Any]:
+        """The token after some positions; or, if not all of them have come in time, how many have."""
+        header = message.header
+        count, drafts = value(header, "count", int, 1), self._drafts(header)
+        with self._changed:
+            context = self._context(header, owner)
+            last = self._last.get(context.key)
+            if last is not None and last[0] == (count, drafts):  # asked again, since the answer was lost
+                return last[1]
+            if value(header, "turn", int, 0) != context.turn:
+                return {"missing": context.received, "turn": context.turn}
+            if count > context.most:
+                raise WireError(f"a session holds at most {context.most} positions, and {count} are wanted")
+            if not len(drafts) < count - context.cache.length:
+                raise WireError(f"a token after {count} positions and {len(drafts)} drafts cannot be asked for here")
+            for older in [each for each in self._waiting if each.ask.context is context]:
+                self._waiting.remove(older)  # its edge has given up
+                older.answer.set_exception(BusyError("a later token of this session was asked for"))
+            waiting = Waiting(Ask(context, count, drafts), self._clock() + patience)
+            self._waiting.append(waiting)
+            self._changed.notify_all()
+        found = waiting.answer.result()
+        with self._changed:
+            if isinstance(found, int):
+                return {"missing": found, "turn": context.turn}
+            reply = {"likely": found.likely, "kept": found.kept, "turn": context.turn}
+            self._last[context.key] = (count, drafts), reply
+        self.metrics.tokens.inc()
+        return reply
+
+    def close(self, message: Message, owner: str) -> dict[str, Any]:
+        """A session is done."""
+        with self._changed:
+            self.contexts.close(value(message.header, "session", str), owner)
+            self._last.pop(message.header["session"], None)
+            self.metrics.sessions.set(len(self.contexts))
+        return {}
+
+    def health(self) -> dict[str, Any]:
+        """Whether it works, and for which model."""
+        return {
+            "version": VERSION,
+            "fingerprint": self._part.fingerprint,
+            "sessions": len(self.contexts),
+            "limit": self.contexts.limits.sessions,
+            "working": self._worker.is_alive(),
+        }
+
+    def stop(self) -> None:
+        """End the worker; whoever waits is told."""
+        with self._changed:
+            self._stopped = True
+            self._changed.notify_all()
+        self._worker.join()
+
+    def _context(self, header: dict[str, Any], owner: str) -> Context:
+        return self.contexts.find(value(header, "session", str), owner)
+
+    def _drafts(self, header: dict[str, Any]) -> tuple[int, ...]:
+        drafts = header.get("drafts", [])
+        vocab = self.contexts.backbone.spec.vocab
+        if not isinstance(drafts, list) or len(drafts) > MOST_DRAFTS:
+            raise WireError(f"drafts must be a list of at most {MOST_DRAFTS} tokens")
+        if not all(type(token) is int and 0 <= token < vocab for token in drafts):
+            raise WireError("drafts must be tokens of the vocabulary")
+        return tuple(drafts)
+
+    # -- the worker -------------------------------------------------------------------------------------
+
+    def _work(self) -> None:
+        while True:
+            with self._changed:
+                while not self._stopped and not self._due():
+                    soonest = min((each.until for each in self._waiting), default=None)
+                    self._changed.wait(None if soonest is None else max(0.001, soonest - self._clock()))
+                if self._stopped:
+                    for each in self._waiting:
+                        each.answer.set_exception(BusyError("the cloud is stopping"))
+                    return
+                due = self._due()
+                self._waiting = [each for each in self._waiting if each not in due]
+                fresh = [each for each in due if each.ask.fresh]  # before any of them is finished
+                self._finish(fresh)
+                self._finish([each for each in due if each not in fresh])
+
+    def _due(self) -> list[Waiting]:
+        """What can be answered now: the states have come, or it has waited long enough."""
+        now = self._clock()
+        return [each for each in self._waiting if each.ask.context.received >= each.ask.count or each.until <= now]
+
+    def _finish(self, due: list[Waiting]) -> None:
+        live = []
+        for each in due:
+            context = each.ask.context
+            if not self.contexts.known(context.key):
+                each.answer.set_exception(GoneError())
+            elif context.received < each.ask.count:
+                each.answer.set_result(context.received)
+            else:
+                live.append(each)
+        if not live:
+            return
+        begin = time.perf_counter()
+        try:
+            said = finish(self.contexts, [each.ask for each in live])
+        except Exception as error:  # noqa: BLE001 - the worker must go on, and the callers must know
+            for each in live:
+                self.contexts.close(each.ask.context.key, each.ask.context.owner)  # its state may be half written
+                each.answer.set_exception(error)
+            return
+        self.metrics.rows.observe(len(live))
+        self.metrics.seconds.observe(time.perf_counter() - begin)
+        for each, found in zip(live, said, strict=True):
+            each.answer.set_result(found)

@@ -1,0 +1,215 @@
+"""The endpoint by OpenAI's own client, and the page in a browser."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+import httpx2
+import openai
+import pytest
+import uvicorn
+
+from dynamax.engine import Engine
+from dynamax.policies import MaxProb, Never
+from dynamax.serving.answers import Answerer
+from dynamax.serving.edge import Collaborative
+from dynamax.serving.endpoint import endpoint
+from tests.report.browser import CHROMIUM, Browser
+from tests.serving.house import cloud, edge_part, link, whole
+
+QUESTION = "What is the capital of France?"
+TURNS = [{"role": "user", "content": QUESTION}]
+
+
+@contextmanager
+def served(answerer: Answerer, tokens: tuple[str, ...] = ()) -> Iterator[str]:
+    """An endpoint that listens, by its address."""
+    with socket.socket() as held:
+        held.bind(("127.0.0.1", 0))
+        port = held.getsockname()[1]
+    server = uvicorn.Server(uvicorn.Config(endpoint(answerer, tokens), port=port, log_level="critical"))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    try:
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        server.should_exit = True
+        thread.join(10)
+
+
+@pytest.fixture(scope="module")
+def address() -> Iterator[str]:
+    """A whole model, at full depth."""
+    with served(Answerer(whole("llama"), "sibling")) as found:
+        yield found
+
+
+def client(address: str, key: str = "none") -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{address}/v1", api_key=key, max_retries=0, timeout=60)
+
+
+def test_models_and_health(address: str) -> None:
+    assert [model.id for model in client(address).models.list()] == ["sibling"]
+    assert httpx2.get(f"{address}/health").json() == {"status": "ok"}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_chat_is_the_engines_answer(address: str, stream: bool) -> None:
+    wanted = whole("llama").generate(QUESTION, max_new_tokens=24)
+    asked = {"model": "sibling", "messages": TURNS, "max_tokens": 24, "temperature": 0}
+    if stream:
+        chunks = list(
+            client(address).chat.completions.create(**asked, stream=True, stream_options={"include_usage": True})
+        )
+        text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+        reasons = [chunk.choices[0].finish_reason for chunk in chunks if chunk.choices]
+        reason, usage = reasons[-1], chunks[-1].usage
+        assert set(reasons[:-1]) == {None}
+    else:
+        found = client(address).chat.completions.create(**asked)
+        text, reason, usage = found.choices[0].message.content, found.choices[0].finish_reason, found.usage
+    assert text == wanted.text
+    assert reason == ("length" if wanted.finish_reason == "length" else "stop")
+    assert usage.completion_tokens == len(wanted.tokens)
+    assert usage.total_tokens == usage.prompt_tokens + len(wanted.tokens)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_text_goes_on_without_a_template(address: str, stream: bool) -> None:
+    wanted = whole("llama").generate("Once upon a time", chat=False, max_new_tokens=12, stop_strings=["."])
+    asked = {"model": "sibling", "prompt": "Once upon a time", "max_tokens": 12, "temperature": 0, "stop": "."}
+    found = client(address).completions.create(**asked, stream=stream)
+    text = "".join(chunk.choices[0].text for chunk in found) if stream else found.choices[0].text
+    assert text == wanted.text
+
+
+def test_chance_goes_by_the_seed(address: str) -> None:
+    asked = {"model": "sibling", "messages": TURNS, "max_tokens": 16, "temperature": 1.5, "top_p": 0.9}
+    said = [
+        client(address).chat.completions.create(**asked, seed=seed).choices[0].message.content
+        for seed in (1, 1, 2, 3, 4)
+    ]
+    assert said[0] == said[1]
+    assert len(set(said)) > 1
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"model": "gpt-4"}, "There is no model 'gpt-4'"),
+        ({"n": 2}, "n is not followed"),
+        ({"logprobs": True}, "logprobs is not followed"),
+        ({"frequency_penalty": 0.5}, "frequency_penalty is not followed"),
+        ({"response_format": {"type": "json_object"}}, "response_format is not followed"),
+        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools is not followed"),
+        ({"extra_body": {"beam_width": 3}}, "beam_width is not followed"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"max_tokens": 10**6}, "the context holds"),
+        ({"max_tokens": 3, "max_completion_tokens": 3}, "give one of them"),
+        ({"temperature": -1}, "temperature"),
+        ({"top_p": 0}, "top_p"),
+        ({"messages": []}, "messages"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]}, "messages"),
+        ({"messages": [{"role": "wizard", "content": "x"}]}, "messages"),
+        ({"stop": ""}, "stop_strings"),
+    ],
+)
+def test_what_is_not_followed_is_refused(address: str, change: dict[str, object], told: str) -> None:
+    with pytest.raises(openai.APIStatusError) as refused:
+        client(address).chat.completions.create(**{"model": "sibling", "messages": TURNS, "max_tokens": 4} | change)
+    assert refused.value.status_code in (400, 404)
+    assert told in str(refused.value)
+
+
+def test_fields_that_change_nothing_are_taken(address: str) -> None:
+    harmless = {"n": 1, "frequency_penalty": 0, "logprobs": False, "user": "me", "response_format": {"type": "text"}}
+    found = client(address).chat.completions.create(model="sibling", messages=TURNS, max_tokens=2, **harmless)
+    assert found.usage.completion_tokens <= 2
+
+
+def test_a_wrong_key_is_refused() -> None:
+    with served(Answerer(whole("llama"), "sibling"), ("secret",)) as address:
+        for call in (
+            lambda: client(address, "other").models.list(),
+            lambda: client(address, "other").chat.completions.create(model="sibling", messages=TURNS),
+        ):
+            with pytest.raises(openai.AuthenticationError, match="give it as the API key"):
+                call()
+        assert client(address, "secret").models.list().data[0].id == "sibling"
+
+
+def test_too_many_at_once_are_told_to_come_again() -> None:
+    answerer = Answerer(whole("llama"), "sibling", waiting=0)
+    with (
+        served(answerer) as address,
+        answerer.turn(),
+        pytest.raises(openai.RateLimitError, match="wait for their turn"),
+    ):
+        client(address).chat.completions.create(model="sibling", messages=TURNS, max_tokens=2)
+
+
+def test_a_caller_that_goes_away_does_not_hold_the_others_up() -> None:
+    with served(Answerer(whole("llama"), "sibling")) as address:
+        stream = client(address).chat.completions.create(model="sibling", messages=TURNS, max_tokens=200, stream=True)
+        next(iter(stream))
+        stream.close()
+        found = client(address).chat.completions.create(model="sibling", messages=TURNS, max_tokens=2, temperature=0)
+        assert found.usage.completion_tokens == 2
+
+
+@contextmanager
+def edge(policy: MaxProb | Never, **options: float) -> Iterator[Answerer]:
+    backbone, exits, _ = edge_part("llama")
+    engine = Engine(backbone, whole("llama").tokenizer, exits, whole("llama").generation_config)
+    with cloud("llama") as server, link("llama", server.port, **options) as connection:
+        yield Answerer(engine, "edge", policy, partial(Collaborative, link=connection))
+
+
+def test_an_edge_says_where_each_token_came_from() -> None:
+    wanted = whole("llama").generate(QUESTION, policy=MaxProb(0.8), max_new_tokens=24)
+    with edge(MaxProb(0.8)) as answerer, served(answerer) as address:
+        found = client(address).chat.completions.create(model="edge", messages=TURNS, max_tokens=24, temperature=0)
+        pieces = found.model_extra["dynamax"]
+        assert found.choices[0].message.content == wanted.text
+        assert [piece["depth"] for piece in pieces][: len(wanted.depths)] == wanted.depths
+        assert [piece["origin"] for piece in pieces][: len(wanted.depths)] == [
+            "cloud" if depth == 8 else "exit" for depth in wanted.depths
+        ]
+        with pytest.raises(openai.APIStatusError, match="the cloud says the most likely token"):
+            client(address).chat.completions.create(model="edge", messages=TURNS, max_tokens=4, temperature=1)
+
+
+def test_a_cloud_that_is_gone_is_said() -> None:
+    backbone, exits, _ = edge_part("llama")
+    engine = Engine(backbone, whole("llama").tokenizer, exits, whole("llama").generation_config)
+    with link("llama", 1, timeout=0.3) as connection:
+        answerer = Answerer(engine, "edge", Never(), partial(Collaborative, link=connection))
+        with served(answerer) as address:
+            for stream in (False, True):
+                with pytest.raises(openai.APIError, match="did not answer in time"):
+                    list(client(address).chat.completions.create(model="edge", messages=TURNS, stream=stream))
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs chromium (Debian: apt-get install chromium)")
+def test_the_page_chats_and_colours_tokens(tmp_path: Path) -> None:
+    with edge(MaxProb(0.8)) as answerer, served(answerer) as address, Browser(tmp_path / "profile") as browser:
+        browser.open(f"{address}/")
+        browser.evaluate(f"at('text').value = {QUESTION!r}; at('form').requestSubmit()")
+        for _ in range(200):
+            if browser.evaluate("document.querySelector('.facts') !== null"):
+                break
+            time.sleep(0.05)
+        origins = browser.evaluate("[...document.querySelectorAll('.token')].map(each => each.className.split(' ')[1])")
+        text = browser.evaluate("[...document.querySelectorAll('.token')].map(each => each.textContent).join('')")
+        assert browser.errors == []
+        assert {"cloud", "exit"} <= set(origins)
+        assert text.strip() in whole("llama").generate(QUESTION, policy=MaxProb(0.8), max_new_tokens=256).text
+        assert all(each.startswith((address, "data:")) for each in browser.asked)
