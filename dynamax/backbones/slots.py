@@ -58,6 +58,12 @@ class Slots:
             for index, state in enumerate(self.states):
                 state.move(len(self.rows), slot, last.filled[index])
 
+    def clear(self, slot: int) -> None:
+        """Forget the state in a slot: what a mask hides must still be numbers."""
+        for state in self.states:
+            for buffer in (*state.keys, *state.recurrent):
+                buffer[slot] = 0
+
     def select(self, slots: Sequence[int], lengths: Sequence[int] | None = None) -> SelectedRows:
         """Some of the rows, to run a chunk with; see ``SelectedRows``."""
         return SelectedRows(self, slots, lengths)

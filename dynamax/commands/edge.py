@@ -33,6 +33,8 @@ def show_edge(
     engine, factory, link = open_edge(given, precision)
     assert engine.exits is not None and engine.tokenizer is not None, "an edge's folder has both"  # noqa: PT018
     try:
+        if link is not None and options.get("do_sample") is None:
+            options["do_sample"] = False  # the cloud says the most likely token
         said = engine.options(**options)
         decoder: Any = engine.decoder(policy, factory, sampler=said.sampler)
         palette = DepthColors(engine.exits.depths, engine.backbone.spec.depth, on=coloured(sys.stdout))

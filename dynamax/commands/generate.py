@@ -116,6 +116,8 @@ def generate(
     }
     if edge is not None:
         taken = {"backbone": backbone, "heads": heads, "exits": exits, "decoder": decoder, "compile": compile or None}
+        taken |= {"promise": promise, "dtype": None if dtype == "float32" else dtype}
+        taken |= {"device": None if device in ("auto", "cpu") else device}
         if refused := [name for name, value in taken.items() if value is not None]:
             raise UserError(
                 f"{' and '.join(refused)} stood beside edge, whose folder and mode say what decodes. Leave it out."

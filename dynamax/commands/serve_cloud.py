@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from dynamax.commands.parsing import Parser, prepare
-from dynamax.errors import UserError
 from dynamax.paths import InputPath
-from dynamax.serving.options import check_installed
+from dynamax.serving.options import check_installed, check_pair, host_and_port
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -72,23 +71,23 @@ def serve_cloud(
     from dynamax.serving.opening import open_part, tokens_in
     from dynamax.serving.service import Cloud
 
-    if (certificate is None) != (key is None):
-        raise UserError("A certificate and its key belong together, and one of them was given. Give both, or neither.")
+    check_pair(certificate, key)
+    host, _ = host_and_port(address)
+    watched = None if metrics is None else host_and_port(metrics)
     limits, tokens = Limits(sessions, positions, idle, expire), tokens_in(token_file)
     opened = open_part(Path(str(part)).expanduser(), precision)
     cloud = Cloud(opened.backbone, opened.part, limits, tokens=tokens, rate=rate)
     pair = None if certificate is None else Certificate(Path(str(certificate)), Path(str(key)))
     server = Server(cloud, address, pair, threads=2 * sessions + 8)
-    if metrics is not None:
-        host, _, port = metrics.rpartition(":")
-        cloud.metrics.serve(int(port), host or "127.0.0.1")
+    if watched is not None:
+        cloud.metrics.serve(*watched)
     if log:
         log_to_stderr()
     server.start()
     span = opened.part.span
     how = "TLS" if pair else "without TLS"
     print(
-        f"Blocks {span.start} to {span.stop} listen at {address.rpartition(':')[0]}:{server.port}, {how}; "
+        f"Blocks {span.start} to {span.stop} listen at {host}:{server.port}, {how}; "
         f"{f'{len(tokens)} tokens are known' if tokens else 'no token is needed'}",
         flush=True,
     )

@@ -13,7 +13,7 @@ from dynamax.errors import UserError
 from dynamax.heads.bank import Exit
 from dynamax.paths import InputPath
 from dynamax.policies.base import TerminationPolicy
-from dynamax.serving.options import EdgeOptions, check_installed
+from dynamax.serving.options import EdgeOptions, check_installed, check_pair, host_and_port
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -63,7 +63,7 @@ def serve_edge(
         compile: Make the steps of a whole model faster, for some seconds at first.
         address: Where to listen, HOST:PORT. Other hosts than this one need bearer tokens.
         name: What callers know the model as; left out, the name of its folder.
-        waiting: Most answers that wait for their turn.
+        waiting: Most answers that wait for their turn, up to 30.
         token_file: File with the bearer tokens that callers may show, one a line. The edge's own token, for the cloud,
             is edge.token_file.
         certificate: Certificate for TLS, as a PEM file.
@@ -80,26 +80,28 @@ def serve_edge(
         raise UserError("Give an edge (--edge.folder) or a whole model (--backbone): one of the two.")
     if edge is not None and policy is None:
         raise UserError("An edge needs a policy: when to trust an exit. Give one, such as --policy MaxProb.")
-    if (certificate is None) != (key is None):
-        raise UserError("A certificate and its key belong together, and one of them was given. Give both, or neither.")
-    host, _, port = address.rpartition(":")
-    if not port.isdigit() or int(port) > 65535:
-        raise UserError(f"The address {address} has no port. Write HOST:PORT, such as 127.0.0.1:8000.")
+    taken = {"heads": heads, "exits": exits, "decoder": decoder, "compile": compile or None}
+    if edge is not None and (given := [each for each, value in taken.items() if value is not None]):
+        raise UserError(f"{' and '.join(given)} stood beside edge, whose folder and mode say it. Leave it out.")
+    check_pair(certificate, key)
+    host, port = host_and_port(address)
     known = [] if token_file is None else tokens_in(token_file)
-    if not known and host not in ("127.0.0.1", "localhost", "[::1]"):
+    if not known and host not in ("127.0.0.1", "localhost", "::1"):
         raise UserError(
             f"The endpoint was to listen at {address}, where others can reach it, and wants no token. Give a "
             f"token_file, or listen at 127.0.0.1."
         )
     if edge is not None:
-        engine, factory, _ = open_edge(edge, precision)
+        engine, factory, link = open_edge(edge, precision)
         called = name or Path(str(edge.folder)).resolve().parent.name
     else:
         assert backbone is not None
-        given = None if heads is None else str(heads)
-        engine, factory = load(backbone, heads=given, exits=exits, precision=precision, compile=compile), decoder
+        trained = None if heads is None else str(heads)
+        engine = load(backbone, heads=trained, exits=exits, precision=precision, compile=compile)
+        factory, link = decoder, None
         called = name or Path(backbone).name
-    app = endpoint(Answerer(engine, called, policy, factory, waiting=waiting), known)
+    answerer = Answerer(engine, called, policy, factory, waiting=waiting, greedy=link is not None)
+    app = endpoint(answerer, known)
     print(f"{called} answers at http{'s' if certificate else ''}://{address}/v1, a page to chat on is at /", flush=True)
     tls: dict[str, Any] = {} if certificate is None else {"ssl_certfile": str(certificate), "ssl_keyfile": str(key)}
-    uvicorn.run(app, host=host.strip("[]"), port=int(port), log_level="warning", **tls)
+    uvicorn.run(app, host=host, port=port, log_level="warning", **tls)

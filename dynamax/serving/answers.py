@@ -15,6 +15,8 @@ from dynamax.policies.base import TerminationPolicy
 from dynamax.serving.edge import EXIT, Collaborative, Drafting, Standalone
 from dynamax.stream import Stream
 
+MOST_WAITING = 30
+
 FULL = "full"
 """A token of a whole model's own top."""
 
@@ -63,7 +65,11 @@ class Answerer:
         name: What callers know it as.
         policy: When to leave; None for full depth.
         decoder: How to decode; left out, EarlyExit where there is a policy, else Full.
-        waiting: Most answers that wait for their turn.
+        waiting: Most answers that wait for their turn; each takes a thread.
+        greedy: Whether tokens are the most likely ones unless a caller asks otherwise, whatever the model's rules say.
+
+    Raises:
+        UserError: If the policy does not fit the exits, or ``waiting`` is out of bounds.
     """
 
     def __init__(
@@ -74,8 +80,12 @@ class Answerer:
         decoder: DecoderFactory | None = None,
         *,
         waiting: int = 8,
+        greedy: bool = False,
     ) -> None:
-        self.engine, self.name = engine, name
+        if not 0 <= waiting <= MOST_WAITING:
+            raise UserError(f"waiting is {waiting}; it must be from 0 to {MOST_WAITING}.")
+        engine.decoder(policy, decoder)  # what cannot decode is refused now, not at every request
+        self.engine, self.name, self._greedy = engine, name, greedy
         self._policy, self._factory = policy, decoder
         self._turn, self._room = threading.Lock(), threading.Semaphore(waiting + 1)
 
@@ -100,6 +110,8 @@ class Answerer:
         Raises:
             UserError: If an option is unknown, or the prompt does not fit the context.
         """
+        if self._greedy and options.get("do_sample") is None:
+            options = {**options, "do_sample": False}
         said = self.engine.options(**options)
         decoder = self.engine.decoder(self._policy, self._factory, sampler=said.sampler)
         prompt_1T = self.engine.encode(prompt, chat=chat)

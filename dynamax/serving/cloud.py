@@ -81,7 +81,8 @@ class Server:
             ("grpc.http2.min_recv_ping_interval_without_data_ms", ALIVE_MS // 2),
             ("grpc.keepalive_permit_without_calls", 1),
         ]
-        self._server = grpc.server(ThreadPoolExecutor(threads), options=options)
+        most = threads + 16  # what waits for a thread takes memory
+        self._server = grpc.server(ThreadPoolExecutor(threads), options=options, maximum_concurrent_rpcs=most)
         handlers = {name: grpc.unary_unary_rpc_method_handler(self._method(name)) for name in METHODS}
         self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
         try:
@@ -121,17 +122,19 @@ class Server:
                 context.set_details(told or "there is no such session; open another and send its states again")
             self.cloud.metrics.calls.labels(name, code.name).inc()
             facts = {"method": name, "code": code.name, "bytes": len(raw), "ms": 1000 * (time.perf_counter() - begin)}
-            LOG.info("call", extra={"facts": facts})
+            LOG.log(
+                logging.DEBUG if code is grpc.StatusCode.UNAUTHENTICATED else logging.INFO,
+                "call",
+                extra={"facts": facts},
+            )
             return reply
 
         return call
 
     def _answer(self, name: str, raw: bytes, context: grpc.ServicerContext) -> dict[str, Any]:
-        message: Message = unpacked(raw)
-        if name == "health":
-            return self.cloud.health()
         shown = dict(context.invocation_metadata()).get("authorization", "")
         owner = self.cloud.owner(str(shown).removeprefix("Bearer ") if shown else None)
+        message: Message = unpacked(raw)
         return getattr(self.cloud, name)(message, owner)
 
 

@@ -68,6 +68,7 @@ class Context:
         most: Most positions.
         received: How many positions have come without a gap.
         used: When it was last used.
+        working: Whether it waits for a token; then it makes no room for others.
         turn: How often positions were taken back; what was sent before is of no use then.
     """
 
@@ -77,6 +78,7 @@ class Context:
     most: int
     received: int = 0
     used: float = 0.0
+    working: bool = False
     turn: int = 0
     _next: list[Tensor] = field(default_factory=list)
     _early: dict[int, Tensor] = field(default_factory=dict)
@@ -87,17 +89,23 @@ class Context:
         Raises:
             WireError: If too many positions wait for earlier ones.
         """
-        held = self._early.get(first)
-        if held is None or len(held) < len(h_TW):
-            self._early[first] = h_TW
-        if sum(map(len, self._early.values())) > min(self.most, EARLY):
-            del self._early[first]
-            raise WireError("too many positions came before those that stand in front of them")
+        if first > self.received:
+            held = self._early.get(first)
+            waiting = sum(len(rows) for place, rows in self._early.items() if place != first)
+            if waiting + len(h_TW) > min(self.most, EARLY):
+                raise WireError("too many positions came before those that stand in front of them")
+            if held is None or len(held) < len(h_TW):
+                self._early[first] = h_TW
+            return
+        self._add(first, h_TW)
         while (ready := min(self._early, default=self.received + 1)) <= self.received:
-            rows = self._early.pop(ready)[self.received - ready :]
-            if len(rows):
-                self._next.append(rows)
-                self.received += len(rows)
+            self._add(ready, self._early.pop(ready))
+
+    def _add(self, first: int, h_TW: Tensor) -> None:
+        rows = h_TW[self.received - first :]
+        if len(rows):
+            self._next.append(rows)
+            self.received += len(rows)
 
     def take(self, count: int) -> Tensor:
         """The positions up to ``count`` that no block has read yet, ``h_TW``."""
@@ -106,9 +114,8 @@ class Context:
         self._next = [h_TW[wanted:]] if len(h_TW) > wanted else []
         return h_TW[:wanted]
 
-    def take_back(self, length: int) -> None:
-        """Forget all positions from ``length`` on, and whatever was sent behind them."""
-        self.cache.group.crop(length)
+    def forget(self, length: int) -> None:
+        """Forget that positions from ``length`` on came, and whatever was sent behind them."""
         self.received, self._next, self._early = length, [], {}
         self.turn += 1
 
@@ -144,9 +151,10 @@ class Contexts:
         """
         self.drop_expired()
         if len(self._open) == self.limits.sessions:
-            oldest = min(self._open.values(), key=lambda each: each.used)
-            if self._clock() - oldest.used < self.limits.idle:
-                raise FullError(f"all {self.limits.sessions} sessions are in use")
+            idle = [each for each in self._open.values() if not each.working]
+            oldest = min(idle, key=lambda each: each.used, default=None)
+            if oldest is None or self._clock() - oldest.used < self.limits.idle:
+                raise FullError("all sessions are in use")
             self._drop(oldest)
         cache = Cache(self.span, kinds=self._kinds)
         self.slots.add(cache)
@@ -179,8 +187,13 @@ class Contexts:
     def drop_expired(self) -> None:
         """Drop the sessions that nobody has used for long."""
         now = self._clock()
-        for each in [each for each in self._open.values() if now - each.used > self.limits.expire]:
-            self._drop(each)
+        for each in list(self._open.values()):
+            if not each.working and now - each.used > self.limits.expire:
+                self._drop(each)
+
+    def touch(self, context: Context) -> None:
+        """A session is used now."""
+        context.used = self._clock()
 
     def slot(self, context: Context) -> int:
         """Where its state is."""
@@ -203,7 +216,10 @@ class Contexts:
 
     @torch.inference_mode()  # states were made in it, and may move to another slot
     def _remove(self, context: Context) -> None:
-        self.slots.remove(self.slot(context))
+        slot = self.slot(context)
+        self.slots.clear(slot)
+        self.slots.remove(slot)
+        self.slots.clear(len(self.slots.rows))  # where the row was that moved
         del self._open[context.key]
         if not self._open:  # what the longest session needed is given back
             self.slots = Slots(self.span, self._kinds, self.limits.sessions)

@@ -6,6 +6,8 @@ first two is CE-CoLLM (arXiv 2411.02829), whose modes are called standalone and 
 
 from __future__ import annotations
 
+import logging
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -23,7 +25,10 @@ from dynamax.heads.bank import ExitBank
 from dynamax.policies.base import TerminationPolicy
 from dynamax.serving.link import CloudDown, Link
 from dynamax.serving.waits import DraftLength, Waits
+from dynamax.serving.wire import MOST_DRAFTS
 from dynamax.types import Step
+
+LOG = logging.getLogger("dynamax.edge")
 
 EXIT, CLOUD, ALONE = "exit", "cloud", "alone"
 """Where a token came from: an exit that the policy trusts, the cloud, or the last exit as the cloud would be late."""
@@ -85,7 +90,7 @@ class Collaborative(Decoder):
         super().__init__(backbone, exits, policy, sampler)
         _, self._policy = read_exits(self)
         check_greedy(self)
-        if deadline is not None and not deadline > 0:
+        if deadline is not None and not 0 < deadline < math.inf:
             raise UserError(
                 f"deadline is {deadline}; it must be above 0, in seconds. Leave it out to wait for the cloud."
             )
@@ -101,14 +106,17 @@ class Collaborative(Decoder):
         """Run to an exit; leave there, or ask the cloud."""
         self.origins = []
         send_up(session, self.link)
-        arrival = read_prompt(session, self._policy, asked=self.deadline is not None)
-        while True:
-            if arrival.left and session.steps:
-                self.origins.append(EXIT)
-                yield leave(session, arrival, self.sampler)
-            else:
-                yield self._asked(session, arrival)
-            arrival = session.run_to_exit(self._policy)
+        try:
+            arrival = read_prompt(session, self._policy, asked=self.deadline is not None)
+            while True:
+                if arrival.left and session.steps:
+                    self.origins.append(EXIT)
+                    yield leave(session, arrival, self.sampler)
+                else:
+                    yield self._asked(session, arrival)
+                arrival = session.run_to_exit(self._policy)
+        finally:
+            self.link.end()
 
     def _asked(self, session: Session, arrival: Arrival) -> Step:
         """The cloud's token; or, if it would be late, the last exit's."""
@@ -122,12 +130,14 @@ class Collaborative(Decoder):
                 self.origins.append(CLOUD)
                 logits_BV = as_logits(likely, session.backbone.spec.vocab, arrival.h_BTD)
                 return session.step(arrival._replace(left=False), logits_BV, logits_BV.argmax(-1), prefill=prefill)
-            except CloudDown:
+            except CloudDown as error:
                 if self.deadline is None:
                     raise
+                if CLOUD not in self.origins and self._waits.begins:
+                    LOG.warning("%s The last exit answers.", error)
                 self._waits.late()
         self.origins.append(ALONE)
-        return leave(session, arrival, self.sampler, prefill=prefill)
+        return say(session, arrival, self.sampler, prefill=prefill)  # it has gone on already: nothing is owed
 
 
 @final
@@ -158,8 +168,10 @@ class Drafting(Decoder):
         link: Link,
         draft_limit: int = 8,
     ) -> None:
-        if draft_limit < 1:
-            raise UserError(f"draft_limit is {draft_limit}; it must be at least 1.")
+        if not 1 <= draft_limit <= MOST_DRAFTS:
+            raise UserError(f"draft_limit is {draft_limit}; it must be from 1 to {MOST_DRAFTS}.")
+        if not link.exact:
+            raise UserError("Drafting is lossless, so hidden states travel as they are: wire float32. Choose that.")
         super().__init__(backbone, exits, policy, sampler)
         _, self._policy = read_exits(self)
         check_greedy(self)
@@ -175,12 +187,15 @@ class Drafting(Decoder):
         """Rounds of drafting here and verifying there."""
         self.origins = []
         send_up(session, self.link)
-        arrival = read_prompt(session, self._policy, asked=False)
-        logits_BV, _ = self._verified(session, arrival, [])
-        self.origins.append(CLOUD)
-        yield session.step(arrival._replace(left=False), logits_BV, logits_BV.argmax(-1), prefill=True)
-        while True:
-            yield from self._round(session)
+        try:
+            arrival = read_prompt(session, self._policy, asked=False)
+            logits_BV, _ = self._verified(session, arrival, [])
+            self.origins.append(CLOUD)
+            yield session.step(arrival._replace(left=False), logits_BV, logits_BV.argmax(-1), prefill=True)
+            while True:
+                yield from self._round(session)
+        finally:
+            self.link.end()
 
     def _round(self, session: Session) -> list[Step]:
         most = min(self._length.best(), session.max_new_tokens - session.steps - 1)
@@ -225,7 +240,7 @@ def send_up(session: Session, link: Link) -> None:
     """Begin an answer: whatever passes the depth of the cut goes up, each position once."""
     if len(session.prompt_BT) > 1:
         raise UserError(f"An edge answers one prompt at a time, but {len(session.prompt_BT)} rows were given.")
-    link.begin()
+    link.begin(session.prompt_BT.shape[1] + session.max_new_tokens)
     session.cache.outlets[link.start] = lambda h_BTD: link.send(h_BTD[0].float().cpu())
 
 
@@ -240,9 +255,14 @@ def read_prompt(session: Session, policy: TerminationPolicy, *, asked: bool) -> 
 
 def leave(session: Session, arrival: Arrival, sampler: Sampler, *, prefill: bool = False) -> Step:
     """The positions leave where they arrived: blocks of the edge above it are owed them."""
-    logits_BV = arrival.trail[-1].answer
     if arrival.depth < session.end:
         session.cache.owe(arrival.depth, arrival.h_BTD)
+    return say(session, arrival, sampler, prefill=prefill)
+
+
+def say(session: Session, arrival: Arrival, sampler: Sampler, *, prefill: bool = False) -> Step:
+    """The token that the exit says where the positions arrived."""
+    logits_BV = arrival.trail[-1].answer
     return session.step(arrival._replace(left=True), logits_BV, sampler(logits_BV), prefill=prefill)
 
 

@@ -5,6 +5,7 @@ What a request asks for is done or refused; fields that change nothing here are 
 
 from __future__ import annotations
 
+import asyncio
 import json
 import secrets
 import time
@@ -13,14 +14,24 @@ from collections.abc import Generator, Sequence
 from importlib.resources import files
 from typing import Annotated, Any, Literal
 
-from fastapi import Depends, FastAPI, Request
+from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field
-from starlette.types import Receive, Scope, Send
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from dynamax.errors import UserError
 from dynamax.serving.answers import Answerer, BusyError, Ended, Piece
+
+MOST_BODY = 1_000_000
+"""Bytes of a request."""
+
+OPEN = ("/", "/health")
+"""What is answered without a token."""
+
+SLOWEST = 30.0
+"""Seconds that a reader may take for one event, while others wait for their turn."""
 
 HARMLESS: dict[str, Sequence[object]] = {
     **dict.fromkeys(("frequency_penalty", "presence_penalty"), (0, None)),
@@ -94,13 +105,7 @@ def endpoint(answerer: Answerer, tokens: Sequence[str] = ()) -> FastAPI:
         tokens: Whoever shows one of these may ask; none lets everybody.
     """
     app = FastAPI(title="dynamax", docs_url=None, redoc_url=None, openapi_url=None)
-
-    def allowed(request: Request) -> None:
-        given = request.headers.get("authorization", "").removeprefix("Bearer ").encode()
-        if tokens and not any(secrets.compare_digest(given, each.encode()) for each in tokens):
-            raise Refused(401, "A bearer token that this server knows is wanted: give it as the API key.")
-
-    guarded = [Depends(allowed)]
+    app.add_middleware(Guard, tokens=tokens)
 
     @app.exception_handler(Refused)
     def _(_: Request, error: Refused) -> JSONResponse:
@@ -120,12 +125,12 @@ def endpoint(answerer: Answerer, tokens: Sequence[str] = ()) -> FastAPI:
     def _() -> dict[str, str]:
         return {"status": "ok"}
 
-    @app.get("/v1/models", dependencies=guarded)
+    @app.get("/v1/models")
     def _() -> dict[str, Any]:
         model = {"id": answerer.name, "object": "model", "created": 0, "owned_by": "dynamax"}
         return {"object": "list", "data": [model]}
 
-    @app.post("/v1/chat/completions", dependencies=guarded, response_model=None)
+    @app.post("/v1/chat/completions", response_model=None)
     def _(asked: ChatAsked) -> JSONResponse | StreamingResponse:
         if asked.max_tokens is not None and asked.max_completion_tokens is not None:
             raise Refused(400, "max_tokens and max_completion_tokens say the same; give one of them.", "max_tokens")
@@ -133,12 +138,41 @@ def endpoint(answerer: Answerer, tokens: Sequence[str] = ()) -> FastAPI:
         turns = [{"role": turn.role, "content": turn.content} for turn in asked.messages]
         return Reply(answerer, asked, turns, most, chat=True).response()
 
-    @app.post("/v1/completions", dependencies=guarded, response_model=None)
+    @app.post("/v1/completions", response_model=None)
     def _(asked: TextAsked) -> JSONResponse | StreamingResponse:
         prompt = asked.prompt if isinstance(asked.prompt, str) else asked.prompt[0]
         return Reply(answerer, asked, prompt, asked.max_tokens, chat=False).response()
 
     return app
+
+
+class Guard:
+    """Refuses callers without a token, and bodies that are too long, before anything of a body is read.
+
+    Args:
+        app: What answers the others.
+        tokens: Whoever shows one of these may ask; none lets everybody.
+    """
+
+    def __init__(self, app: ASGIApp, tokens: Sequence[str]) -> None:
+        self._app, self._tokens = app, [token.encode() for token in tokens]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Let a request through, or refuse it."""
+        refusal = self._refusal(scope) if scope["type"] == "http" else None
+        await (self._app if refusal is None else refusal)(scope, receive, send)
+
+    def _refusal(self, scope: Scope) -> JSONResponse | None:
+        if scope["path"] in OPEN:
+            return None
+        headers = Headers(scope=scope)
+        given = headers.get("authorization", "").removeprefix("Bearer ").encode()
+        if self._tokens and not any(secrets.compare_digest(given, each) for each in self._tokens):
+            return _error(401, "A bearer token that this server knows is wanted: give it as the API key.", None)
+        length = headers.get("content-length", "0" if scope["method"] == "GET" else "")
+        if not length.isdigit() or int(length) > MOST_BODY:
+            return _error(413, f"A request has at most {MOST_BODY} bytes, and says how many.", None)
+        return None
 
 
 class EventStream(StreamingResponse):
@@ -153,9 +187,13 @@ class EventStream(StreamingResponse):
         self._events = events
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send them."""
+        """Send them. A reader that takes nothing for too long is as good as gone."""
+
+        async def send_in_time(message: Message) -> None:
+            await asyncio.wait_for(send(message), SLOWEST)
+
         try:
-            await super().__call__(scope, receive, send)
+            await super().__call__(scope, receive, send_in_time)
         finally:
             self._events.close()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -13,10 +14,13 @@ from dynamax.backbones.base import Backbone
 from dynamax.serving.contexts import Context, Contexts
 
 LIKELY = 16
-"""Tokens that the cloud names beside the one it says."""
+"""Tokens that the cloud names, the one it says among them."""
+
+ALONE = 512
+"""Positions of a row that are read together with other rows'; those of a longer row are read before, by themselves."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Ask:
     """A token that is asked for.
 
@@ -41,7 +45,8 @@ class Said:
     """What the cloud says.
 
     Attributes:
-        likely: The most likely tokens after the drafts that were kept, surest first.
+        likely: The most likely tokens after the drafts that were kept, surest first; none if the states that came gave
+            no numbers.
         kept: How many were kept.
     """
 
@@ -54,39 +59,72 @@ class Said:
         return self.likely[0]
 
 
+def passes(asks: Sequence[Ask]) -> list[list[Ask]]:
+    """What can be finished together: sessions that have read something, new ones, and each long new one by itself."""
+    groups: dict[object, list[Ask]] = {}
+    for ask in asks:
+        key: object = ask.fresh
+        if ask.fresh and ask.count > ALONE:
+            key = ask
+        groups.setdefault(key, []).append(ask)
+    return list(groups.values())
+
+
 @torch.inference_mode()
-def finish(contexts: Contexts, asks: Sequence[Ask]) -> list[Said]:
+def finish(contexts: Contexts, asks: Sequence[Ask], lock: AbstractContextManager[object] | None = None) -> list[Said]:
     """Take what has come of each session to the top, and say its next token.
 
     Args:
-        contexts: All sessions.
-        asks: What is asked, of another session each, whose positions have come. Those that have read nothing yet, and
-            those that have, do not go together.
+        contexts: All sessions; none is opened or closed meanwhile.
+        asks: What is asked, of another session each, whose positions have come; one of ``passes``.
+        lock: Held while it is looked at what has come; states may come in at all other times.
     """
+    lock = lock or nullcontext()
     slots = [contexts.slot(ask.context) for ask in asks]
-    remembers = any("recurrent" in state.kinds for state in contexts.slots.states)
-    before = [_recurrent(contexts, slot) if ask.drafts else [] for ask, slot in zip(asks, slots, strict=True)]
     begin = [ask.context.cache.length for ask in asks]
-    rows = [ask.context.take(ask.count) for ask in asks]
-    logits = _logits(contexts, slots, rows, [len(ask.drafts) + 1 for ask in asks])
+    with lock:
+        rows = [ask.context.take(ask.count) for ask in asks]
+    read = [_read_alone(contexts, slot, h_TW, ask) for slot, h_TW, ask in zip(slots, rows, asks, strict=True)]
+    before = [_recurrent(contexts, slot) if ask.drafts else [] for ask, slot in zip(asks, slots, strict=True)]
+    late = [h_TW[count:] for h_TW, count in zip(rows, read, strict=True)]
+    logits = _logits(contexts, slots, late, [len(ask.drafts) + 1 for ask in asks])
     said = []
-    for ask, slot, start, h_TW, held, logits_TV in zip(asks, slots, begin, rows, before, logits, strict=True):
-        tokens = logits_TV.argmax(-1).tolist()
-        kept = next((i for i, (own, draft) in enumerate(zip(tokens, ask.drafts, strict=False)) if own != draft), None)
-        if kept is not None:
+    for ask, slot, start, h_TW, held, logits_TV in zip(
+        asks, slots, map(sum, zip(begin, read, strict=True)), late, before, logits, strict=True
+    ):
+        kept = _kept(logits_TV, ask.drafts)
+        if kept < len(ask.drafts):
             length = ask.count - len(ask.drafts) + kept
-            ask.context.take_back(start if remembers else length)
-            if remembers:
-                _read_again(contexts, ask.context, slot, h_TW[: length - start], held)
-        kept = len(ask.drafts) if kept is None else kept
-        said.append(Said([tokens[kept], *_others(logits_TV[kept], tokens[kept])], kept))
+            _take_back(contexts, ask.context, slot, start, h_TW[: length - start], held)
+            with lock:
+                ask.context.forget(length)
+        said.append(Said(_likely(logits_TV[kept]), kept))
     return said
 
 
-def _others(logits_V: Tensor, first: int) -> list[int]:
-    """The tokens that are most likely after the first: policies of the edge may guess from them."""
+def _kept(logits_TV: Tensor, drafts: Sequence[int]) -> int:
+    """How many drafts are the most likely tokens, up to the first that is not."""
+    tokens = logits_TV.argmax(-1).tolist()
+    return next((i for i, (own, draft) in enumerate(zip(tokens, drafts, strict=False)) if own != draft), len(drafts))
+
+
+def _likely(logits_V: Tensor) -> list[int]:
+    """The most likely token as argmax says it, and the next ones: policies of the edge may guess from them."""
+    if not bool(logits_V.isfinite().all()):
+        return []
+    first = int(logits_V.argmax())
     found = logits_V.topk(min(LIKELY, len(logits_V))).indices.tolist()
-    return [token for token in found if token != first][: LIKELY - 1]
+    return [first, *(token for token in found if token != first)][:LIKELY]
+
+
+def _read_alone(contexts: Contexts, slot: int, h_TW: Tensor, ask: Ask) -> int:
+    """Read the beginning of a long row by itself, in pieces: with others it would be padding for all of them."""
+    read = 0
+    while len(h_TW) - read > ALONE + len(ask.drafts):
+        chunk = contexts.slots.select([slot], [ALONE])
+        contexts.backbone.run(h_TW[None, read : read + ALONE], contexts.span, chunk)
+        read += ALONE
+    return read
 
 
 def _logits(contexts: Contexts, slots: Sequence[int], rows: Sequence[Tensor], wanted: Sequence[int]) -> list[Tensor]:
@@ -104,12 +142,15 @@ def _recurrent(contexts: Contexts, slot: int) -> list[list[Tensor]]:
     return [[held[slot].clone() for held in state.recurrent] for state in contexts.slots.states]
 
 
-def _read_again(
-    contexts: Contexts, context: Context, slot: int, h_TW: Tensor, held: Sequence[Sequence[Tensor]]
+def _take_back(
+    contexts: Contexts, context: Context, slot: int, start: int, h_TW: Tensor, held: Sequence[Sequence[Tensor]]
 ) -> None:
-    """Put back what the blocks remembered of a row, and let them read these positions anew."""
+    """Forget the positions of a row behind ``start``, but for ``h_TW``: a recurrent state reads those anew."""
+    if not any("recurrent" in state.kinds for state in contexts.slots.states):
+        context.cache.group.crop(start + len(h_TW))
+        return
+    context.cache.group.crop(start)
     for state, copies in zip(contexts.slots.states, held, strict=True):
         for whole, copy in zip(state.recurrent, copies, strict=False):  # a row that is new had nothing
             whole[slot] = copy
     contexts.backbone.run(h_TW[None], contexts.span, contexts.slots.select([slot], [len(h_TW)]))
-    context.received = context.cache.length

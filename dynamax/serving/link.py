@@ -5,6 +5,7 @@ What was sent of an answer is kept until it ends, so that a cloud that has lost 
 
 from __future__ import annotations
 
+import math
 import queue
 import threading
 import time
@@ -41,6 +42,7 @@ class Traffic:
         positions: Positions sent, those sent again included.
         asked: Tokens asked for.
         waited: Seconds that tokens were waited for.
+        cloud: Seconds of them that the cloud's passes took, by its own account.
         again: How often the cloud had lost the answer, and was sent it again.
     """
 
@@ -48,26 +50,31 @@ class Traffic:
     positions: int = 0
     asked: int = 0
     waited: float = 0.0
+    cloud: float = 0.0
     again: int = 0
 
 
-@dataclass
+@dataclass(eq=False)
 class _Sent:
     """What has been handed over of an answer.
 
     Attributes:
-        rows: All its positions, in pieces.
+        wanted: Positions that prompt and answer may have.
+        rows: All positions, in pieces.
         count: How many they are.
         session: Its name in the cloud; None before it is opened, and once the cloud has lost it.
         turn: How often the cloud took positions back.
+        received: How many positions the cloud has, as far as it has said so.
         lost: Whether some message did not arrive.
-        fault: Why positions cannot be sent.
+        fault: Why the answer cannot go on.
     """
 
+    wanted: int = 0
     rows: list[Tensor] = field(default_factory=list)
     count: int = 0
     session: str | None = None
     turn: int = 0
+    received: int = 0
     lost: bool = False
     fault: UserError | None = None
 
@@ -85,6 +92,7 @@ class Link:
 
     Attributes:
         start: Depth at which states are sent.
+        exact: Whether states arrive as they are.
         traffic: Of the answer under way, or of the last one.
     """
 
@@ -98,18 +106,23 @@ class Link:
         root: Path | None = None,
         timeout: float = 10.0,
     ) -> None:
-        if not timeout > 0:
+        if not 0 < timeout < math.inf:
             raise UserError(f"timeout is {timeout}; it must be above 0, in seconds.")
-        self.address, self.timeout = address, timeout
-        self.traffic = Traffic()
         if part.sends is None:
             raise UserError("A cloud's part was given to an edge. Give the part in the folder edge.")
+        if token is not None and not (token.isascii() and token.isprintable()):
+            raise UserError(
+                "The bearer token has other characters than printable ASCII, or several lines. Give one token."
+            )
+        self.address, self.timeout = address, timeout
+        self.traffic = Traffic()
         self._part, self.start = part, part.sends
-        self._name, self._format = format, wire_format(format)
+        self._name, self._format, self.exact = format, wire_format(format), format == "float32"
         self._metadata = () if token is None else (("authorization", f"Bearer {token}"),)
         self._channel = self._connect(root)
         self._calls = {name: self._channel.unary_unary(f"/{SERVICE}/{name}") for name in METHODS}
         self._sent = _Sent()
+        self._closing: Any = None
         self._lock, self._opening = threading.Lock(), threading.Lock()
         self._flying = threading.Semaphore(FLYING)
         self._queue: queue.Queue[tuple[_Sent, int, int, Tensor] | None] = queue.Queue()
@@ -132,17 +145,20 @@ class Link:
 
     # -- an answer ----------------------------------------------------------------------------------------
 
-    def begin(self) -> None:
-        """A new answer; whatever was under way is dropped, here and in the cloud."""
-        self.end()
-        self.traffic = Traffic()
+    def begin(self, wanted: int = 0) -> None:
+        """A new answer; whatever was under way is dropped, here and in the cloud.
 
-    def end(self) -> Any:  # noqa: ANN401 - grpc's future
-        """The answer is done: the cloud may forget it. Gives the call that says so; None if there is none."""
+        Args:
+            wanted: Positions that prompt and answer may have.
+        """
+        self.end()
+        self._sent, self.traffic = _Sent(wanted), Traffic()
+
+    def end(self) -> None:
+        """The answer is done: the cloud may forget it."""
         sent, self._sent = self._sent, _Sent()
-        if sent.session is None:
-            return None
-        return self._calls["close"].future(packed({"session": sent.session}), 1.0, metadata=self._metadata)
+        if sent.session is not None:
+            self._close(sent.session)
 
     def send(self, h_TW: Tensor) -> None:
         """The next positions, as they have passed the depth of the cut; they go up in the background."""
@@ -173,15 +189,15 @@ class Link:
                 try:
                     reply = self._ask(sent, count, drafts, until)
                     if "likely" in reply:
-                        self._take_back(
-                            sent, count - len(drafts) + reply["kept"] if reply["kept"] < len(drafts) else count
-                        )
-                        sent.turn = reply["turn"]
+                        self._take_back(sent, count - len(drafts) + reply["kept"], reply["turn"])
+                        self.traffic.cloud += reply["seconds"]
                         return reply["likely"], reply["kept"]
                     self._send_again(sent, reply["missing"], reply["turn"])
                 except grpc.RpcError as error:
                     self._sort(error, sent)
                     reason = _reason(error)
+                except TimeoutError:
+                    reason = "no session could be opened"
                 if time.monotonic() + pause > until:
                     raise CloudDown(
                         f"The cloud at {self.address} did not answer in time: {reason}. Start it, or correct the "
@@ -207,11 +223,11 @@ class Link:
 
     def close(self) -> None:
         """End the connection."""
-        told = self.end()
+        self.end()
         self._queue.put(None)
         self._sender.join(2.0)
-        if told is not None:
-            told.exception()  # wait for it; a cloud that is gone has forgotten
+        if self._closing is not None:
+            self._closing.exception()  # wait for it; a cloud that is gone has forgotten
         self._channel.close()
 
     # -- calls ---------------------------------------------------------------------------------------------
@@ -220,35 +236,52 @@ class Link:
         left = max(0.001, until - time.monotonic())
         return unpacked(self._calls[name](packed(header, body), left, metadata=self._metadata)).header
 
+    def _close(self, session: str) -> None:
+        self._closing = self._calls["close"].future(packed({"session": session}), 1.0, metadata=self._metadata)
+
     def _session(self, sent: _Sent, until: float) -> str:
-        """The name of the session; opened if need be."""
-        with self._opening:
+        """The name of the session; opened if need be. A TimeoutError if another thread is at it for too long."""
+        if not self._opening.acquire(timeout=max(0.001, until - time.monotonic())):
+            raise TimeoutError
+        try:
             session = sent.session
             if session is None:
                 facts = {"version": VERSION, "fingerprint": self._part.fingerprint}
                 facts |= {"start": self.start, "width": self._part.width}
-                session = sent.session = str(self._call("open", facts, until)["session"])
+                reply = self._call("open", facts, until)
+                session = sent.session = str(reply["session"])
+                sent.received = sent.turn = 0
+                if sent.wanted > reply["positions"]:
+                    sent.fault = UserError(
+                        f"The cloud at {self.address} keeps {reply['positions']} positions of an answer, but prompt "
+                        f"and answer may have {sent.wanted}. Ask for fewer tokens, or start it with more --positions."
+                    )
+                if sent is not self._sent:  # the answer ended meanwhile
+                    self._close(session)
             return session
+        finally:
+            self._opening.release()
 
     def _ask(self, sent: _Sent, count: int, drafts: Sequence[int], until: float) -> dict[str, Any]:
+        session = self._session(sent, until)
         if sent.fault is not None:
             raise sent.fault
-        session = self._session(sent, until)
         if sent.lost:
-            self._send_again(sent, 0, sent.turn)
+            self._send_again(sent, sent.received, sent.turn)
         header = {"session": session, "turn": sent.turn, "count": count, "drafts": list(drafts)}
         return self._call("next", header, until)
 
     def _send_again(self, sent: _Sent, first: int, turn: int) -> None:
         """Put positions from ``first`` on into the queue once more."""
         with self._lock:
-            sent.turn, sent.lost = turn, False
+            sent.turn, sent.received, sent.lost = turn, first, False
             if first < sent.count:
                 self._queue.put((sent, turn, first, torch.cat(sent.rows)[first:]))
 
-    def _take_back(self, sent: _Sent, count: int) -> None:
+    def _take_back(self, sent: _Sent, count: int, turn: int) -> None:
         """Forget all positions from ``count`` on, as the cloud has."""
         with self._lock:
+            sent.turn, sent.received = turn, count
             if count < sent.count:
                 sent.rows, sent.count = [torch.cat(sent.rows)[:count]], count
 
@@ -256,7 +289,7 @@ class Link:
         """Return if the call may be made again; else say what the cloud refuses."""
         code, told = error.code(), error.details() or ""
         if code is grpc.StatusCode.NOT_FOUND:  # the cloud was restarted, or needed the room
-            sent.session, sent.turn, sent.lost = None, 0, True
+            sent.session, sent.turn, sent.received, sent.lost = None, 0, 0, True
             self.traffic.again += 1
         elif code is grpc.StatusCode.UNAUTHENTICATED:
             raise UserError(
@@ -274,34 +307,44 @@ class Link:
     def _send_all(self) -> None:
         while (item := self._queue.get()) is not None:
             sent, turn, first, h_TW = item
-            if sent is not self._sent or turn != sent.turn:
-                continue  # of an answer that is over, or taken back
             for place in range(0, len(h_TW), CHUNK):
-                self._send_one(sent, turn, first + place, h_TW[place : place + CHUNK])
+                if sent is not self._sent or turn != sent.turn or sent.lost:
+                    break  # of an answer that is over, or taken back; or the next ask sends it again
+                try:
+                    self._send_one(sent, turn, first + place, h_TW[place : place + CHUNK])
+                except (grpc.RpcError, TimeoutError):
+                    sent.lost = True
+                except UserError as error:
+                    sent.fault = error
+                except Exception as error:  # noqa: BLE001 - nobody waits for this thread
+                    sent.fault = UserError(f"States cannot be sent to the cloud at {self.address}: {error!r:.200}.")
 
     def _send_one(self, sent: _Sent, turn: int, first: int, h_TW: Tensor) -> None:
         """Send some positions, without waiting for the answer; what does not arrive is noticed by the next ask."""
-        try:
-            session = self._session(sent, time.monotonic() + self.timeout)
-        except grpc.RpcError:
-            sent.lost = True
-            return
-        try:
-            body = self._format.encode(h_TW)
-        except UserError as error:
-            sent.fault = error
-            return
+        session = self._session(sent, time.monotonic() + self.timeout)
+        body = self._format.encode(h_TW)
         header = {"session": session, "turn": turn, "first": first, "count": len(h_TW), "format": self._name}
         self._flying.acquire()
-        call = self._calls["send"].future(packed(header, body), self.timeout, metadata=self._metadata)
-        call.add_done_callback(lambda done: self._arrived(sent, done))
         self.traffic.sent += len(body)
         self.traffic.positions += len(h_TW)
+        call = self._calls["send"].future(packed(header, body), self.timeout, metadata=self._metadata)
+        call.add_done_callback(lambda done: self._arrived(sent, session, turn, done))
 
-    def _arrived(self, sent: _Sent, call: Any) -> None:  # noqa: ANN401 - grpc's future
+    def _arrived(self, sent: _Sent, session: str, turn: int, call: Any) -> None:  # noqa: ANN401 - grpc's future
+        """Take note of what the cloud has; what a message of an earlier session or turn says is of no use."""
         self._flying.release()
-        if call.code() is not grpc.StatusCode.OK:
+        with self._lock:
+            if session != sent.session or turn != sent.turn:
+                return
+            if call.code() is grpc.StatusCode.OK:
+                reply = unpacked(call.result()).header
+                if reply["turn"] == turn:
+                    sent.received = max(sent.received, reply["received"])
+                return
             sent.lost = True
+            if call.code() is grpc.StatusCode.INVALID_ARGUMENT:
+                told = call.details()
+                sent.fault = UserError(f"The cloud at {self.address} refuses the states: {told}.")
 
 
 def _reason(error: grpc.RpcError) -> str:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
 
+from dynamax.errors import UserError
+
 
 class Metrics:
     """Counters of one cloud, in a registry of their own."""
@@ -19,6 +21,13 @@ class Metrics:
         rows = (1, 2, 4, 8, 16, 32, 64)
         self.rows = Histogram("pass_rows", "Sessions that a pass took along.", buckets=rows, **given)
 
-    def serve(self, port: int, address: str) -> None:
-        """Answer at http://address:port/metrics, in a thread of its own."""
-        start_http_server(port, addr=address, registry=self.registry)
+    def serve(self, host: str, port: int) -> None:
+        """Answer at http://host:port/metrics, in a thread of its own.
+
+        Raises:
+            UserError: If it cannot listen there.
+        """
+        try:
+            start_http_server(port, addr=host, registry=self.registry)
+        except OSError as error:
+            raise UserError(f"Figures cannot be served at {host}:{port}: {error}. Choose another address.") from error

@@ -18,8 +18,9 @@ from dynamax.heads.bank import ExitBank
 from dynamax.paths import InputPath
 from dynamax.serving.edge import Collaborative, Drafting, Standalone
 from dynamax.serving.link import Link
-from dynamax.serving.options import EdgeOptions
+from dynamax.serving.options import EdgeOptions, host_and_port
 from dynamax.serving.split import HEADS, load_part
+from dynamax.serving.wire import wire_format
 
 TOKEN = "DYNAMAX_TOKEN"
 """Where a bearer token is looked for if no file is given: on a command line others could read it."""
@@ -57,11 +58,11 @@ def open_edge(options: EdgeOptions, precision: str | None = "auto") -> tuple[Eng
             f"The mode {options.mode} asks a cloud, and none was given. Give its address, HOST:PORT, or choose the "
             f"mode standalone."
         )
-    if options.deadline is not None and options.mode != "collaborative":
-        raise UserError(f"A deadline was given, which is of the mode collaborative; the mode is {options.mode}.")
+    check_mode(options)
+    held = part_in(folder)
+    if held is not None and held.sends is None:
+        raise UserError(f"{folder} holds the blocks from {held.span.start} on. Give the folder edge, not cloud.")
     backbone, part, choice = open_part(folder, precision)
-    if part.span.start != 0:
-        raise UserError(f"{folder} holds the blocks from {part.span.start} on. Give the folder edge, not cloud.")
     exits = ExitBank.load(folder / HEADS, backbone.site)
     engine = Engine(backbone, read_tokenizer(folder), exits, read_generation_config(folder), choice)
     if options.mode == "standalone" or options.cloud is None:
@@ -75,8 +76,25 @@ def open_edge(options: EdgeOptions, precision: str | None = "auto") -> tuple[Eng
         timeout=options.timeout,
     )
     if options.mode == "drafting":
-        return engine, partial(Drafting, link=link, draft_limit=options.draft_limit), link
+        return engine, partial(Drafting, link=link, draft_limit=options.draft_limit or 8), link
     return engine, partial(Collaborative, link=link, deadline=options.deadline), link
+
+
+def check_mode(options: EdgeOptions) -> None:
+    """Refuse (UserError) options that the mode has no use for."""
+    only = {"deadline": "collaborative", "draft_limit": "drafting"}
+    for name, mode in only.items():
+        if getattr(options, name) is not None and options.mode != mode:
+            raise UserError(f"{name} was given, which is of the mode {mode}; the mode is {options.mode}. Leave it out.")
+    if options.mode == "standalone":
+        given = [name for name in ("cloud", "token_file", "root") if getattr(options, name) is not None]
+        if given:
+            raise UserError(f"{' and '.join(given)} was given, but the mode standalone asks no cloud. Leave it out.")
+    if options.draft_limit is not None and options.draft_limit < 1:
+        raise UserError(f"draft_limit is {options.draft_limit}; it must be at least 1.")
+    wire_format(options.wire)
+    if options.cloud is not None:
+        host_and_port(options.cloud)
 
 
 def token_in(file: InputPath | None) -> str | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Literal
 
 from dynamax.errors import UserError
@@ -19,6 +20,30 @@ def check_installed(*packages: str) -> None:
         )
 
 
+def host_and_port(address: str) -> tuple[str, int]:
+    """The parts of ``HOST:PORT``; brackets around a host are taken off.
+
+    Raises:
+        UserError: If it is not of this form.
+    """
+    host, _, port = address.rpartition(":")
+    if not host or not port.isascii() or not port.isdigit() or int(port) > 65535:
+        raise UserError(f"The address {address!r} was given; HOST:PORT is wanted, such as 127.0.0.1:7070.")
+    return host.strip("[]"), int(port)
+
+
+def check_pair(certificate: InputPath | None, key: InputPath | None) -> None:
+    """Refuse (UserError) a certificate without its key, or the other way round, and files that are not there."""
+    if (certificate is None) != (key is None):
+        raise UserError("A certificate and its key belong together, and one of them was given. Give both, or neither.")
+    for file in (certificate, key):
+        try:
+            if file is not None and b"-----BEGIN" not in Path(str(file)).read_bytes():
+                raise UserError(f"{file} is no PEM file. Give a certificate and its key, as PEM.")
+        except OSError as error:
+            raise UserError(f"{file} cannot be read: {error}. Give a certificate and its key, as PEM.") from error
+
+
 @dataclass(frozen=True)
 class EdgeOptions:
     """An edge, and the cloud that it asks.
@@ -32,7 +57,7 @@ class EdgeOptions:
             last exit says it. Left out, the cloud is waited for.
         timeout: Seconds after which a cloud that does not answer is an error.
         wire: How hidden states travel: float32, float16, bfloat16, int8 or int4.
-        draft_limit: Most drafts of a round, in the mode drafting.
+        draft_limit: Most drafts of a round, in the mode drafting; 8 if left out.
         token_file: File with the bearer token; left out, the environment's DYNAMAX_TOKEN.
         root: Certificate that vouches for the cloud's, as a PEM file. Without one nothing is encrypted.
     """
@@ -43,6 +68,6 @@ class EdgeOptions:
     deadline: float | None = None
     timeout: float = 10.0
     wire: str = "float32"
-    draft_limit: int = 8
+    draft_limit: int | None = None
     token_file: InputPath | None = None
     root: InputPath | None = None

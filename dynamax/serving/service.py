@@ -6,6 +6,7 @@ Calls come in on many threads; one thread finishes tokens. Whatever waits is fin
 from __future__ import annotations
 
 import hashlib
+import math
 import secrets
 import threading
 import time
@@ -18,13 +19,15 @@ from dynamax.backbones.base import Backbone
 from dynamax.backbones.parts import Part
 from dynamax.errors import UserError
 from dynamax.serving.contexts import Context, Contexts, GoneError, Limits
-from dynamax.serving.finishing import Ask, Said, finish
+from dynamax.serving.finishing import Ask, finish, passes
 from dynamax.serving.metrics import Metrics
-from dynamax.serving.wire import CHUNK, FORMATS, MOST_HEADER, VERSION, Message, WireError, states, value
+from dynamax.serving.wire import CHUNK, FORMATS, MOST_DRAFTS, MOST_HEADER, VERSION, Message, WireError, states, value
 
-MOST_DRAFTS = 64
 PATIENCE = 5.0
 """Seconds that a token waits for states that have not come; then the edge is told what is missing."""
+
+TIDY = 1.0
+"""Seconds after which the worker looks for sessions that nobody uses, even if nobody asks for anything."""
 
 
 class DeniedError(Exception):
@@ -41,15 +44,21 @@ class BusyError(Exception):
 
 @dataclass(eq=False)
 class Waiting:
-    """An ask that waits for its turn, or for states."""
+    """An ask that waits for its turn, or for states.
+
+    Attributes:
+        ask: What is asked.
+        until: When it is told what is missing.
+        answer: The reply.
+    """
 
     ask: Ask
     until: float
-    answer: Future[Said | int] = field(default_factory=Future)
+    answer: Future[dict[str, Any]] = field(default_factory=Future)
 
 
 class Bucket:
-    """How often somebody may ask: ``rate`` times a second, twice as many at once.
+    """How often somebody may ask: ``rate`` times a second; after a pause twice as many at once, and at least once.
 
     Args:
         rate: Times a second.
@@ -58,14 +67,17 @@ class Bucket:
 
     def __init__(self, rate: float, clock: Callable[[], float]) -> None:
         self._rate, self._clock = rate, clock
-        self._left, self._then = 2 * rate, clock()
+        self._most = max(1.0, 2 * rate)
+        self._left, self._then = self._most, clock()
 
     def take(self) -> bool:
         """Whether one more is allowed now."""
         now = self._clock()
-        self._left, self._then = min(2 * self._rate, self._left + self._rate * (now - self._then)), now
-        self._left -= self._left >= 1
-        return self._left >= 1
+        self._left, self._then = min(self._most, self._left + self._rate * (now - self._then)), now
+        if self._left < 1:
+            return False
+        self._left -= 1
+        return True
 
 
 class Cloud:
@@ -76,7 +88,7 @@ class Cloud:
         part: Which part it is.
         limits: What it takes.
         tokens: Whoever shows one of these may use it; none lets everybody.
-        rate: Calls a second that one token may make; 0 for any number.
+        rate: Calls a second that one token may make, or all callers together where none is wanted; 0 for any number.
         metrics: Counts what is done.
         clock: Tells the time, in seconds.
     """
@@ -97,13 +109,17 @@ class Cloud:
                 f"The part has the blocks {part.span.start} to {part.span.stop} of {part.depth}; a cloud's ends at the "
                 f"top. Give the folder cloud that dynamax split wrote."
             )
+        if not 0 <= rate < math.inf:
+            raise UserError(f"rate is {rate}; it must be a number of calls a second, or 0 for any number.")
         self.contexts = Contexts(backbone, part.span, limits or Limits(), clock)
         self.metrics = metrics or Metrics()
         self._part, self._clock, self._rate = part, clock, rate
         self._tokens = [token.encode() for token in tokens]
         self._buckets: dict[str, Bucket] = {}
         self._waiting: list[Waiting] = []
-        self._changed = threading.Condition()
+        self._running: dict[str, Waiting] = {}
+        self._changed = threading.Condition()  # around whatever calls and the worker both look at
+        self._structure = threading.Lock()  # taken before it: no session is opened or closed while blocks run
         self._stopped = False
         self._last: dict[str, tuple[tuple[int, tuple[int, ...]], dict[str, Any]]] = {}
         self._worker = threading.Thread(target=self._work, name="dynamax-cloud", daemon=True)
@@ -128,7 +144,7 @@ class Cloud:
         name = hashlib.sha256(given).hexdigest()
         if self._rate:
             with self._changed:
-                bucket = self._buckets.setdefault(name, Bucket(self._rate, self._clock))
+                bucket = self._buckets.setdefault(name if known else "", Bucket(self._rate, self._clock))
                 if not bucket.take():
                     raise BusyError(f"more than {self._rate:g} calls a second")
         return name
@@ -143,10 +159,9 @@ class Cloud:
         for name, given, wanted in zip(("version", "model", "depth", "width"), theirs, ours, strict=True):
             if given != wanted:
                 raise MismatchError(f"the edge's {name} is {str(given)[:40]!r}, the cloud's {wanted!r}")
-        with self._changed:
+        with self._structure, self._changed:
             context = self.contexts.open(owner)
-            self._last = {key: kept for key, kept in self._last.items() if self.contexts.known(key)}
-            self.metrics.sessions.set(len(self.contexts))
+            self._tidy()
         return {"session": context.key, "positions": context.most}
 
     def send(self, message: Message, owner: str) -> dict[str, Any]:
@@ -162,7 +177,8 @@ class Cloud:
             context = self._context(header, owner)
             if value(header, "turn", int, 0) == context.turn:  # else these positions were taken back meanwhile
                 context.receive(first, h_TW.to(self.contexts.dtype))
-                self._changed.notify_all()
+                if context.working:
+                    self._changed.notify_all()
             return {"received": context.received, "turn": context.turn}
 
     def next(self, message: Message, owner: str, patience: float = PATIENCE) -> dict[str, Any]:
@@ -174,36 +190,40 @@ class Cloud:
             last = self._last.get(context.key)
             if last is not None and last[0] == (count, drafts):  # asked again, since the answer was lost
                 return last[1]
-            if value(header, "turn", int, 0) != context.turn:
-                return {"missing": context.received, "turn": context.turn}
-            if count > context.most:
-                raise WireError(f"a session holds at most {context.most} positions, and {count} are wanted")
-            if not len(drafts) < count - context.cache.length:
-                raise WireError(f"a token after {count} positions and {len(drafts)} drafts cannot be asked for here")
-            for older in [each for each in self._waiting if each.ask.context is context]:
-                self._waiting.remove(older)  # its edge has given up
-                older.answer.set_exception(BusyError("a later token of this session was asked for"))
-            waiting = Waiting(Ask(context, count, drafts), self._clock() + patience)
-            self._waiting.append(waiting)
-            self._changed.notify_all()
-        found = waiting.answer.result()
-        with self._changed:
-            if isinstance(found, int):
-                return {"missing": found, "turn": context.turn}
-            reply = {"likely": found.likely, "kept": found.kept, "turn": context.turn}
-            self._last[context.key] = (count, drafts), reply
-        self.metrics.tokens.inc()
-        return reply
+            running = self._running.get(context.key)
+            if running is not None and (running.ask.count, running.ask.drafts) == (count, drafts):
+                waiting = running  # asked again while it is being finished
+            else:
+                if running is not None or self._stopped:
+                    raise BusyError("the cloud is stopping" if self._stopped else "another token is being finished")
+                if value(header, "turn", int, 0) != context.turn:
+                    return {"missing": context.received, "turn": context.turn}
+                waiting = self._enlisted(context, count, drafts, self._clock() + patience)
+        return waiting.answer.result()
+
+    def _enlisted(self, context: Context, count: int, drafts: tuple[int, ...], until: float) -> Waiting:
+        """An ask that waits from here on."""
+        if count > context.most:
+            raise WireError(f"a session holds at most {context.most} positions, and {count} are wanted")
+        if not len(drafts) < count - context.cache.length:
+            raise WireError(f"a token after {count} positions and {len(drafts)} drafts cannot be asked for here")
+        for older in [each for each in self._waiting if each.ask.context is context]:
+            self._waiting.remove(older)  # its edge has given up
+            older.answer.set_exception(BusyError("a later token of this session was asked for"))
+        waiting = Waiting(Ask(context, count, drafts), until)
+        context.working = True
+        self._waiting.append(waiting)
+        self._changed.notify_all()
+        return waiting
 
     def close(self, message: Message, owner: str) -> dict[str, Any]:
         """A session is done."""
-        with self._changed:
+        with self._structure, self._changed:
             self.contexts.close(value(message.header, "session", str), owner)
-            self._last.pop(message.header["session"], None)
-            self.metrics.sessions.set(len(self.contexts))
+            self._tidy()
         return {}
 
-    def health(self) -> dict[str, Any]:
+    def health(self, message: Message, owner: str) -> dict[str, Any]:
         """Whether it works, and for which model."""
         return {
             "version": VERSION,
@@ -238,44 +258,69 @@ class Cloud:
         while True:
             with self._changed:
                 while not self._stopped and not self._due():
-                    soonest = min((each.until for each in self._waiting), default=None)
-                    self._changed.wait(None if soonest is None else max(0.001, soonest - self._clock()))
+                    soonest = min((each.until - self._clock() for each in self._waiting), default=TIDY)
+                    if not self._changed.wait(max(0.001, min(TIDY, soonest))):
+                        break
                 if self._stopped:
                     for each in self._waiting:
                         each.answer.set_exception(BusyError("the cloud is stopping"))
                     return
-                due = self._due()
-                self._waiting = [each for each in self._waiting if each not in due]
-                fresh = [each for each in due if each.ask.fresh]  # before any of them is finished
-                self._finish(fresh)
-                self._finish([each for each in due if each not in fresh])
+            with self._structure:
+                with self._changed:
+                    self.contexts.drop_expired()
+                    self._tidy()
+                    due = self._due()
+                    self._waiting = [each for each in self._waiting if each not in due]
+                    live = [each for each in due if not self._is_missing(each)]
+                    self._running = {each.ask.context.key: each for each in live}
+                by_ask = {each.ask: each for each in live}
+                for group in passes(list(by_ask)):
+                    self._finish([by_ask[ask] for ask in group])
 
     def _due(self) -> list[Waiting]:
         """What can be answered now: the states have come, or it has waited long enough."""
         now = self._clock()
         return [each for each in self._waiting if each.ask.context.received >= each.ask.count or each.until <= now]
 
-    def _finish(self, due: list[Waiting]) -> None:
-        live = []
-        for each in due:
-            context = each.ask.context
-            if not self.contexts.known(context.key):
-                each.answer.set_exception(GoneError())
-            elif context.received < each.ask.count:
-                each.answer.set_result(context.received)
-            else:
-                live.append(each)
-        if not live:
-            return
+    def _tidy(self) -> None:
+        """Forget answers of sessions that are gone."""
+        self._last = {key: kept for key, kept in self._last.items() if self.contexts.known(key)}
+        self.metrics.sessions.set(len(self.contexts))
+
+    def _is_missing(self, waiting: Waiting) -> bool:
+        """Whether it cannot be finished; then its caller is told."""
+        context = waiting.ask.context
+        if not self.contexts.known(context.key):
+            waiting.answer.set_exception(GoneError())
+        elif context.received < waiting.ask.count:
+            context.working = False
+            waiting.answer.set_result({"missing": context.received, "turn": context.turn})
+        else:
+            return False
+        return True
+
+    def _finish(self, live: list[Waiting]) -> None:
+        """One pass; each answer is kept before it is given, so that whoever asks again gets the same."""
         begin = time.perf_counter()
         try:
-            said = finish(self.contexts, [each.ask for each in live])
+            said = finish(self.contexts, [each.ask for each in live], self._changed)
         except Exception as error:  # noqa: BLE001 - the worker must go on, and the callers must know
-            for each in live:
-                self.contexts.close(each.ask.context.key, each.ask.context.owner)  # its state may be half written
-                each.answer.set_exception(error)
-            return
+            said = [error] * len(live)
+        seconds = time.perf_counter() - begin
         self.metrics.rows.observe(len(live))
-        self.metrics.seconds.observe(time.perf_counter() - begin)
-        for each, found in zip(live, said, strict=True):
-            each.answer.set_result(found)
+        self.metrics.seconds.observe(seconds)
+        with self._changed:
+            for each, found in zip(live, said, strict=True):
+                context = each.ask.context
+                context.working = False
+                self._running.pop(context.key, None)
+                if isinstance(found, Exception) or not found.likely:
+                    self.contexts.close(context.key, context.owner)  # its state may be half written, or no numbers
+                    odd = WireError("the states give no numbers at the top")
+                    each.answer.set_exception(found if isinstance(found, Exception) else odd)
+                    continue
+                self.contexts.touch(context)
+                reply = {"likely": found.likely, "kept": found.kept, "turn": context.turn, "seconds": seconds}
+                self._last[context.key] = (each.ask.count, each.ask.drafts), reply
+                self.metrics.tokens.inc()
+                each.answer.set_result(reply)

@@ -24,6 +24,11 @@ class Waits:
         self._expected = 0.0
         self._skip = self._left = 0
 
+    @property
+    def begins(self) -> bool:
+        """Whether the cloud was not late before."""
+        return not self._skip
+
     def worth_asking(self) -> bool:
         """Whether to ask for the next token."""
         if self._deadline is None:

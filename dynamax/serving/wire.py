@@ -29,6 +29,9 @@ MOST_HEADER = 8192
 ALIVE_MS = 2000
 """After so long a silence either side asks whether the other is there, and gives the connection up after as long."""
 
+MOST_DRAFTS = 64
+"""Tokens that a cloud verifies at a time."""
+
 CHUNK = 256
 """Most positions of one message."""
 

@@ -319,8 +319,8 @@ def test_options_of_generate_are_taken(name: str, monkeypatch: pytest.MonkeyPatc
     assert (prompt, policy.label, policy.threshold) == ("Who?", "GateConfidence(MambaGate)", 0.8)
 
 
-INTERNAL = {"dynamax.data.along"}
-"""Modules of classes that nobody chooses by name: the filling of a store decodes with its own."""
+INTERNAL = {"dynamax.data.along", "dynamax.serving.edge"}
+"""Modules of classes that nobody chooses by name: the filling of a store decodes with its own, an edge has modes."""
 
 
 def classes(kind: type) -> Iterator[type]:

@@ -9,7 +9,6 @@ from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any
 
-import torch
 from torch import Tensor
 
 import dynamax
@@ -95,8 +94,3 @@ def tokens(decoder: Any, prompt_1T: Tensor, count: int = 32) -> tuple[list[int],
     """Tokens and depths of an answer."""
     steps = list(decoder.decode(prompt_1T, max_new_tokens=count))
     return [int(step.token_B) for step in steps], [step.depth for step in steps]
-
-
-def threads() -> None:
-    """One thread: the answers of all tests are those of the same sums."""
-    torch.set_num_threads(1)

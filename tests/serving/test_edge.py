@@ -8,7 +8,7 @@ from dynamax.decoding.early_exit import EarlyExit
 from dynamax.decoding.full import Full
 from dynamax.decoding.sampling import Sampled
 from dynamax.errors import UserError
-from dynamax.policies import CandidateProb, MaxProb, Never
+from dynamax.policies import CandidateProb, MaxProb, Never, OnlyAt
 from dynamax.serving.edge import ALONE, CLOUD, EXIT, Collaborative, Drafting, Standalone
 from dynamax.serving.link import CloudDown
 from tests.serving.house import CUT, KINDS, cloud, edge_part, link, prompt, tokens, whole
@@ -100,6 +100,25 @@ def test_a_cloud_that_would_be_late_is_not_waited_for() -> None:
         patient = Collaborative(backbone, exits, Never(), link=connection)
         with pytest.raises(CloudDown, match="did not answer in time"):
             tokens(patient, prompt("llama"), 4)
+
+
+@pytest.mark.parametrize("policy", [MaxProb(0.0), OnlyAt(MaxProb(0.9), [2])], ids=["leaves at once", "asks one exit"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_alone_below_the_edges_end_nothing_is_read_twice(kind: str, policy: MaxProb | OnlyAt) -> None:
+    """The cloud is late where the policy would leave, or asks no deeper exit: the positions have gone on anyway."""
+    backbone, exits, _ = edge_part(kind)
+    with link(kind, 1, timeout=0.2) as connection:
+        edge = Collaborative(backbone, exits, policy, link=connection, deadline=0.05)
+        said, _ = tokens(edge, prompt(kind), 12)
+        assert len(said) == 12
+        if isinstance(policy, MaxProb):
+            assert said == tokens(Standalone(backbone, exits, policy), prompt(kind), 12)[0]
+
+
+def test_drafts_are_not_verified_by_states_that_lost_something() -> None:
+    backbone, exits, _ = edge_part("llama")
+    with link("llama", 1, format="float16") as connection, pytest.raises(UserError, match="wire float32"):
+        Drafting(backbone, exits, Never(), link=connection)
 
 
 def test_chance_is_refused_where_the_cloud_says_the_most_likely() -> None:

@@ -16,7 +16,8 @@ import pytest
 import uvicorn
 
 from dynamax.engine import Engine
-from dynamax.policies import MaxProb, Never
+from dynamax.errors import UserError
+from dynamax.policies import MaxProb, Never, OnlyAt
 from dynamax.serving.answers import Answerer
 from dynamax.serving.edge import Collaborative
 from dynamax.serving.endpoint import endpoint
@@ -165,12 +166,27 @@ def test_a_caller_that_goes_away_does_not_hold_the_others_up() -> None:
         assert found.usage.completion_tokens == 2
 
 
+def test_a_body_that_is_too_long_or_says_no_length_is_not_read() -> None:
+    with served(Answerer(whole("llama"), "sibling"), ("secret",)) as address:
+        place, head = f"{address}/v1/chat/completions", {"authorization": "Bearer secret"}
+        assert httpx2.post(place, content=b"x" * 2_000_000, headers=head).status_code == 413
+        assert httpx2.post(place, content=iter([b"{", b"}"]), headers=head).status_code == 413
+        assert httpx2.post(place, content=b"x" * 2_000_000).status_code == 401
+        assert httpx2.post(place, content=b"{", headers=head).status_code == 400
+
+
+def test_what_cannot_decode_is_refused_before_anybody_asks() -> None:
+    for options in ({"waiting": -1}, {"waiting": 99}, {"policy": OnlyAt(MaxProb(0.5), [3])}):
+        with pytest.raises(UserError):
+            Answerer(whole("llama"), "sibling", **options)
+
+
 @contextmanager
 def edge(policy: MaxProb | Never, **options: float) -> Iterator[Answerer]:
     backbone, exits, _ = edge_part("llama")
     engine = Engine(backbone, whole("llama").tokenizer, exits, whole("llama").generation_config)
     with cloud("llama") as server, link("llama", server.port, **options) as connection:
-        yield Answerer(engine, "edge", policy, partial(Collaborative, link=connection))
+        yield Answerer(engine, "edge", policy, partial(Collaborative, link=connection), greedy=True)
 
 
 def test_an_edge_says_where_each_token_came_from() -> None:
@@ -183,6 +199,8 @@ def test_an_edge_says_where_each_token_came_from() -> None:
         assert [piece["origin"] for piece in pieces][: len(wanted.depths)] == [
             "cloud" if depth == 8 else "exit" for depth in wanted.depths
         ]
+        again = client(address).chat.completions.create(model="edge", messages=TURNS, max_tokens=24)
+        assert again.choices[0].message.content == wanted.text  # greedy unless asked otherwise
         with pytest.raises(openai.APIStatusError, match="the cloud says the most likely token"):
             client(address).chat.completions.create(model="edge", messages=TURNS, max_tokens=4, temperature=1)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from dynamax.backbones.hf import HFBackbone
 from dynamax.errors import UserError
 from dynamax.serving.contexts import Context, Contexts, FullError, GoneError, Limits
-from dynamax.serving.finishing import Ask, finish
+from dynamax.serving.finishing import Ask, finish, passes
 from dynamax.serving.wire import WireError
 from dynamax.types import Span
 from tests.float64 import upcast64
@@ -77,7 +77,9 @@ def test_tokens_are_the_whole_models(family: str) -> None:
             client.send(order)
         for client in clients[:1]:
             assert finish(held, [Ask(client.context, len(client.text))])[0].token == client.right()[-1]
-        said = finish(held, [Ask(client.context, len(client.text)) for client in clients[1:]])
+        new = [Ask(client.context, len(client.text)) for client in clients[1:]]
+        assert passes(new) == [new]
+        said = finish(held, new)
         assert [each.token for each in said] == [client.right()[-1] for client in clients[1:]]
         for client in clients:
             client.text.append(client.right()[-1])
@@ -144,7 +146,7 @@ def test_room_is_made_and_what_is_gone_is_said_to_be() -> None:
     now = [0.0]
     held = contexts(backbone, lambda: now[0], sessions=2, idle=5, expire=60)
     first, second = held.open("a"), held.open("b")
-    with pytest.raises(FullError, match="all 2 sessions"):
+    with pytest.raises(FullError, match="all sessions are in use"):
         held.open("c")
     now[0] = 4.0
     assert held.find(second.key, "b") is second
@@ -177,6 +179,63 @@ def test_positions_are_taken_once_and_in_order() -> None:
     context.receive(8, rows[:4])
     with pytest.raises(WireError, match="too many positions"):
         context.receive(9, rows[:4])
+    context.receive(8, rows[:1])  # a shorter one takes nothing away
+    context.receive(6, rows[6:7])  # what closes the gap is always taken
+    assert context.received == 12
+
+
+@pytest.mark.parametrize("family", ["llama", "granitemoehybrid"])
+@torch.inference_mode()
+def test_long_prompts_are_read_in_pieces_by_themselves(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dynamax.serving.finishing.ALONE", 4)
+    with upcast64():
+        _, backbone = pair(family)
+        held = contexts(backbone, sessions=4)
+        clients = [Client(backbone, held, length, seed) for seed, length in enumerate((3, 15, 2, 11))]
+        for client in clients:
+            client.send(random.Random(0))
+        asks = [Ask(client.context, len(client.text)) for client in clients]
+        groups = passes(asks)
+        assert groups == [[asks[0], asks[2]], [asks[1]], [asks[3]]]
+        said = {ask: each.token for group in groups for ask, each in zip(group, finish(held, group), strict=True)}
+        assert [said[ask] for ask in asks] == [client.right()[-1] for client in clients]
+
+
+@torch.inference_mode()
+def test_states_without_numbers_reach_no_other_session() -> None:
+    """gpt2's norm makes NaN of huge states; whoever has the slot next reads zeros behind its own keys."""
+    with upcast64():
+        _, backbone = pair("gpt2")
+        held = contexts(backbone, sessions=2)
+        long = Client(backbone, held, 12, 0)
+        odd = held.open("other")
+        odd.receive(0, torch.full((9, backbone.spec.width), 1.7e308, dtype=torch.float64))
+        long.send(random.Random(0))
+        said = finish(held, [Ask(long.context, 12), Ask(odd, 9)])
+        assert said[0].token == long.right()[-1]
+        assert said[1].likely == []
+        held.close(odd.key, "other")
+        short = Client(backbone, held, 3, 1)
+        short.send(random.Random(0))
+        assert finish(held, [Ask(short.context, 3)])[0].token == short.right()[-1]
+        for client in (short, long):
+            client.text.append(client.right()[-1])
+            client.send(random.Random(0))
+        both = finish(held, [Ask(client.context, len(client.text)) for client in (short, long)])
+        assert [each.token for each in both] == [client.right()[-1] for client in (short, long)]
+
+
+def test_a_session_that_waits_for_a_token_makes_no_room() -> None:
+    _, backbone = pair("llama")
+    now = [0.0]
+    held = contexts(backbone, lambda: now[0], sessions=1, idle=5, expire=60)
+    first = held.open("a")
+    first.working = True
+    now[0] = 100.0
+    with pytest.raises(FullError):
+        held.open("b")
+    first.working = False
+    assert held.open("b").key != first.key
 
 
 def test_limits_that_say_nothing_are_refused() -> None:
