@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+import threading
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,9 @@ from dynamax.backbones.hf import HFBackbone
 from dynamax.backbones.parts import Part, part_in
 from dynamax.errors import UserError
 from dynamax.types import Span
+
+ONE_AT_A_TIME = threading.Lock()
+"""While transformers makes a model it changes functions of its own; two threads at it would leave them changed."""
 
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}
 
@@ -86,7 +90,7 @@ def load_backbone(
     model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
     if model_class is None:
         raise UserError(f"transformers has no causal language model of type {config.model_type}. Give another model.")
-    with reading(folder, "*.safetensors", "*.safetensors.index.json"):
+    with ONE_AT_A_TIME, reading(folder, "*.safetensors", "*.safetensors.index.json"):
         tensors = Checkpoint(folder)
         loaded: Any = part_class(model_class, row, span).from_pretrained(
             None,

@@ -208,19 +208,6 @@ class Link:
         finally:
             self.traffic.waited += time.monotonic() - begin
 
-    def health(self, timeout: float = 5.0) -> dict[str, Any]:
-        """What the cloud says of itself.
-
-        Raises:
-            CloudDown: If it does not answer.
-        """
-        try:
-            return unpacked(self._calls["health"](packed({}), timeout, metadata=self._metadata)).header
-        except grpc.RpcError as error:
-            raise CloudDown(
-                f"The cloud at {self.address} does not answer: {_reason(error)}. Start it, or correct the address."
-            ) from error
-
     def close(self) -> None:
         """End the connection."""
         self.end()

@@ -34,13 +34,13 @@ class Opened(NamedTuple):
     choice: Choice | None
 
 
-def open_part(folder: Path, precision: str | None, device: str = "cpu", dtype: str = "float32") -> Opened:
+def open_part(folder: Path, precision: str | None) -> Opened:
     """Load a part, and hold its weights as asked.
 
     Raises:
         UserError: If the folder holds no part, or cannot be read.
     """
-    backbone = load_part(folder, dtype, device)
+    backbone = load_part(folder)
     part = part_in(folder)
     assert part is not None, "it was loaded"
     return Opened(backbone, part, None if precision is None else set_precision(backbone, precision))

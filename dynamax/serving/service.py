@@ -117,7 +117,7 @@ class Cloud:
         self._tokens = [token.encode() for token in tokens]
         self._buckets: dict[str, Bucket] = {}
         self._waiting: list[Waiting] = []
-        self._running: dict[str, Waiting] = {}
+        self._running: set[str] = set()
         self._changed = threading.Condition()  # around whatever calls and the worker both look at
         self._structure = threading.Lock()  # taken before it: no session is opened or closed while blocks run
         self._stopped = False
@@ -190,15 +190,11 @@ class Cloud:
             last = self._last.get(context.key)
             if last is not None and last[0] == (count, drafts):  # asked again, since the answer was lost
                 return last[1]
-            running = self._running.get(context.key)
-            if running is not None and (running.ask.count, running.ask.drafts) == (count, drafts):
-                waiting = running  # asked again while it is being finished
-            else:
-                if running is not None or self._stopped:
-                    raise BusyError("the cloud is stopping" if self._stopped else "another token is being finished")
-                if value(header, "turn", int, 0) != context.turn:
-                    return {"missing": context.received, "turn": context.turn}
-                waiting = self._enlisted(context, count, drafts, self._clock() + patience)
+            if context.key in self._running or self._stopped:  # the edge asks again, and finds the answer then
+                raise BusyError("the cloud is stopping" if self._stopped else "the token is being finished")
+            if value(header, "turn", int, 0) != context.turn:
+                return {"missing": context.received, "turn": context.turn}
+            waiting = self._enlisted(context, count, drafts, self._clock() + patience)
         return waiting.answer.result()
 
     def _enlisted(self, context: Context, count: int, drafts: tuple[int, ...], until: float) -> Waiting:
@@ -272,7 +268,7 @@ class Cloud:
                     due = self._due()
                     self._waiting = [each for each in self._waiting if each not in due]
                     live = [each for each in due if not self._is_missing(each)]
-                    self._running = {each.ask.context.key: each for each in live}
+                    self._running = {each.ask.context.key for each in live}
                 by_ask = {each.ask: each for each in live}
                 for group in passes(list(by_ask)):
                     self._finish([by_ask[ask] for ask in group])
@@ -313,7 +309,7 @@ class Cloud:
             for each, found in zip(live, said, strict=True):
                 context = each.ask.context
                 context.working = False
-                self._running.pop(context.key, None)
+                self._running.discard(context.key)
                 if isinstance(found, Exception) or not found.likely:
                     self.contexts.close(context.key, context.owner)  # its state may be half written, or no numbers
                     odd = WireError("the states give no numbers at the top")

@@ -187,7 +187,7 @@ def check_parts(whole: HFBackbone, edge: Path, cloud: Path, cut: Places) -> None
         )
 
 
-def load_part(folder: Path, dtype: str = "float32", device: str = "cpu") -> HFBackbone:
+def load_part(folder: Path) -> HFBackbone:
     """A part of a model from its folder: its own weights alone.
 
     Raises:
@@ -196,4 +196,4 @@ def load_part(folder: Path, dtype: str = "float32", device: str = "cpu") -> HFBa
     part = part_in(folder)
     if part is None:
         raise UserError(f"{folder} holds no part of a model. Give one of the folders that dynamax split wrote.")
-    return load_backbone(folder, dtype=dtype, device=device, part=part)
+    return load_backbone(folder, dtype="float32", device="cpu", part=part)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -312,3 +313,11 @@ def test_a_configuration_read_back_tells_the_same_facts(name, tmp_path):
 
 def test_nothing_of_a_models_sizes_is_passed_over():
     assert not {"hidden_size", "layer_types", "sliding_window", "rope_parameters", "num_experts_per_tok"} & NO_EFFECT
+
+
+def test_threads_may_load_at_the_same_time(tmp_path):
+    """transformers alone cannot: afterwards the process could tie no matrices."""
+    tied("llama", tmp_path)
+    with ThreadPoolExecutor(8) as pool:
+        loaded = list(pool.map(lambda _: Folder(str(tmp_path)).load(), range(16)))
+    assert {backbone.spec.fingerprint for backbone in loaded} == {Folder(str(tmp_path)).load().spec.fingerprint}

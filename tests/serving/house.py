@@ -33,9 +33,13 @@ def whole(kind: str) -> Engine:
     return dynamax.load(f"assets/{kind}", exits=[2, 4])
 
 
-@cache
 def folders(kind: str, start: int = CUT) -> tuple[Path, Path]:
     """Its edge and its cloud."""
+    return _folders(kind, start)
+
+
+@cache
+def _folders(kind: str, start: int) -> tuple[Path, Path]:
     engine = whole(kind)
     assert engine.exits is not None
     cut = places(engine.exits, engine.backbone.spec.depth, CUT, start)
@@ -49,16 +53,24 @@ def part_of(folder: Path) -> Part:
     return part
 
 
-@cache
 def cloud_part(kind: str, start: int = CUT) -> tuple[HFBackbone, Part]:
     """The cloud's blocks."""
+    return _cloud_part(kind, start)
+
+
+@cache
+def _cloud_part(kind: str, start: int) -> tuple[HFBackbone, Part]:
     folder = folders(kind, start)[1]
     return load_part(folder), part_of(folder)
 
 
-@cache
 def edge_part(kind: str, start: int = CUT) -> tuple[HFBackbone, ExitBank, Part]:
     """The edge's blocks and exits."""
+    return _edge_part(kind, start)
+
+
+@cache
+def _edge_part(kind: str, start: int) -> tuple[HFBackbone, ExitBank, Part]:
     folder = folders(kind, start)[0]
     backbone = load_part(folder)
     return backbone, ExitBank.load(folder / "heads", backbone.site), part_of(folder)

@@ -258,7 +258,7 @@ def test_ten_thousand_random_messages_leave_the_cloud_as_it_was() -> None:
 def test_fifty_clients_at_once_get_their_own_answers() -> None:
     questions = [f"What is {number} plus {number % 7}?" for number in range(50)]
     wanted = [tokens(Full(whole("mamba2").backbone), prompt("mamba2", each), 6)[0] for each in questions]
-    backbone, exits, _ = edge_part("mamba2")  # before the threads: transformers cannot load two models at a time
+    backbone, exits, _ = edge_part("mamba2")
     found: dict[int, list[int]] = {}
     with cloud("mamba2", limits=Limits(sessions=50)) as server:
 

@@ -225,6 +225,22 @@ def test_states_without_numbers_reach_no_other_session() -> None:
         assert [each.token for each in both] == [client.right()[-1] for client in (short, long)]
 
 
+@torch.inference_mode()
+def test_a_row_that_moves_finds_no_leftovers_behind_it() -> None:
+    with upcast64():
+        _, backbone = pair("llama")
+        held = contexts(backbone, sessions=2)
+        clients = [Client(backbone, held, length, length) for length in (9, 3)]
+        for client in clients:
+            client.send(random.Random(0))
+            finish(held, [Ask(client.context, len(client.text))])
+        held.close(clients[0].context.key, "me")  # the shorter one moves to its slot
+        for state in held.slots.states:
+            for buffer in state.keys:
+                assert not buffer[0, 3:].any()
+                assert not buffer[1].any()
+
+
 def test_a_session_that_waits_for_a_token_makes_no_room() -> None:
     _, backbone = pair("llama")
     now = [0.0]
