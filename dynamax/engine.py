@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from dynamax.backbones.base import Backbone
+from dynamax.backbones.loading import on_cpu
 from dynamax.backbones.precision import Choice, capture_steps, set_precision
 from dynamax.backbones.sources import GGUF, Folder, Hub, Source, source_from
 from dynamax.backbones.tuned import ADAPTER, TUNED, Tuned
@@ -340,6 +341,7 @@ class Engine:
         return tokens_1T if tokens_1T[0, 0] == first else torch.cat([tokens_1T.new_tensor([[first]]), tokens_1T], 1)
 
 
+@on_cpu
 def load(
     model: str | Path | Source,
     *,

@@ -17,6 +17,9 @@ from torch.utils._pytree import tree_leaves
 
 T = TypeVar("T")
 
+ATTENTION = torch.ops.aten._scaled_dot_product_efficient_attention
+"""Returns two numbers on the host, which say where its dropout began; nobody reads them without a gradient."""
+
 INDEXING = (torch.ops.aten.index, torch.ops.aten.index_put, torch.ops.aten.index_put_)
 """Operations that look at values only if they are given a mask."""
 
@@ -94,6 +97,8 @@ class Watch(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         given = {x.device for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor) and x.ndim}  # scalars are baked
         made = {x.device for x in tree_leaves(out) if isinstance(x, Tensor)}
+        if func.overloadpacket == ATTENTION:
+            made = {x.device for x in out if x.ndim}
         if len(given | made) > 1:
             raise NotCapturableError(f"{func} moves a tensor between {' and '.join(sorted(map(str, given | made)))}")
         return out

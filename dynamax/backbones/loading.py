@@ -7,12 +7,13 @@ block keeps its index, and what is not wanted is never allocated. Knows folders,
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import threading
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +35,9 @@ from dynamax.backbones.parts import Part, part_in
 from dynamax.errors import UserError
 from dynamax.types import Span
 
+P = ParamSpec("P")
+R = TypeVar("R")
+
 ONE_AT_A_TIME = threading.Lock()
 """While transformers makes a model it changes functions of its own; two threads at it would leave them changed."""
 
@@ -44,6 +48,21 @@ TOKENIZER = ("tokenizer*", "vocab*", "merges*", "spiece.model", "tekken.json", "
 TOKENIZER_SETTINGS = ("special_tokens_map.json", "added_tokens.json", "chat_template*")
 
 
+def on_cpu(run: Callable[P, R]) -> Callable[P, R]:
+    """Make a function's tensors on the CPU unless it says otherwise, whatever torch's default device is.
+
+    Lightning sets the default to the GPU while a model is configured.
+    """
+
+    @functools.wraps(run)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
+        with torch.device("cpu"):
+            return run(*args, **kwargs)
+
+    return wrapped
+
+
+@on_cpu
 def load_backbone(
     folder: Path,
     *,

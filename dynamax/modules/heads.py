@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 from dynamax.backbones.base import Backbone
+from dynamax.backbones.loading import on_cpu
 from dynamax.backbones.sources import Source
 from dynamax.data.batch import HiddenBatch
 from dynamax.data.hidden import HiddenStates
@@ -115,6 +116,7 @@ class HeadsModule(LightningModule):
 
     # -- the heads ----------------------------------------------------------------------------------
 
+    @on_cpu
     def configure_model(self) -> None:
         """Load the backbone's top and build the heads, once; see the class for what is refused."""
         if self._top:

@@ -22,6 +22,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
 from dynamax.backbones.hf import HFBackbone
+from dynamax.backbones.loading import on_cpu
 from dynamax.data.language import LanguageData
 from dynamax.errors import UserError
 from dynamax.metrics.language import DepthScores
@@ -142,6 +143,7 @@ class LanguageModule(LightningModule, ABC):
 
     # -- the model ------------------------------------------------------------------------------------
 
+    @on_cpu
     def configure_model(self) -> None:
         """Build the model, once the data's tokenizer is there."""
         if self._built:

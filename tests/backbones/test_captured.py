@@ -18,9 +18,10 @@ from torch import Tensor, nn
 
 import dynamax
 from benchmarks.gpu_graphs import Operators
+from dynamax.backbones import graphs
 from dynamax.backbones.base import Backbone
 from dynamax.backbones.captured import CapturedSpans
-from dynamax.backbones.graphs import NotCapturableError
+from dynamax.backbones.graphs import NotCapturableError, Watch
 from dynamax.backbones.hf import HFBackbone
 from dynamax.backbones.packed import pack
 from dynamax.backbones.precision import Choice, capture_steps
@@ -316,6 +317,21 @@ def test_a_block_that_python_changes_is_refused() -> None:
 def test_what_a_graph_cannot_hold(run: Callable[[Tensor], object]) -> None:
     with pytest.raises(NotCapturableError, match=r"aten.*(looks at the values|moves a tensor between cpu and meta)"):
         Operators().record(lambda: run(torch.ones(3)))
+
+
+def test_numbers_that_attention_leaves_on_the_host_are_no_move(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As float32 attention on a GPU does; here another operation stands for it, and another device for the GPU."""
+
+    @torch.library.custom_op("dynamax_test::attention", mutates_args=())
+    def attention(x: Tensor) -> tuple[Tensor, Tensor]:
+        return x.clone(), torch.zeros((), device="meta")
+
+    with pytest.raises(NotCapturableError, match="moves a tensor between cpu and meta"), Watch():
+        attention(torch.ones(3))
+    monkeypatch.setattr(graphs, "ATTENTION", torch.ops.dynamax_test.attention)
+    with Watch():
+        made, _ = attention(torch.ones(3))
+    assert made.equal(torch.ones(3))
 
 
 def test_the_stand_in_goes_wrong_as_a_graph_would() -> None:

@@ -11,12 +11,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+import dynamax
 from dynamax.backbones import families
 from dynamax.backbones.checkpoint import NO_EFFECT, facts, fingerprint_of
 from dynamax.backbones.hf import HFBackbone
 from dynamax.backbones.loading import load_backbone, read_config
 from dynamax.backbones.sources import Folder
 from dynamax.errors import UserError
+from dynamax.heads.bank import Exit
+from dynamax.heads.gates import MambaGate
 from dynamax.types import Span
 from tests.tiny import FAMILIES, tiny
 
@@ -321,3 +324,15 @@ def test_threads_may_load_at_the_same_time(tmp_path):
     with ThreadPoolExecutor(8) as pool:
         loaded = list(pool.map(lambda _: Folder(str(tmp_path)).load(), range(16)))
     assert {backbone.spec.fingerprint for backbone in loaded} == {Folder(str(tmp_path)).load().spec.fingerprint}
+
+
+@pytest.mark.parametrize("precision", [None, "float32"])
+def test_a_model_is_loaded_where_it_is_told_whatever_torchs_default_device_is(precision: str | None) -> None:
+    """Lightning's default is the GPU while a model is configured; here a device that holds nothing stands for it."""
+    with torch.device("meta"):
+        engine = dynamax.load("assets/mamba2", exits={2: Exit(gates=[MambaGate])}, precision=precision, device="cpu")
+    assert engine.exits is not None
+    held = [*engine.backbone.parameters(), *engine.backbone.buffers(), *engine.exits.parameters()]
+    assert {tensor.device.type for tensor in held} == {"cpu"}
+    plain = dynamax.load("assets/mamba2", precision=precision, device="cpu")
+    assert engine.generate("Hi", max_new_tokens=8).text == plain.generate("Hi", max_new_tokens=8).text

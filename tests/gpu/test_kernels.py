@@ -97,7 +97,7 @@ def test_gate_on_the_gpu_is_the_gate_on_the_cpu(dtype):
     torch.testing.assert_close(torch.cat(parts, 1).cpu(), wanted, rtol=bound, atol=bound)
 
 
-@pytest.mark.skipif(find_spec("torchao") is None, reason="torchao is not installed")
+@pytest.mark.skipif(find_spec("torchao") is None or DEVICE == "cpu", reason="needs torchao and a CUDA device")
 def test_int8_weights_of_a_model():
     """Logits near those of the model in bfloat16; a byte a weight is counted."""
     plain = HFBackbone(tiny("llama", dtype=torch.bfloat16)).to(DEVICE)

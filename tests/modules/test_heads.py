@@ -294,6 +294,13 @@ def test_on_a_gpu(folder, tmp_path):
     assert "val/auroc/4/MambaGate" in watch.scores[-1]
 
 
+def test_heads_are_made_on_the_cpu_whatever_torchs_default_device_is(folder):
+    heads = module(folder)
+    with torch.device("meta"):  # as Lightning's is the GPU
+        heads.configure_model()
+    assert {tensor.device.type for tensor in [*heads.parameters(), *heads._top[0].parameters()]} == {"cpu"}
+
+
 def test_lenses_alone_and_gates_alone(folder, tmp_path):
     only_lenses = module(folder, exits=dict.fromkeys(DEPTHS, Exit(TunedLens)), phases=lenses(epochs=None))
     only_gates = module(folder, exits=dict.fromkeys(DEPTHS, Exit(LogitLens, [LinearGate])), phases=gates())
