@@ -6,12 +6,19 @@ import signal
 import sys
 import threading
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dynamax.commands.parsing import Parser, prepare
 from dynamax.paths import InputPath
-from dynamax.serving.options import check_installed, check_pair, host_and_port
+from dynamax.serving.options import check_installed, check_pair, check_replicas, host_and_port
+
+if TYPE_CHECKING:
+    from dynamax.serving.contexts import Limits
+    from dynamax.serving.replicas import Replicas
+    from dynamax.serving.service import Cloud
+    from dynamax.types import Span
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -34,6 +41,7 @@ def serve_cloud(
     part: InputPath = "runs/split/cloud",
     *,
     address: str = "127.0.0.1:7070",
+    replicas: int = 1,
     precision: str | None = "auto",
     sessions: int = 16,
     positions: int = 0,
@@ -51,9 +59,11 @@ def serve_cloud(
     Args:
         part: The folder cloud that dynamax split wrote.
         address: Where to listen, HOST:PORT. Other hosts than this one need a certificate.
+        replicas: How many processes hold the weights and share the answers; more than one run behind Ray Serve, on this
+            machine or in the cluster that the environment's RAY_ADDRESS names.
         precision: How weights are held: float32, float16, bfloat16, int8 or int4; auto takes the faster of the first
             two here, null runs transformers' modules as they are.
-        sessions: Most answers at a time.
+        sessions: Most answers at a time, of each replica.
         positions: Most tokens of a prompt and its answer; 0 for the model's context, or 131,072 if that is longer.
         idle: Seconds after which an answer that nobody goes on with makes room for another.
         expire: Seconds after which it is dropped.
@@ -66,34 +76,57 @@ def serve_cloud(
         log: Write a line of JSON to stderr for each call.
     """
     check_installed()
+    check_replicas(replicas)
     from dynamax.serving.cloud import Certificate, Server, log_to_stderr
     from dynamax.serving.contexts import Limits
-    from dynamax.serving.opening import open_part, tokens_in
-    from dynamax.serving.service import Cloud
+    from dynamax.serving.opening import tokens_in
 
     check_pair(certificate, key)
     host, _ = host_and_port(address)
     watched = None if metrics is None else host_and_port(metrics)
     limits, tokens = Limits(sessions, positions, idle, expire), tokens_in(token_file)
-    opened = open_part(Path(str(part)).expanduser(), precision)
-    cloud = Cloud(opened.backbone, opened.part, limits, tokens=tokens, rate=rate)
+    folder = Path(str(part)).expanduser()
+    cloud, span = (_one if replicas == 1 else partial(_several, replicas))(folder, precision, limits, tokens, rate)
     pair = None if certificate is None else Certificate(Path(str(certificate)), Path(str(key)))
-    server = Server(cloud, address, pair, threads=2 * sessions + 8)
-    if watched is not None:
-        cloud.metrics.serve(*watched)
-    if log:
-        log_to_stderr()
-    server.start()
-    span = opened.part.span
-    how = "TLS" if pair else "without TLS"
-    print(
-        f"Blocks {span.start} to {span.stop} listen at {host}:{server.port}, {how}; "
-        f"{f'{len(tokens)} tokens are known' if tokens else 'no token is needed'}",
-        flush=True,
-    )
-    ended = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: ended.set())
-    ended.wait()
-    print("dynamax serve cloud: finishing the calls under way", file=sys.stderr)
-    server.stop(5.0)
+    try:
+        server = Server(cloud, address, pair, threads=replicas * (2 * sessions + 8))
+        if watched is not None:
+            cloud.metrics.serve(*watched)
+        if log:
+            log_to_stderr()
+        server.start()
+        print(
+            f"Blocks {span.start} to {span.stop}{f' in {replicas} replicas' if replicas > 1 else ''} listen at "
+            f"{host}:{server.port}, {'TLS' if pair else 'without TLS'}; "
+            f"{f'{len(tokens)} tokens are known' if tokens else 'no token is needed'}",
+            flush=True,
+        )
+        ended = threading.Event()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda *_: ended.set())
+        ended.wait()
+        print("dynamax serve cloud: finishing the calls under way", file=sys.stderr)
+        server.stop(5.0)
+    finally:
+        cloud.stop()
+
+
+def _one(
+    folder: Path, precision: str | None, limits: Limits, tokens: list[str], rate: float
+) -> tuple[Cloud | Replicas, Span]:
+    """A cloud in this process, and its blocks."""
+    from dynamax.serving.opening import open_part
+    from dynamax.serving.service import Cloud
+
+    opened = open_part(folder, precision)
+    return Cloud(opened.backbone, opened.part, limits, tokens=tokens, rate=rate), opened.part.span
+
+
+def _several(
+    count: int, folder: Path, precision: str | None, limits: Limits, tokens: list[str], rate: float
+) -> tuple[Cloud | Replicas, Span]:
+    """Clouds in processes of their own, and their blocks."""
+    from dynamax.serving.replicas import start
+
+    front = start(folder, count, precision=precision, limits=limits, tokens=tokens, rate=rate)
+    return front, front.part.span

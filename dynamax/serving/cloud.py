@@ -13,13 +13,14 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import grpc
 
 from dynamax.errors import UserError
 from dynamax.serving.contexts import FullError, GoneError
-from dynamax.serving.service import BusyError, Cloud, DeniedError, MismatchError
+from dynamax.serving.metrics import Metrics
+from dynamax.serving.service import BusyError, DeniedError, MismatchError
 from dynamax.serving.wire import ALIVE_MS, METHODS, SERVICE, Message, WireError, packed, unpacked
 
 LOG = logging.getLogger("dynamax.cloud")
@@ -33,6 +34,29 @@ CODES: dict[type[Exception], grpc.StatusCode] = {
     BusyError: grpc.StatusCode.RESOURCE_EXHAUSTED,
 }
 """What a caller is told, by what went wrong; anything else is an internal error."""
+
+
+class Offered(Protocol):
+    """What a server offers: a ``Cloud``, or what stands for several; beside these a method for each of ``METHODS``.
+
+    Attributes:
+        metrics: Counts calls.
+    """
+
+    metrics: Metrics
+
+    @property
+    def most_bytes(self) -> int:
+        """The longest message that is taken."""
+        ...
+
+    def owner(self, token: str | None) -> str:
+        """Whom a session belongs to, from the token that was shown."""
+        ...
+
+    def stop(self) -> None:
+        """End."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -65,7 +89,7 @@ class Server:
     """
 
     def __init__(
-        self, cloud: Cloud, address: str = "127.0.0.1:0", certificate: Certificate | None = None, threads: int = 64
+        self, cloud: Offered, address: str = "127.0.0.1:0", certificate: Certificate | None = None, threads: int = 64
     ) -> None:
         self.cloud = cloud
         host = address.rpartition(":")[0].strip("[]")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -87,34 +88,25 @@ def finish(contexts: Contexts, asks: Sequence[Ask], lock: AbstractContextManager
     read = [_read_alone(contexts, slot, h_TW, ask) for slot, h_TW, ask in zip(slots, rows, asks, strict=True)]
     before = [_recurrent(contexts, slot) if ask.drafts else [] for ask, slot in zip(asks, slots, strict=True)]
     late = [h_TW[count:] for h_TW, count in zip(rows, read, strict=True)]
-    logits = _logits(contexts, slots, late, [len(ask.drafts) + 1 for ask in asks])
+    ranked = _ranked(contexts, slots, late, [len(ask.drafts) + 1 for ask in asks])
     said = []
-    for ask, slot, start, h_TW, held, logits_TV in zip(
-        asks, slots, map(sum, zip(begin, read, strict=True)), late, before, logits, strict=True
+    for ask, slot, start, h_TW, held, likely in zip(
+        asks, slots, map(sum, zip(begin, read, strict=True)), late, before, ranked, strict=True
     ):
-        kept = _kept(logits_TV, ask.drafts)
+        kept = _kept(likely, ask.drafts)
         if kept < len(ask.drafts):
             length = ask.count - len(ask.drafts) + kept
             _take_back(contexts, ask.context, slot, start, h_TW[: length - start], held)
             with lock:
                 ask.context.forget(length)
-        said.append(Said(_likely(logits_TV[kept]), kept))
+        said.append(Said(likely[kept], kept))
     return said
 
 
-def _kept(logits_TV: Tensor, drafts: Sequence[int]) -> int:
+def _kept(likely: Sequence[Sequence[int]], drafts: Sequence[int]) -> int:
     """How many drafts are the most likely tokens, up to the first that is not."""
-    tokens = logits_TV.argmax(-1).tolist()
-    return next((i for i, (own, draft) in enumerate(zip(tokens, drafts, strict=False)) if own != draft), len(drafts))
-
-
-def _likely(logits_V: Tensor) -> list[int]:
-    """The most likely token as argmax says it, and the next ones: policies of the edge may guess from them."""
-    if not bool(logits_V.isfinite().all()):
-        return []
-    first = int(logits_V.argmax())
-    found = logits_V.topk(min(LIKELY, len(logits_V))).indices.tolist()
-    return [first, *(token for token in found if token != first)][:LIKELY]
+    pairs = enumerate(zip(likely, drafts, strict=False))
+    return next((i for i, (own, draft) in pairs if own[:1] != [draft]), len(drafts))
 
 
 def _read_alone(contexts: Contexts, slot: int, h_TW: Tensor, ask: Ask) -> int:
@@ -127,14 +119,28 @@ def _read_alone(contexts: Contexts, slot: int, h_TW: Tensor, ask: Ask) -> int:
     return read
 
 
-def _logits(contexts: Contexts, slots: Sequence[int], rows: Sequence[Tensor], wanted: Sequence[int]) -> list[Tensor]:
-    """Each row's new positions through all blocks; the logits of the last ``wanted`` ones, ``[wanted, V]``."""
+def _ranked(
+    contexts: Contexts, slots: Sequence[int], rows: Sequence[Tensor], wanted: Sequence[int]
+) -> list[list[list[int]]]:
+    """Each row's new positions through all blocks; the most likely tokens after each of its last ``wanted`` ones.
+
+    The first is what argmax says; the next ones are for policies of the edge that guess from them. None of a position
+    whose logits are no numbers.
+    """
     backbone: Backbone = contexts.backbone
     lengths = [len(h_TW) for h_TW in rows]
     h_BTW = pad_sequence(list(rows), batch_first=True)
     h_BTW = backbone.run(h_BTW, contexts.span, contexts.slots.select(slots, lengths))
     last = [h_TW[length - count : length] for h_TW, length, count in zip(h_BTW, lengths, wanted, strict=True)]
-    return list(backbone.unembed(torch.cat(last)[None])[0].split(list(wanted)))
+    logits_NV = backbone.unembed(torch.cat(last)[None])[0]
+    finite, firsts = logits_NV.isfinite().all(-1).tolist(), logits_NV.argmax(-1).tolist()
+    others = logits_NV.topk(min(LIKELY, logits_NV.shape[-1])).indices.tolist()
+    ranked = [
+        [first, *(token for token in found if token != first)][:LIKELY] if known else []
+        for known, first, found in zip(finite, firsts, others, strict=True)
+    ]
+    ends = list(accumulate(wanted))
+    return [ranked[end - count : end] for end, count in zip(ends, wanted, strict=True)]
 
 
 def _recurrent(contexts: Contexts, slot: int) -> list[list[Tensor]]:

@@ -6,7 +6,6 @@ What was sent of an answer is kept until it ends, so that a cloud that has lost 
 from __future__ import annotations
 
 import math
-import queue
 import threading
 import time
 from collections.abc import Sequence
@@ -24,6 +23,9 @@ from dynamax.serving.wire import ALIVE_MS, CHUNK, METHODS, SERVICE, VERSION, pac
 
 FLYING = 32
 """Most messages under way at a time."""
+
+WORTH = 4096
+"""Bytes that are worth a message of their own; fewer wait for more, or go with the next ask."""
 
 PAUSE = 0.02
 """Seconds before a call that failed is made again; twice as long each time, up to a second."""
@@ -60,23 +62,41 @@ class _Sent:
 
     Attributes:
         wanted: Positions that prompt and answer may have.
-        rows: All positions, in pieces.
-        count: How many they are.
+        worth: Positions that are worth a message of their own.
+        rows: All positions, each ``[W]``.
+        handed: How many of them have gone, or are on their way.
+        flying: Messages under way.
         session: Its name in the cloud; None before it is opened, and once the cloud has lost it.
         turn: How often the cloud took positions back.
         received: How many positions the cloud has, as far as it has said so.
-        lost: Whether some message did not arrive.
+        lost: Whether some message did not arrive; then the next ask sends again what is not received.
         fault: Why the answer cannot go on.
     """
 
     wanted: int = 0
+    worth: int = 1
     rows: list[Tensor] = field(default_factory=list)
-    count: int = 0
+    handed: int = 0
+    flying: int = 0
     session: str | None = None
     turn: int = 0
     received: int = 0
     lost: bool = False
     fault: UserError | None = None
+
+    @property
+    def left(self) -> int:
+        """Positions that have not gone yet."""
+        return len(self.rows) - self.handed
+
+    @property
+    def ready(self) -> bool:
+        """Whether to open the session, or to send: a full message, or one of some worth while none is under way."""
+        if self.lost or self.fault is not None:
+            return False
+        unopened = self.session is None and self.wanted > 0
+        full = self.left >= CHUNK and self.flying < FLYING
+        return unopened or full or (self.left >= self.worth and not self.flying)
 
 
 class Link:
@@ -118,14 +138,14 @@ class Link:
         self.traffic = Traffic()
         self._part, self.start = part, part.sends
         self._name, self._format, self.exact = format, wire_format(format), format == "float32"
+        self._worth = min(CHUNK, math.ceil(WORTH / self._format.size(1, part.width)))
         self._metadata = () if token is None else (("authorization", f"Bearer {token}"),)
         self._channel = self._connect(root)
         self._calls = {name: self._channel.unary_unary(f"/{SERVICE}/{name}") for name in METHODS}
         self._sent = _Sent()
         self._closing: Any = None
-        self._lock, self._opening = threading.Lock(), threading.Lock()
-        self._flying = threading.Semaphore(FLYING)
-        self._queue: queue.Queue[tuple[_Sent, int, int, Tensor] | None] = queue.Queue()
+        self._changed, self._opening = threading.Condition(), threading.Lock()
+        self._closed = False
         self._sender = threading.Thread(target=self._send_all, name="dynamax-link", daemon=True)
         self._sender.start()
 
@@ -149,10 +169,17 @@ class Link:
         """A new answer; whatever was under way is dropped, here and in the cloud.
 
         Args:
-            wanted: Positions that prompt and answer may have.
+            wanted: Positions that prompt and answer may have; if it is told, the session is opened in the background.
         """
         self.end()
-        self._sent, self.traffic = _Sent(wanted), Traffic()
+        with self._changed:
+            self._sent, self.traffic = _Sent(wanted, self._worth), Traffic()
+            self._changed.notify_all()
+
+    @property
+    def opened(self) -> bool:
+        """Whether the cloud has a session for this answer."""
+        return self._sent.session is not None
 
     def end(self) -> None:
         """The answer is done: the cloud may forget it."""
@@ -162,11 +189,9 @@ class Link:
 
     def send(self, h_TW: Tensor) -> None:
         """The next positions, as they have passed the depth of the cut; they go up in the background."""
-        with self._lock:
-            sent = self._sent
-            first, sent.count = sent.count, sent.count + len(h_TW)
-            sent.rows.append(h_TW)
-            self._queue.put((sent, sent.turn, first, h_TW))
+        with self._changed:
+            self._sent.rows += h_TW.unbind()
+            self._changed.notify_all()
 
     def next(self, drafts: Sequence[int] = (), timeout: float | None = None) -> tuple[list[int], int]:
         """The most likely tokens after all positions that were sent, and how many drafts the cloud would have said too.
@@ -181,15 +206,15 @@ class Link:
             CloudDown: If it takes longer.
             UserError: If the cloud refuses: another model, an unknown token, no room in its context.
         """
-        begin, count, sent = time.monotonic(), self._sent.count, self._sent
+        begin, sent = time.monotonic(), self._sent
         until, pause, reason = begin + (self.timeout if timeout is None else timeout), PAUSE, "it missed states"
         self.traffic.asked += 1
         try:
             while True:
                 try:
-                    reply = self._ask(sent, count, drafts, until)
+                    reply = self._ask(sent, drafts, until)
                     if "likely" in reply:
-                        self._take_back(sent, count - len(drafts) + reply["kept"], reply["turn"])
+                        self._take_back(sent, len(sent.rows) - len(drafts) + reply["kept"], reply["turn"])
                         self.traffic.cloud += reply["seconds"]
                         return reply["likely"], reply["kept"]
                     self._send_again(sent, reply["missing"], reply["turn"])
@@ -211,7 +236,9 @@ class Link:
     def close(self) -> None:
         """End the connection."""
         self.end()
-        self._queue.put(None)
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
         self._sender.join(2.0)
         if self._closing is not None:
             self._closing.exception()  # wait for it; a cloud that is gone has forgotten
@@ -237,7 +264,7 @@ class Link:
                 facts |= {"start": self.start, "width": self._part.width}
                 reply = self._call("open", facts, until)
                 session = sent.session = str(reply["session"])
-                sent.received = sent.turn = 0
+                sent.received = sent.handed = sent.turn = 0
                 if sent.wanted > reply["positions"]:
                     sent.fault = UserError(
                         f"The cloud at {self.address} keeps {reply['positions']} positions of an answer, but prompt "
@@ -249,34 +276,58 @@ class Link:
         finally:
             self._opening.release()
 
-    def _ask(self, sent: _Sent, count: int, drafts: Sequence[int], until: float) -> dict[str, Any]:
+    def _ask(self, sent: _Sent, drafts: Sequence[int], until: float) -> dict[str, Any]:
+        """One try. Positions that have not gone yet go with it."""
         session = self._session(sent, until)
         if sent.fault is not None:
             raise sent.fault
-        if sent.lost:
-            self._send_again(sent, sent.received, sent.turn)
-        header = {"session": session, "turn": sent.turn, "count": count, "drafts": list(drafts)}
-        return self._call("next", header, until)
+        with self._changed:
+            if sent.lost:
+                sent.handed, sent.lost = sent.received, False
+                self._changed.notify_all()
+            self._changed.wait_for(
+                lambda: sent.left <= CHUNK or sent.lost or sent.fault, max(0.0, until - time.monotonic())
+            )
+        states, body = self._taken(sent, session)
+        header = {"session": session, "after": len(sent.rows), "drafts": list(drafts), **states}
+        try:
+            return self._call("next", header, until, body)
+        except grpc.RpcError:
+            with self._changed:  # what went with it may not have come
+                sent.handed = min(sent.handed, states.get("first", sent.handed))
+                self._changed.notify_all()
+            raise
+
+    def _taken(self, sent: _Sent, session: str) -> tuple[dict[str, Any], bytes]:
+        """The next message of states: its header and its body; of nothing, if all have gone, or the session has."""
+        with self._changed:
+            turn, first = sent.turn, sent.handed
+            rows = sent.rows[first : first + CHUNK] if session == sent.session else []
+            sent.handed += len(rows)
+        if not rows:
+            return {"turn": turn}, b""
+        body = self._format.encode(torch.stack(rows))
+        self.traffic.sent += len(body)
+        self.traffic.positions += len(rows)
+        return {"turn": turn, "first": first, "count": len(rows), "format": self._name}, body
 
     def _send_again(self, sent: _Sent, first: int, turn: int) -> None:
-        """Put positions from ``first`` on into the queue once more."""
-        with self._lock:
-            sent.turn, sent.received, sent.lost = turn, first, False
-            if first < sent.count:
-                self._queue.put((sent, turn, first, torch.cat(sent.rows)[first:]))
+        """Send positions from ``first`` on once more."""
+        with self._changed:
+            sent.turn, sent.received, sent.handed, sent.lost = turn, first, first, False
+            self._changed.notify_all()
 
     def _take_back(self, sent: _Sent, count: int, turn: int) -> None:
         """Forget all positions from ``count`` on, as the cloud has."""
-        with self._lock:
-            sent.turn, sent.received = turn, count
-            if count < sent.count:
-                sent.rows, sent.count = [torch.cat(sent.rows)[:count]], count
+        with self._changed:
+            sent.turn, sent.received, sent.handed = turn, count, count
+            del sent.rows[count:]
 
     def _sort(self, error: grpc.RpcError, sent: _Sent) -> None:
         """Return if the call may be made again; else say what the cloud refuses."""
         code, told = error.code(), error.details() or ""
         if code is grpc.StatusCode.NOT_FOUND:  # the cloud was restarted, or needed the room
-            sent.session, sent.turn, sent.received, sent.lost = None, 0, 0, True
+            sent.session, sent.turn, sent.received = None, 0, 0
             self.traffic.again += 1
         elif code is grpc.StatusCode.UNAUTHENTICATED:
             raise UserError(
@@ -292,35 +343,42 @@ class Link:
     # -- the background ------------------------------------------------------------------------------------
 
     def _send_all(self) -> None:
-        while (item := self._queue.get()) is not None:
-            sent, turn, first, h_TW = item
-            for place in range(0, len(h_TW), CHUNK):
-                if sent is not self._sent or turn != sent.turn or sent.lost:
-                    break  # of an answer that is over, or taken back; or the next ask sends it again
-                try:
-                    self._send_one(sent, turn, first + place, h_TW[place : place + CHUNK])
-                except (grpc.RpcError, TimeoutError):
-                    sent.lost = True
-                except UserError as error:
-                    sent.fault = error
-                except Exception as error:  # noqa: BLE001 - nobody waits for this thread
-                    sent.fault = UserError(f"States cannot be sent to the cloud at {self.address}: {error!r:.200}.")
+        """Send what is ready. While a message is under way others gather, and go together."""
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._closed or self._sent.ready)
+                sent = self._sent
+            if self._closed:
+                return
+            try:
+                self._send_one(sent)
+            except (grpc.RpcError, TimeoutError):
+                sent.lost = True
+            except UserError as error:
+                sent.fault = error
+            except Exception as error:  # noqa: BLE001 - nobody waits for this thread
+                sent.fault = UserError(f"States cannot be sent to the cloud at {self.address}: {error!r:.200}.")
 
-    def _send_one(self, sent: _Sent, turn: int, first: int, h_TW: Tensor) -> None:
-        """Send some positions, without waiting for the answer; what does not arrive is noticed by the next ask."""
+    def _send_one(self, sent: _Sent) -> None:
+        """Send one message, without waiting for the answer; what does not arrive is noticed by the next ask."""
         session = self._session(sent, time.monotonic() + self.timeout)
-        body = self._format.encode(h_TW)
-        header = {"session": session, "turn": turn, "first": first, "count": len(h_TW), "format": self._name}
-        self._flying.acquire()
-        self.traffic.sent += len(body)
-        self.traffic.positions += len(h_TW)
+        if sent is not self._sent:  # the answer is over
+            return
+        states, body = self._taken(sent, session)
+        if not body:  # an ask took them along
+            return
+        with self._changed:
+            sent.flying += 1
+            self._changed.notify_all()
+        header = {"session": session, **states}
         call = self._calls["send"].future(packed(header, body), self.timeout, metadata=self._metadata)
-        call.add_done_callback(lambda done: self._arrived(sent, session, turn, done))
+        call.add_done_callback(lambda done: self._arrived(sent, session, states["turn"], done))
 
     def _arrived(self, sent: _Sent, session: str, turn: int, call: Any) -> None:  # noqa: ANN401 - grpc's future
         """Take note of what the cloud has; what a message of an earlier session or turn says is of no use."""
-        self._flying.release()
-        with self._lock:
+        with self._changed:
+            sent.flying -= 1
+            self._changed.notify_all()
             if session != sent.session or turn != sent.turn:
                 return
             if call.code() is grpc.StatusCode.OK:

@@ -20,6 +20,17 @@ def check_installed(*packages: str) -> None:
         )
 
 
+def check_replicas(count: int) -> None:
+    """Refuse (UserError) fewer clouds than one, and several without the package that runs them."""
+    if count < 1:
+        raise UserError(f"replicas is {count}; it must be at least 1.")
+    if count > 1 and find_spec("ray") is None:
+        raise UserError(
+            f"{count} replicas need ray, which is not installed. Install the extra: pip install 'dynamax-exits[ray]'; "
+            f"or leave replicas out."
+        )
+
+
 def host_and_port(address: str) -> tuple[str, int]:
     """The parts of ``HOST:PORT``; brackets around a host are taken off.
 

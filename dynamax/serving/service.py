@@ -10,8 +10,9 @@ import math
 import secrets
 import threading
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -80,6 +81,58 @@ class Bucket:
         return True
 
 
+class Owners:
+    """Who may ask, and how often.
+
+    Args:
+        tokens: Whoever shows one of these may ask; none lets everybody.
+        rate: Calls a second that one token may make, or all callers together where none is wanted; 0 for any number.
+        clock: Tells the time, in seconds.
+    """
+
+    def __init__(
+        self, tokens: Collection[str] = (), rate: float = 0.0, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        if not 0 <= rate < math.inf:
+            raise UserError(f"rate is {rate}; it must be a number of calls a second, or 0 for any number.")
+        self._tokens, self._rate, self._clock = [token.encode() for token in tokens], rate, clock
+        self._buckets: dict[str, Bucket] = {}
+        self._lock = threading.Lock()
+
+    def find(self, token: str | None) -> str:
+        """Whom a session belongs to, from the token that was shown.
+
+        Raises:
+            DeniedError: If it is none of those that are known.
+            BusyError: If it was shown too often.
+        """
+        given = (token or "").encode()
+        known = [secrets.compare_digest(given, each) for each in self._tokens]  # all of them, whichever it is
+        if self._tokens and not any(known):
+            raise DeniedError("a bearer token that this cloud knows is wanted")
+        name = hashlib.sha256(given).hexdigest()
+        if self._rate:
+            with self._lock:
+                bucket = self._buckets.setdefault(name if known else "", Bucket(self._rate, self._clock))
+                if not bucket.take():
+                    raise BusyError(f"more than {self._rate:g} calls a second")
+        return name
+
+
+def check_cloud(part: Part) -> None:
+    """Refuse (UserError) a part that does not end at the top."""
+    if not part.output or part.span.stop != part.depth:
+        raise UserError(
+            f"The part has the blocks {part.span.start} to {part.span.stop} of {part.depth}; a cloud's ends at the "
+            f"top. Give the folder cloud that dynamax split wrote."
+        )
+
+
+def most_bytes(part: Part) -> int:
+    """The longest message that a cloud of this part takes."""
+    return MOST_HEADER + 4 + FORMATS["float32"].size(CHUNK, part.width)
+
+
 class Cloud:
     """Finishes tokens for edges.
 
@@ -104,22 +157,15 @@ class Cloud:
         metrics: Metrics | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        if not part.output or part.span.stop != part.depth:
-            raise UserError(
-                f"The part has the blocks {part.span.start} to {part.span.stop} of {part.depth}; a cloud's ends at the "
-                f"top. Give the folder cloud that dynamax split wrote."
-            )
-        if not 0 <= rate < math.inf:
-            raise UserError(f"rate is {rate}; it must be a number of calls a second, or 0 for any number.")
+        check_cloud(part)
+        self._owners = Owners(tokens, rate, clock)
         self.contexts = Contexts(backbone, part.span, limits or Limits(), clock)
         self.metrics = metrics or Metrics()
-        self._part, self._clock, self._rate = part, clock, rate
-        self._tokens = [token.encode() for token in tokens]
-        self._buckets: dict[str, Bucket] = {}
+        self._part, self._clock = part, clock
         self._waiting: list[Waiting] = []
         self._running: set[str] = set()
         self._changed = threading.Condition()  # around whatever calls and the worker both look at
-        self._structure = threading.Lock()  # taken before it: no session is opened or closed while blocks run
+        self._turn, self._lock = threading.Lock(), threading.Lock()  # see _structure
         self._stopped = False
         self._last: dict[str, tuple[tuple[int, tuple[int, ...]], dict[str, Any]]] = {}
         self._worker = threading.Thread(target=self._work, name="dynamax-cloud", daemon=True)
@@ -128,7 +174,7 @@ class Cloud:
     @property
     def most_bytes(self) -> int:
         """The longest message that is taken."""
-        return MOST_HEADER + 4 + FORMATS["float32"].size(CHUNK, self._part.width)
+        return most_bytes(self._part)
 
     def owner(self, token: str | None) -> str:
         """Whom a session belongs to, from the token that was shown.
@@ -137,17 +183,7 @@ class Cloud:
             DeniedError: If it is none of those that are known.
             BusyError: If it was shown too often.
         """
-        given = (token or "").encode()
-        known = [secrets.compare_digest(given, each) for each in self._tokens]  # all of them, whichever it is
-        if self._tokens and not any(known):
-            raise DeniedError("a bearer token that this cloud knows is wanted")
-        name = hashlib.sha256(given).hexdigest()
-        if self._rate:
-            with self._changed:
-                bucket = self._buckets.setdefault(name if known else "", Bucket(self._rate, self._clock))
-                if not bucket.take():
-                    raise BusyError(f"more than {self._rate:g} calls a second")
-        return name
+        return self._owners.find(token)
 
     # -- calls ------------------------------------------------------------------------------------------
 
@@ -159,32 +195,25 @@ class Cloud:
         for name, given, wanted in zip(("version", "model", "depth", "width"), theirs, ours, strict=True):
             if given != wanted:
                 raise MismatchError(f"the edge's {name} is {str(given)[:40]!r}, the cloud's {wanted!r}")
-        with self._structure, self._changed:
+        with self._structure(), self._changed:
             context = self.contexts.open(owner)
             self._tidy()
         return {"session": context.key, "positions": context.most}
 
     def send(self, message: Message, owner: str) -> dict[str, Any]:
         """States of a session come in."""
-        header = message.header
-        name = value(header, "format", str)
-        if name not in FORMATS:
-            raise WireError(f"format must be one of {', '.join(FORMATS)}")
-        context = self._context(header, owner)
-        first, h_TW = states(message, FORMATS[name], width=self._part.width, most=context.most)
-        self.metrics.bytes.inc(len(message.body))
-        with self._changed:
-            context = self._context(header, owner)
-            if value(header, "turn", int, 0) == context.turn:  # else these positions were taken back meanwhile
-                context.receive(first, h_TW.to(self.contexts.dtype))
-                if context.working:
-                    self._changed.notify_all()
-            return {"received": context.received, "turn": context.turn}
+        context = self._take(message, owner)
+        return {"received": context.received, "turn": context.turn}
 
     def next(self, message: Message, owner: str, patience: float = PATIENCE) -> dict[str, Any]:
-        """The token after some positions; or, if not all of them have come in time, how many have."""
+        """The token after some positions; or, if not all of them have come in time, how many have.
+
+        States may come with it.
+        """
         header = message.header
-        count, drafts = value(header, "count", int, 1), self._drafts(header)
+        count, drafts = value(header, "after", int, 1), self._drafts(header)
+        if message.body or "first" in header:
+            self._take(message, owner)
         with self._changed:
             context = self._context(header, owner)
             last = self._last.get(context.key)
@@ -196,6 +225,23 @@ class Cloud:
                 return {"missing": context.received, "turn": context.turn}
             waiting = self._enlisted(context, count, drafts, self._clock() + patience)
         return waiting.answer.result()
+
+    def _take(self, message: Message, owner: str) -> Context:
+        """States come in; the session that they are of."""
+        header = message.header
+        name = value(header, "format", str)
+        if name not in FORMATS:
+            raise WireError(f"format must be one of {', '.join(FORMATS)}")
+        most = self._context(header, owner).most
+        first, h_TW = states(message, FORMATS[name], width=self._part.width, most=most)
+        self.metrics.bytes.inc(len(message.body))
+        with self._changed:
+            context = self._context(header, owner)
+            if value(header, "turn", int, 0) == context.turn:  # else these positions were taken back meanwhile
+                context.receive(first, h_TW.to(self.contexts.dtype))
+                if context.working:
+                    self._changed.notify_all()
+            return context
 
     def _enlisted(self, context: Context, count: int, drafts: tuple[int, ...], until: float) -> Waiting:
         """An ask that waits from here on."""
@@ -214,7 +260,7 @@ class Cloud:
 
     def close(self, message: Message, owner: str) -> dict[str, Any]:
         """A session is done."""
-        with self._structure, self._changed:
+        with self._structure(), self._changed:
             self.contexts.close(value(message.header, "session", str), owner)
             self._tidy()
         return {}
@@ -235,6 +281,19 @@ class Cloud:
             self._stopped = True
             self._changed.notify_all()
         self._worker.join()
+
+    @contextmanager
+    def _structure(self) -> Iterator[None]:
+        """No session is opened or closed while blocks run. Taken before ``_changed``.
+
+        Whoever is next holds the turn while it waits, so the worker cannot be in again before it.
+        """
+        with self._turn:
+            self._lock.acquire()
+        try:
+            yield
+        finally:
+            self._lock.release()
 
     def _context(self, header: dict[str, Any], owner: str) -> Context:
         return self.contexts.find(value(header, "session", str), owner)
@@ -261,7 +320,7 @@ class Cloud:
                     for each in self._waiting:
                         each.answer.set_exception(BusyError("the cloud is stopping"))
                     return
-            with self._structure:
+            with self._structure():
                 with self._changed:
                     self.contexts.drop_expired()
                     self._tidy()

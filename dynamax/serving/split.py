@@ -193,7 +193,16 @@ def load_part(folder: Path) -> HFBackbone:
     Raises:
         UserError: If the folder is no part, or cannot be read.
     """
+    return load_backbone(folder, dtype="float32", device="cpu", part=read_part(folder))
+
+
+def read_part(folder: Path) -> Part:
+    """What a folder holds.
+
+    Raises:
+        UserError: If it is no part, or cannot be read.
+    """
     part = part_in(folder)
     if part is None:
         raise UserError(f"{folder} holds no part of a model. Give one of the folders that dynamax split wrote.")
-    return load_backbone(folder, dtype="float32", device="cpu", part=part)
+    return part

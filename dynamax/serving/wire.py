@@ -19,7 +19,7 @@ from torch import Tensor
 
 from dynamax.errors import UserError
 
-VERSION = 1
+VERSION = 2
 SERVICE, METHODS = "dynamax.Cloud", ("open", "send", "next", "close", "health")
 """Of gRPC: requests and replies are messages as below."""
 

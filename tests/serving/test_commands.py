@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+import dynamax
 from dynamax.cli import main
 from dynamax.policies import MaxProb
 from tests.serving.house import KINDS, PROMPT, folders, whole
@@ -78,6 +79,29 @@ def test_two_processes_and_tls_say_what_one_says(
             assert said.startswith(wanted), said
             assert "Sent " in said
             assert "the cloud said it" in said
+
+
+@pytest.mark.slow
+def test_smollm2_over_tls_says_what_the_whole_model_says(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At threshold 1.0, and where the edge never answers; float32 on the wire and in both processes."""
+    monkeypatch.setenv("NO_COLOR", "1")
+    out = tmp_path / "parts"
+    assert run("split", "SmolLM2", "--exits", "{10: {}, 15: {}}", "--out", str(out)) == 0
+    certificate, root = certified(tmp_path)
+    tls = ["--certificate", str(certificate.chain), "--key", str(certificate.key)]
+    wanted = dynamax.load("SmolLM2").generate(PROMPT, max_new_tokens=24, do_sample=False).text
+    capsys.readouterr()
+    cloud = ["serve", "cloud", "--part", str(out / "cloud"), "--address", "127.0.0.1:0", "--precision", "null", *tls]
+    with running(*cloud) as line:
+        port = re.search(r"Blocks 15 to 30 listen at .*:(\d+), TLS", line)
+        assert port is not None, line
+        edge = ["--edge.folder", str(out / "edge"), "--edge.cloud", f"127.0.0.1:{port[1]}", "--edge.root", str(root)]
+        for policy in (["--policy", "MaxProb", "--policy.threshold", "1.0"], ["--policy", "Never"]):
+            options = [*edge, *policy, "--precision", "null", "--max_new_tokens", "24"]
+            assert run("generate", PROMPT, *options) == 0
+            assert capsys.readouterr().out.startswith(wanted)
 
 
 def test_an_edge_alone_needs_no_cloud(parts: tuple[str, Path], capsys: pytest.CaptureFixture[str]) -> None:

@@ -172,7 +172,7 @@ def test_a_session_belongs_to_the_token_that_made_it() -> None:
     with cloud("llama", tokens=["one", "two"]) as server, link("llama", server.port, token="one") as connection:
         for number, _ in enumerate(drafting("llama", connection).decode(prompt("llama"), max_new_tokens=8)):
             if number == 3:
-                header = {"session": connection._sent.session, "turn": 0, "count": 1, "drafts": []}
+                header = {"session": connection._sent.session, "turn": 0, "after": 1, "drafts": []}
                 assert call(server.port, "next", packed(header), "two") is grpc.StatusCode.NOT_FOUND
                 assert call(server.port, "close", packed(header), "two") is grpc.StatusCode.OK  # and nothing happens
 
@@ -209,6 +209,10 @@ def test_a_tensor_that_is_not_as_it_says_is_refused(change: dict[str, object]) -
         assert call(server.port, "send", packed(header | change, body)) is grpc.StatusCode.INVALID_ARGUMENT
         odd = FORMATS["float32"].encode(torch.full((2, width), float("nan")))
         assert call(server.port, "send", packed(header, odd)) is grpc.StatusCode.INVALID_ARGUMENT
+        asked = {**header, "after": 2, "drafts": []}  # states may come with what is asked
+        assert call(server.port, "next", packed(asked | change, body)) is grpc.StatusCode.INVALID_ARGUMENT
+        assert call(server.port, "next", packed(asked, odd)) is grpc.StatusCode.INVALID_ARGUMENT
+        assert call(server.port, "next", packed(asked, body)) is grpc.StatusCode.OK
 
 
 def test_a_message_larger_than_a_context_is_refused_before_it_is_read() -> None:
@@ -219,8 +223,8 @@ def test_a_message_larger_than_a_context_is_refused_before_it_is_read() -> None:
 @pytest.mark.parametrize(
     "change",
     [
-        {"count": 0},
-        {"count": 10**9},
+        {"after": 0},
+        {"after": 10**9},
         {"drafts": "no"},
         {"drafts": [0] * 65},
         {"drafts": [-1]},
@@ -230,7 +234,7 @@ def test_a_message_larger_than_a_context_is_refused_before_it_is_read() -> None:
 )
 def test_a_token_that_cannot_be_asked_for_is_refused(change: dict[str, object]) -> None:
     with cloud("llama") as server:
-        header = {"session": opened(server.port)[1], "turn": 0, "count": 2, "drafts": []}
+        header = {"session": opened(server.port)[1], "turn": 0, "after": 2, "drafts": []}
         assert call(server.port, "next", packed(header | change)) is grpc.StatusCode.INVALID_ARGUMENT
 
 
