@@ -125,10 +125,18 @@ def set_precision(backbone: Backbone, precision: str, *, compiled: bool = False)
     begin = time.perf_counter()
     compiler = Compiler() if compiled else None  # which refuses a machine that cannot compile, before anything is done
     choice = _choose(backbone, precision, compiled=compiled)
+    _leave_file(backbone)
     if compiler is None:
         return choice
     compile_steps(backbone, compiler)
     return replace(choice, compiling=time.perf_counter() - begin)
+
+
+def _leave_file(backbone: Backbone) -> None:
+    """Copy the weights that are not packed: one view into a mapped file would keep all of it in memory."""
+    for weight in backbone.parameters():
+        if weight.device.type == "cpu":
+            weight.data = weight.data.clone()
 
 
 @torch.inference_mode()

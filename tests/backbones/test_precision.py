@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import time
 from pathlib import Path
@@ -222,3 +223,16 @@ def test_half_packed_is_never_left(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match="the largest weight is 1e"):
         set_precision(model, "float16")
     assert not kinds_in(model)
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").is_file(), reason="needs Linux, which lists mapped files")
+def test_a_packed_model_keeps_no_file_in_memory(tmp_path: Path) -> None:
+    folder = model_folder(tmp_path / "model")
+    plain = dynamax.load(folder, device="cpu")
+    assert str(folder) in Path("/proc/self/maps").read_text(), "weights are views into the file"
+    wanted = plain.generate("Hi", max_new_tokens=4).text
+    del plain
+    gc.collect()
+    packed = dynamax.load(folder, precision="float16", device="cpu")
+    assert str(folder) not in Path("/proc/self/maps").read_text()
+    assert packed.generate("Hi", max_new_tokens=4).text == wanted
