@@ -1,6 +1,6 @@
 """An edge and a cloud over slow networks, beside the cloud alone and a split that sends everything anew.
 
-    python -m benchmarks.edge_cloud --heads NAME=FOLDER [NAME=MODEL:DEPTHS ...] --questions-file FILE
+    python -m benchmarks.edge_cloud --heads NAME=FOLDER [NAME=MODEL:DEPTHS ...] --questions-file FILE [--coqa FILE]
                                     [--prompts 4] [--tokens 32] [--rtt 5,20,80] [--mbit 10,100] [--wire float16]
                                     [--thresholds 0.8,0.9] [--precision auto] [--out FILE]
 
@@ -49,6 +49,7 @@ from dynamax.serving.edge import Collaborative, Drafting, Standalone
 from dynamax.serving.link import Link
 from dynamax.serving.opening import EdgeOptions, open_edge
 from dynamax.serving.split import places, split
+from dynamax.tasks.coqa import CoQA
 
 THREADS = {**os.environ, "OMP_NUM_THREADS": "1"}
 
@@ -114,8 +115,12 @@ def naive_row(engine: Engine, link: Link, prompts: Sequence[Tensor], answers: Se
         feed_1T = prompt_1T
         for place in range(said_1T.shape[1]):
             states.append(backbone.run(backbone.embed(feed_1T, cache), backbone.held, cache)[0])
+            opening = time.perf_counter()  # a naive cloud has no sessions, so to open one is not counted
+            link.begin(prompt_1T.shape[1] + said_1T.shape[1])
+            while not link.opened:
+                time.sleep(0.001)
             asked = time.perf_counter()
-            link.begin()
+            begin += asked - opening
             link.send(torch.cat(states))
             link.next()
             waited += time.perf_counter() - asked
@@ -155,11 +160,23 @@ def same_tokens(
     return right / max(1, count)
 
 
+def passages(file: Path) -> list[str]:
+    """Long prompts: passages of CoQA, each with its questions and answers up to the last question."""
+    return [each.prompt for each in CoQA(file, last_turn_only=True).examples()]
+
+
+def source_of(given: str) -> Path:
+    """Where the model of ``NAME=GIVEN`` is."""
+    source, _ = find_source(given.rpartition(":")[0] if re.search(r":[\d,]+$", given) else given)
+    assert isinstance(source, FolderSource), "a model in a folder"
+    return source.folder()
+
+
 def one_model(name: str, given: str, args: argparse.Namespace) -> dict[str, Any]:
     """All ways over all networks."""
     whole = opened(given, args.precision)
     assert whole.exits is not None, "heads or exits were given"
-    questions = asked_questions(args)[: args.prompts]
+    questions = (passages(args.coqa) if args.coqa else asked_questions(args))[: args.prompts]
     prompts = [whole.encode(question) for question in questions]
     ends = whole.options().eos_token_id
     full = Full(whole.backbone)
@@ -167,15 +184,13 @@ def one_model(name: str, given: str, args: argparse.Namespace) -> dict[str, Any]
         torch.tensor([[int(step.token_B) for step in full.decode(each, max_new_tokens=args.tokens, eos_token_id=ends)]])
         for each in prompts
     ]
-    source, _ = find_source(given.rpartition(":")[0] if re.search(r":[\d,]+$", given) else given)
-    assert isinstance(source, FolderSource), "a model in a folder"
     levels = [float(level) for level in args.thresholds.split(",")]
     same = {f"collaborative {level}": same_tokens(whole, MaxProb(level), prompts, answers) for level in levels}
     cut = places(whole.exits, whole.backbone.spec.depth, args.at, None)
-    model = str(source.folder())
+    model = source_of(given)
     found: dict[str, Any] = {"cut": list(cut.edge), "depth": whole.backbone.spec.depth, "networks": {}, "same": same}
     with tempfile.TemporaryDirectory() as scratch:
-        edge, cloud = split(source.folder(), whole.exits, cut, Path(scratch) / "parts")
+        edge, cloud = split(model, whole.exits, cut, Path(scratch) / "parts")
         del whole, full
         listen = ["--precision", args.precision]
         with (
@@ -183,7 +198,10 @@ def one_model(name: str, given: str, args: argparse.Namespace) -> dict[str, Any]
                 "serve", "cloud", "--part", str(cloud), "--address", "127.0.0.1:0", "--log", "false", *listen
             ) as far,
             process(
-                "serve", "edge", "--backbone", model, "--name", "whole", "--address", f"127.0.0.1:{free()}", *listen
+                "serve",
+                "edge",
+                *("--backbone", str(model), "--name", "whole", "--address", f"127.0.0.1:{free()}"),
+                *listen,
             ) as web,
         ):
             for rtt, mbit in ((float(r), float(m)) for r in args.rtt.split(",") for m in args.mbit.split(",")):
@@ -255,6 +273,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--heads", nargs="+", required=True)
     parser.add_argument("--questions-file", type=Path, default=None)
+    parser.add_argument("--coqa", type=Path, default=None, help="coqa-dev-v1.0.json: long prompts instead of questions")
     parser.add_argument("--skip", type=int, default=240)
     parser.add_argument("--at", type=int, default=None, help="depth of the edge's last exit; left out, the last one's")
     parser.add_argument("--prompts", type=int, default=4)
@@ -267,7 +286,9 @@ def main() -> None:
     parser.add_argument("--precision", default="auto")
     parser.add_argument("--out", type=Path, default=None)
     args = parser.parse_args()
-    options = {name: value for name, value in vars(args).items() if name not in ("heads", "questions_file", "out")}
+    options = {
+        name: value for name, value in vars(args).items() if name not in ("heads", "questions_file", "coqa", "out")
+    }
     report: dict[str, Any] = {
         "environment": environment("cpu", dtype="float32", batch=1),
         "options": options,
