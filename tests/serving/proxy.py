@@ -17,7 +17,7 @@ class Proxy:
     Attributes:
         port: Where it listens.
         delay: Seconds that each piece of bytes waits.
-        silent: Whether bytes vanish while connections stay open.
+        silent: Whether bytes vanish while connections stay open; one that has lost some passes none any more, as TCP.
     """
 
     def __init__(self, port: int) -> None:
@@ -57,11 +57,13 @@ class Proxy:
                 threading.Thread(target=self._pass, args=pair, daemon=True).start()
 
     def _pass(self, source: socket.socket, target: socket.socket) -> None:
+        holed = False
         with contextlib.suppress(OSError):
             while data := source.recv(65536):
                 if self.delay:
                     time.sleep(self.delay)
-                if not self.silent:
+                holed = holed or self.silent
+                if not holed:
                     target.sendall(data)
         with contextlib.suppress(OSError):
             target.shutdown(socket.SHUT_WR)
