@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from dynamax.serving.contexts import Limits
     from dynamax.serving.replicas import Replicas
     from dynamax.serving.service import Cloud
-    from dynamax.types import Span
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -86,7 +85,7 @@ def serve_cloud(
     watched = None if metrics is None else host_and_port(metrics)
     limits, tokens = Limits(sessions, positions, idle, expire), tokens_in(token_file)
     folder = Path(str(part)).expanduser()
-    cloud, span = (_one if replicas == 1 else partial(_several, replicas))(folder, precision, limits, tokens, rate)
+    cloud = (_one if replicas == 1 else partial(_several, replicas))(folder, precision, limits, tokens, rate)
     pair = None if certificate is None else Certificate(Path(str(certificate)), Path(str(key)))
     try:
         server = Server(cloud, address, pair, threads=replicas * (2 * sessions + 8))
@@ -95,6 +94,7 @@ def serve_cloud(
         if log:
             log_to_stderr()
         server.start()
+        span = cloud.part.span
         print(
             f"Blocks {span.start} to {span.stop}{f' in {replicas} replicas' if replicas > 1 else ''} listen at "
             f"{host}:{server.port}, {'TLS' if pair else 'without TLS'}; "
@@ -111,22 +111,19 @@ def serve_cloud(
         cloud.stop()
 
 
-def _one(
-    folder: Path, precision: str | None, limits: Limits, tokens: list[str], rate: float
-) -> tuple[Cloud | Replicas, Span]:
-    """A cloud in this process, and its blocks."""
+def _one(folder: Path, precision: str | None, limits: Limits, tokens: list[str], rate: float) -> Cloud | Replicas:
+    """A cloud in this process."""
     from dynamax.serving.opening import open_part
     from dynamax.serving.service import Cloud
 
     opened = open_part(folder, precision)
-    return Cloud(opened.backbone, opened.part, limits, tokens=tokens, rate=rate), opened.part.span
+    return Cloud(opened.backbone, opened.part, limits, tokens=tokens, rate=rate)
 
 
 def _several(
     count: int, folder: Path, precision: str | None, limits: Limits, tokens: list[str], rate: float
-) -> tuple[Cloud | Replicas, Span]:
-    """Clouds in processes of their own, and their blocks."""
+) -> Cloud | Replicas:
+    """Clouds in processes of their own, behind a front."""
     from dynamax.serving.replicas import start
 
-    front = start(folder, count, precision=precision, limits=limits, tokens=tokens, rate=rate)
-    return front, front.part.span
+    return start(folder, count, precision=precision, limits=limits, tokens=tokens, rate=rate)

@@ -17,10 +17,11 @@ from typing import Any, Protocol
 
 import grpc
 
+from dynamax.backbones.parts import Part
 from dynamax.errors import UserError
 from dynamax.serving.contexts import FullError, GoneError
 from dynamax.serving.metrics import Metrics
-from dynamax.serving.service import BusyError, DeniedError, MismatchError
+from dynamax.serving.service import BusyError, DeniedError, MismatchError, Owners, most_bytes
 from dynamax.serving.wire import ALIVE_MS, METHODS, SERVICE, Message, WireError, packed, unpacked
 
 LOG = logging.getLogger("dynamax.cloud")
@@ -40,19 +41,14 @@ class Offered(Protocol):
     """What a server offers: a ``Cloud``, or what stands for several; beside these a method for each of ``METHODS``.
 
     Attributes:
+        part: Which part of a model it is.
+        owners: Who may use it.
         metrics: Counts calls.
     """
 
+    part: Part
+    owners: Owners
     metrics: Metrics
-
-    @property
-    def most_bytes(self) -> int:
-        """The longest message that is taken."""
-        ...
-
-    def owner(self, token: str | None) -> str:
-        """Whom a session belongs to, from the token that was shown."""
-        ...
 
     def stop(self) -> None:
         """End."""
@@ -99,7 +95,7 @@ class Server:
                 f"certificate and its key, or listen at 127.0.0.1."
             )
         options = [
-            ("grpc.max_receive_message_length", cloud.most_bytes),
+            ("grpc.max_receive_message_length", most_bytes(cloud.part)),
             ("grpc.so_reuseport", 0),
             ("grpc.http2.min_ping_interval_without_data_ms", ALIVE_MS // 2),
             ("grpc.http2.min_recv_ping_interval_without_data_ms", ALIVE_MS // 2),
@@ -157,7 +153,7 @@ class Server:
 
     def _answer(self, name: str, raw: bytes, context: grpc.ServicerContext) -> dict[str, Any]:
         shown = dict(context.invocation_metadata()).get("authorization", "")
-        owner = self.cloud.owner(str(shown).removeprefix("Bearer ") if shown else None)
+        owner = self.cloud.owners.find(str(shown).removeprefix("Bearer ") if shown else None)
         message: Message = unpacked(raw)
         return getattr(self.cloud, name)(message, owner)
 

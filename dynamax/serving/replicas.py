@@ -44,7 +44,7 @@ from dynamax.serving.contexts import FullError, GoneError, Limits
 from dynamax.serving.metrics import Metrics
 from dynamax.serving.opening import open_part
 from dynamax.serving.options import host_and_port
-from dynamax.serving.service import BusyError, Cloud, Owners, check_cloud, most_bytes
+from dynamax.serving.service import BusyError, Cloud, Owners, check_cloud
 from dynamax.serving.split import read_part
 from dynamax.serving.wire import VERSION, Message, value
 
@@ -139,6 +139,7 @@ class Replicas:
 
     Attributes:
         part: Which part of a model the replicas have.
+        owners: Who may use them.
         metrics: Counts what passes here. Passes over the blocks are not seen here.
     """
 
@@ -147,23 +148,9 @@ class Replicas:
     ) -> None:
         self.metrics = Metrics()
         self.metrics.sessions.set_function(lambda: _total(self.living(), "sessions"))
-        self._handle, self.part, self._owners, self._end = handle, part, owners, end
+        self._handle, self.part, self.owners, self._end = handle, part, owners, end
         self._opening: Counter[str] = Counter()
         self._lock = threading.Lock()
-
-    @property
-    def most_bytes(self) -> int:
-        """The longest message that is taken."""
-        return most_bytes(self.part)
-
-    def owner(self, token: str | None) -> str:
-        """Whom a session belongs to, from the token that was shown.
-
-        Raises:
-            DeniedError: If it is none of those that are known.
-            BusyError: If it was shown too often.
-        """
-        return self._owners.find(token)
 
     def living(self) -> list[dict[str, Any]]:
         """What each replica says that answers now: its health, its name and its process."""

@@ -144,6 +144,10 @@ class Cloud:
         rate: Calls a second that one token may make, or all callers together where none is wanted; 0 for any number.
         metrics: Counts what is done.
         clock: Tells the time, in seconds.
+
+    Attributes:
+        part: Which part of a model it is.
+        owners: Who may use it.
     """
 
     def __init__(
@@ -158,10 +162,10 @@ class Cloud:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         check_cloud(part)
-        self._owners = Owners(tokens, rate, clock)
+        self.owners = Owners(tokens, rate, clock)
         self.contexts = Contexts(backbone, part.span, limits or Limits(), clock)
         self.metrics = metrics or Metrics()
-        self._part, self._clock = part, clock
+        self.part, self._clock = part, clock
         self._waiting: list[Waiting] = []
         self._running: set[str] = set()
         self._changed = threading.Condition()  # around whatever calls and the worker both look at
@@ -171,27 +175,13 @@ class Cloud:
         self._worker = threading.Thread(target=self._work, name="dynamax-cloud", daemon=True)
         self._worker.start()
 
-    @property
-    def most_bytes(self) -> int:
-        """The longest message that is taken."""
-        return most_bytes(self._part)
-
-    def owner(self, token: str | None) -> str:
-        """Whom a session belongs to, from the token that was shown.
-
-        Raises:
-            DeniedError: If it is none of those that are known.
-            BusyError: If it was shown too often.
-        """
-        return self._owners.find(token)
-
     # -- calls ------------------------------------------------------------------------------------------
 
     def open(self, message: Message, owner: str) -> dict[str, Any]:
         """A new session for an edge that has the same model."""
         header = message.header
         theirs = tuple(header.get(name) for name in ("version", "fingerprint", "start", "width"))
-        ours = (VERSION, self._part.fingerprint, self._part.span.start, self._part.width)
+        ours = (VERSION, self.part.fingerprint, self.part.span.start, self.part.width)
         for name, given, wanted in zip(("version", "model", "depth", "width"), theirs, ours, strict=True):
             if given != wanted:
                 raise MismatchError(f"the edge's {name} is {str(given)[:40]!r}, the cloud's {wanted!r}")
@@ -202,8 +192,7 @@ class Cloud:
 
     def send(self, message: Message, owner: str) -> dict[str, Any]:
         """States of a session come in."""
-        context = self._take(message, owner)
-        return {"received": context.received, "turn": context.turn}
+        return self._take(message, owner)
 
     def next(self, message: Message, owner: str, patience: float = PATIENCE) -> dict[str, Any]:
         """The token after some positions; or, if not all of them have come in time, how many have.
@@ -226,14 +215,14 @@ class Cloud:
             waiting = self._enlisted(context, count, drafts, self._clock() + patience)
         return waiting.answer.result()
 
-    def _take(self, message: Message, owner: str) -> Context:
-        """States come in; the session that they are of."""
+    def _take(self, message: Message, owner: str) -> dict[str, Any]:
+        """States come in; what the session has then."""
         header = message.header
         name = value(header, "format", str)
         if name not in FORMATS:
             raise WireError(f"format must be one of {', '.join(FORMATS)}")
         most = self._context(header, owner).most
-        first, h_TW = states(message, FORMATS[name], width=self._part.width, most=most)
+        first, h_TW = states(message, FORMATS[name], width=self.part.width, most=most)
         self.metrics.bytes.inc(len(message.body))
         with self._changed:
             context = self._context(header, owner)
@@ -241,7 +230,7 @@ class Cloud:
                 context.receive(first, h_TW.to(self.contexts.dtype))
                 if context.working:
                     self._changed.notify_all()
-            return context
+            return {"received": context.received, "turn": context.turn}
 
     def _enlisted(self, context: Context, count: int, drafts: tuple[int, ...], until: float) -> Waiting:
         """An ask that waits from here on."""
@@ -269,7 +258,7 @@ class Cloud:
         """Whether it works, and for which model."""
         return {
             "version": VERSION,
-            "fingerprint": self._part.fingerprint,
+            "fingerprint": self.part.fingerprint,
             "sessions": len(self.contexts),
             "limit": self.contexts.limits.sessions,
             "working": self._worker.is_alive(),
