@@ -8,16 +8,19 @@ from __future__ import annotations
 import asyncio
 import json
 import secrets
+import threading
 import time
 import uuid
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from importlib.resources import files
+from itertools import takewhile
 from typing import Annotated, Any, Literal
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
+from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field
+from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -131,7 +134,7 @@ def endpoint(answerer: Answerer, tokens: Sequence[str] = ()) -> FastAPI:
         return {"object": "list", "data": [model]}
 
     @app.post("/v1/chat/completions", response_model=None)
-    def _(asked: ChatAsked) -> JSONResponse | StreamingResponse:
+    def _(asked: ChatAsked) -> Response:
         if asked.max_tokens is not None and asked.max_completion_tokens is not None:
             raise Refused(400, "max_tokens and max_completion_tokens say the same; give one of them.", "max_tokens")
         most = asked.max_completion_tokens or asked.max_tokens
@@ -139,7 +142,7 @@ def endpoint(answerer: Answerer, tokens: Sequence[str] = ()) -> FastAPI:
         return Reply(answerer, asked, turns, most, chat=True).response()
 
     @app.post("/v1/completions", response_model=None)
-    def _(asked: TextAsked) -> JSONResponse | StreamingResponse:
+    def _(asked: TextAsked) -> Response:
         prompt = asked.prompt if isinstance(asked.prompt, str) else asked.prompt[0]
         return Reply(answerer, asked, prompt, asked.max_tokens, chat=False).response()
 
@@ -198,6 +201,34 @@ class EventStream(StreamingResponse):
             self._events.close()
 
 
+class WholeAnswer(Response):
+    """An answer in one piece. If its reader goes away, the answer ends at once, and the next has its turn.
+
+    Args:
+        answer: Makes it, in a thread; it looks whether its reader is gone.
+    """
+
+    def __init__(self, answer: Callable[[threading.Event], Response]) -> None:
+        super().__init__()
+        self._answer = answer
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send it."""
+        gone = threading.Event()
+
+        async def watch() -> None:
+            while (await receive())["type"] != "http.disconnect":
+                pass
+            gone.set()
+
+        watching = asyncio.create_task(watch())
+        try:
+            response = await run_in_threadpool(self._answer, gone)
+        finally:
+            watching.cancel()
+        await response(scope, receive, send)
+
+
 class Reply:
     """One answer in the words of the protocol.
 
@@ -237,13 +268,15 @@ class Reply:
             "model": answerer.name,
         }
 
-    def response(self) -> JSONResponse | StreamingResponse:
+    def response(self) -> Response:
         """The whole answer, or its stream."""
-        if self._asked.stream:
-            return EventStream(self._events())
+        return EventStream(self._events()) if self._asked.stream else WholeAnswer(self._whole)
+
+    def _whole(self, gone: threading.Event) -> JSONResponse:
         try:
             with self._answerer.turn():
-                pieces = list(self._answerer.pieces(*self._prepared))
+                left = self._answerer.pieces(*self._prepared)
+                pieces = list(takewhile(lambda _: not gone.is_set(), left))
         except BusyError:
             return _error(429, "Too many answers wait for their turn. Ask again later.", None)
         except UserError as error:

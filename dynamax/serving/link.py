@@ -19,7 +19,8 @@ from torch import Tensor
 
 from dynamax.backbones.parts import Part
 from dynamax.errors import UserError
-from dynamax.serving.wire import ALIVE_MS, CHUNK, METHODS, SERVICE, VERSION, packed, unpacked, wire_format
+from dynamax.serving.connection import Connection
+from dynamax.serving.wire import CHUNK, VERSION, packed, unpacked, wire_format
 
 FLYING = 32
 """Most messages under way at a time."""
@@ -139,29 +140,13 @@ class Link:
         self._part, self.start = part, part.sends
         self._name, self._format, self.exact = format, wire_format(format), format == "float32"
         self._worth = min(CHUNK, math.ceil(WORTH / self._format.size(1, part.width)))
-        self._metadata = () if token is None else (("authorization", f"Bearer {token}"),)
-        self._channel = self._connect(root)
-        self._calls = {name: self._channel.unary_unary(f"/{SERVICE}/{name}") for name in METHODS}
+        self._connection = Connection(address, token=token, root=root)
         self._sent = _Sent()
         self._closing: Any = None
         self._changed, self._opening = threading.Condition(), threading.Lock()
         self._closed = False
         self._sender = threading.Thread(target=self._send_all, name="dynamax-link", daemon=True)
         self._sender.start()
-
-    def _connect(self, root: Path | None) -> grpc.Channel:
-        options = [  # a connection that is silent for some seconds is given up, and made anew
-            ("grpc.max_reconnect_backoff_ms", 1000),
-            ("grpc.keepalive_time_ms", ALIVE_MS),
-            ("grpc.keepalive_timeout_ms", ALIVE_MS),
-            ("grpc.http2.max_pings_without_data", 0),
-        ]
-        if root is None:
-            return grpc.insecure_channel(self.address, options)
-        try:
-            return grpc.secure_channel(self.address, grpc.ssl_channel_credentials(root.read_bytes()), options)
-        except OSError as error:
-            raise UserError(f"The certificate {root} cannot be read: {error}. Give the cloud's, as PEM.") from error
 
     # -- an answer ----------------------------------------------------------------------------------------
 
@@ -242,16 +227,16 @@ class Link:
         self._sender.join(2.0)
         if self._closing is not None:
             self._closing.exception()  # wait for it; a cloud that is gone has forgotten
-        self._channel.close()
+        self._connection.close()
 
     # -- calls ---------------------------------------------------------------------------------------------
 
     def _call(self, name: str, header: dict[str, Any], until: float, body: bytes = b"") -> dict[str, Any]:
         left = max(0.001, until - time.monotonic())
-        return unpacked(self._calls[name](packed(header, body), left, metadata=self._metadata)).header
+        return unpacked(self._connection.call(name, packed(header, body), left)).header
 
     def _close(self, session: str) -> None:
-        self._closing = self._calls["close"].future(packed({"session": session}), 1.0, metadata=self._metadata)
+        self._closing = self._connection.future("close", packed({"session": session}), 1.0)
 
     def _session(self, sent: _Sent, until: float) -> str:
         """The name of the session; opened if need be. A TimeoutError if another thread is at it for too long."""
@@ -371,7 +356,7 @@ class Link:
             sent.flying += 1
             self._changed.notify_all()
         header = {"session": session, **states}
-        call = self._calls["send"].future(packed(header, body), self.timeout, metadata=self._metadata)
+        call = self._connection.future("send", packed(header, body), self.timeout)
         call.add_done_callback(lambda done: self._arrived(sent, session, states["turn"], done))
 
     def _arrived(self, sent: _Sent, session: str, turn: int, call: Any) -> None:  # noqa: ANN401 - grpc's future

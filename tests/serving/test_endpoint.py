@@ -15,12 +15,14 @@ import openai
 import pytest
 import uvicorn
 
+from dynamax.decoding.base import Decoder
 from dynamax.engine import Engine
 from dynamax.errors import UserError
 from dynamax.policies import MaxProb, Never, OnlyAt
-from dynamax.serving.answers import Answerer
+from dynamax.serving.answers import Answerer, Ended, Piece
 from dynamax.serving.edge import Collaborative
 from dynamax.serving.endpoint import endpoint
+from dynamax.stream import Stream
 from tests.report.browser import CHROMIUM, Browser
 from tests.serving.house import cloud, edge_part, link, whole
 
@@ -164,6 +166,31 @@ def test_a_caller_that_goes_away_does_not_hold_the_others_up() -> None:
         stream.close()
         found = client(address).chat.completions.create(model="sibling", messages=TURNS, max_tokens=2, temperature=0)
         assert found.usage.completion_tokens == 2
+
+
+class Slow(Answerer):
+    """Takes its time, and counts its tokens."""
+
+    made = 0
+
+    def pieces(self, stream: Stream, decoder: Decoder, ended: Ended) -> Iterator[Piece]:
+        for piece in super().pieces(stream, decoder, ended):
+            time.sleep(0.05)
+            self.made += 1
+            yield piece
+
+
+def test_a_caller_that_waits_no_longer_ends_a_whole_answer_too() -> None:
+    answerer = Slow(whole("llama"), "sibling")
+    asked = {"model": "sibling", "messages": TURNS, "stop": None, "temperature": 0}
+    with served(answerer) as address:
+        long = len(list(answerer.pieces(*answerer.prepared(QUESTION, chat=None, options={"do_sample": False}))))
+        answerer.made = 0
+        with pytest.raises(openai.APITimeoutError):
+            client(address).with_options(timeout=0.3).chat.completions.create(**asked)
+        found = client(address).chat.completions.create(**asked, max_tokens=2)
+        assert found.usage.completion_tokens == 2
+        assert answerer.made < long
 
 
 def test_a_body_that_is_too_long_or_says_no_length_is_not_read() -> None:
