@@ -113,6 +113,7 @@ class Parser(Rules, ArgumentParser):
 def prepare() -> None:
     """Teach jsonargparse the names of parts, and that a key may stand once in a mapping."""
     typehints.resolve_class_path_by_name = resolve
+    typehints.discard_init_args_on_class_path_change = begin_anew
     disable_progress_bar()  # of reading weights
     set_loader("yaml", _load, (yaml.YAMLError,))  # without the errors, text that is no YAML would end in a traceback
 
@@ -136,6 +137,23 @@ def resolve(kind: Any, name: str) -> str:  # noqa: ANN401 - a class, or whatever
                 raise
             return f"{part.__module__}.{part.__qualname__}"
     return RESOLVE(kind, name)
+
+
+def begin_anew(_: Any, earlier: Any, later: Any) -> None:  # noqa: ANN401 - jsonargparse's own arguments
+    """Drop all options of an earlier class where a later value names another.
+
+    It replaces a function of jsonargparse, which keeps those that the later class has too: the ``limit`` of one task
+    would be the limit of another.
+    """
+    if earlier and "init_args" in earlier and not _same_class(earlier["class_path"], later["class_path"]):
+        for key in list(earlier["init_args"].keys()):
+            del earlier["init_args"][key]
+
+
+def _same_class(one: str, other: str) -> bool:
+    """Whether two names mean one class; one of them may be an import path and the other not."""
+    ends = [name.rpartition(".")[2] for name in (one, other)]
+    return one == other or (ends[0] == ends[1] and not ("." in one and "." in other))
 
 
 # -- options ----------------------------------------------------------------------------------------
@@ -172,8 +190,8 @@ class _Rule:
             if value.startswith("["):
                 with suppress(yaml.YAMLError):
                     texts = yaml.load(value, yaml.BaseLoader)  # noqa: S506 - knows text, lists and mappings only
-            whole = isinstance(texts, list) and all(isinstance(each, str) for each in texts)
-            value = texts if whole else [value]
+            listed = isinstance(texts, list) and all(isinstance(each, str) for each in texts)
+            value = texts if listed else [value]
         if self.option == "exits":
             return self.check(value, cfg=None if isinstance(value, dict | str) else cfg, append=append, **more)
         found, earlier = self.check(value, cfg=cfg, append=append, **more), cfg.get(self.option) if cfg else None

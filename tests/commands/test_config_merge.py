@@ -78,3 +78,56 @@ def test_a_models_config_is_merged_unless_it_names_its_type(given: Callable[...,
     assert config("-c", "later.yaml") == config("--model.config={num_hidden_layers: 4}") == wanted
     assert config("--model.config.num_hidden_layers", "4") == wanted
     assert config("--model.config={model_type: mamba2}") == {"model_type": "mamba2"}
+
+
+def task(options: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """Name and options of the task."""
+    found = options["data"]["init_args"]["task"]
+    return found["class_path"].rpartition(".")[2], found.get("init_args", {})
+
+
+def test_another_class_begins_anew(given: Callable[..., dict[str, Any]], place: Path) -> None:
+    """Its options are its own, whatever the earlier class had under the same names."""
+    (place / "task.yaml").write_text(
+        "{data: {class_path: TaskData, init_args: {task: {class_path: TriviaQA, init_args: "
+        "{limit: 12, offset: 240, max_new_tokens: 24}}}}}"
+    )
+    (place / "other.yaml").write_text("{data: {init_args: {task: CoQA}}}")
+    (place / "part.yaml").write_text("{class_path: CoQA, init_args: {limit: 3}}")
+    plain = {"path": None, "limit": None, "offset": 0, "max_new_tokens": 64, "last_turn_only": False}
+    ask = ["test", "-c", "test.yaml", "-c", "task.yaml"]
+    assert task(given(*ask))[1]["offset"] == 240
+    assert task(given(*ask, "-c", "other.yaml")) == ("CoQA", plain)
+    assert task(given(*ask, "--data.task", "CoQA")) == ("CoQA", plain)
+    assert task(given(*ask, "--data.task", "part.yaml")) == ("CoQA", plain | {"limit": 3})
+    assert task(given(*ask, "--data.task", "{class_path: CoQA, init_args: {limit: 3}}")) == ("CoQA", plain | {"limit": 3})
+    assert task(given(*ask, "--data.task", "CoQA", "--data.task.offset", "7")) == ("CoQA", plain | {"offset": 7})
+    assert task(given(*ask, "--data.task.class_path", "CoQA")) == ("CoQA", plain)
+    same = task(given(*ask, "--data.task", "TriviaQA"))[1]
+    assert (same["limit"], same["offset"]) == (12, 240), "the same class keeps its options"
+
+
+def test_another_text_source_begins_anew(given: Callable[..., dict[str, Any]], place: Path) -> None:
+    (place / "text.yaml").write_text(
+        "{data: {init_args: {text: {class_path: HubText, init_args: {name: x, length: 99, rows: 7, field: words}}}}}"
+    )
+    ask = ["fit", "-c", "fit.yaml", "-c", "text.yaml"]
+    found = given(*ask, "--data.text", "{class_path: LocalText, init_args: {path: prompts.txt}}")["data"]["init_args"]
+    assert {name: found["text"]["init_args"][name] for name in ("length", "rows", "field")} == {
+        "length": 256,
+        "rows": None,
+        "field": "text",
+    }
+
+
+def test_an_entry_of_a_list_begins_anew_where_it_names_another_class(given: Callable[..., dict[str, Any]]) -> None:
+    earlier = "--model.policies=[{policy: {class_path: Margin, init_args: {threshold: 0.7, temperature: 3.0}}}]"
+
+    def policy(later: str) -> tuple[str, dict[str, Any]]:
+        options = given("test", "-c", "test.yaml", earlier, f"--model.policies=[{{policy: {later}}}]")
+        (entry,) = options["model"]["init_args"]["policies"]
+        return entry["policy"]["class_path"].rpartition(".")[2], entry["policy"]["init_args"]
+
+    assert policy("Margin") == ("Margin", {"threshold": 0.7, "temperature": 3.0})
+    later = "{class_path: MaxProb, init_args: {threshold: 0.5}}"
+    assert policy(later) == ("MaxProb", {"threshold": 0.5, "temperature": 1.0})
