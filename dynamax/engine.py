@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import date
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal, cast, final, overload
@@ -146,9 +147,9 @@ class Engine:
         """The model's own rules of generation, and over them those that are given; see ``generation_options``."""
         return generation_options(self.tokenizer, self.generation_config, sampler=sampler, **given)
 
-    def encode(self, prompt: Prompt, *, chat: bool | None = None) -> Tensor:
+    def encode(self, prompt: Prompt, *, chat: bool | None = None, day: date | None = None) -> Tensor:
         """A prompt to ``tokens_1T``; see ``dynamax.generation.encode``."""
-        return encode(self.tokenizer, prompt, chat=chat, device=self.device)
+        return encode(self.tokenizer, prompt, chat=chat, day=day, device=self.device)
 
     @overload
     def generate(self, prompt: Prompt, policy: TerminationPolicy | None = ..., **options: Any) -> Answer: ...  # noqa: ANN401

@@ -7,13 +7,16 @@ The only place that knows chat templates and ``generation_config``. Names are th
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import date, datetime, tzinfo
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers.utils import chat_template_utils
 
 from dynamax.decoding.sampling import Greedy, Sampled, Sampler
 from dynamax.errors import UserError
@@ -21,6 +24,9 @@ from dynamax.registry import near
 
 Chat = Sequence[Mapping[str, str]]
 """Turns of a conversation: ``[{"role": "user", "content": "..."}]``."""
+
+DAY = date(2024, 7, 26)
+"""The date of prompts whose answers are kept or scored: they are the same whenever it is done."""
 
 MAX_NEW_TOKENS = 64
 """Where nobody says otherwise."""
@@ -214,14 +220,16 @@ def encode(
     prompt: str | Chat,
     *,
     chat: bool | None = None,
+    day: date | None = None,
     device: torch.device | str = "cpu",
 ) -> Tensor:
-    """A prompt to ``tokens_1T``.
+    """A prompt to ``tokens_1T``: what its answer is put behind, so without an end token that a tokenizer may add.
 
     Args:
         tokenizer: The model's.
         prompt: Text, or the turns of a conversation.
         chat: Whether text is wrapped as a user's turn in the chat template; None where the tokenizer has one.
+        day: What a chat template that asks for the date is told; None for today.
         device: Where the tokens go.
 
     Raises:
@@ -245,7 +253,7 @@ def encode(
     if any(re.search("[\ud800-\udfff]", turn["content"]) for turn in turns):
         raise UserError(f"The prompt {prompt!r:.80} is not valid Unicode: part of a character is missing. Correct it.")
     if isinstance(prompt, str) and not (bool(tokenizer.chat_template) if chat is None else chat):
-        ids = tokenizer(prompt)["input_ids"]
+        ids = _begun(tokenizer, prompt)
     else:
         if not tokenizer.chat_template:
             raise UserError(
@@ -253,9 +261,10 @@ def encode(
                 "prompt as text."
             )
         try:
-            text = tokenizer.apply_chat_template(
-                [dict(turn) for turn in turns], add_generation_prompt=True, tokenize=False
-            )
+            with _today(day):
+                text = tokenizer.apply_chat_template(
+                    [dict(turn) for turn in turns], add_generation_prompt=True, tokenize=False
+                )
         except Exception as error:  # a template is the model's own program, and may raise anything
             raise UserError(
                 f"The model's chat template refuses this conversation: {error}. Give the turns that it wants, or plain "
@@ -265,3 +274,35 @@ def encode(
     if not ids:
         raise UserError(f"The tokenizer makes no tokens of the prompt {prompt!r:.80}. Give another prompt.")
     return torch.tensor([ids], device=device)
+
+
+def _begun(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Tokens of a text that goes on: with what the tokenizer puts before it, without what it puts behind it."""
+    whole, plain = (tokenizer(text, add_special_tokens=added)["input_ids"] for added in (True, False))
+    for start in range(len(whole) - len(plain), -1, -1):
+        if whole[start : start + len(plain)] == plain:
+            return whole[: start + len(plain)]
+    return whole
+
+
+@contextmanager
+def _today(day: date | None) -> Iterator[None]:
+    """Let chat templates take a day for today; None leaves it.
+
+    transformers gives templates a clock and no way to set it: what is passed beside the turns has to be plain data.
+    """
+    if day is None:
+        yield
+        return
+
+    class Clock(datetime):
+        @classmethod
+        def now(cls, tz: tzinfo | None = None) -> Clock:
+            return cls(day.year, day.month, day.day, tzinfo=tz)
+
+    library: Any = chat_template_utils
+    before, library.datetime = library.datetime, Clock
+    try:
+        yield
+    finally:
+        library.datetime = before

@@ -23,7 +23,7 @@ from dynamax.decoding.early_exit import EarlyExit
 from dynamax.decoding.sampling import Greedy, Sampler
 from dynamax.engine import Engine
 from dynamax.errors import UserError
-from dynamax.generation import GenerationOptions
+from dynamax.generation import DAY, GenerationOptions
 from dynamax.policies.base import ScorePolicy, TerminationPolicy
 from dynamax.stream import Answer
 from dynamax.tasks.base import Example, GenerationTask, Scale, Task
@@ -95,7 +95,7 @@ def calibrate_task(
     full = engine.decoder(sampler=Greedy())
     asked = []
     for example in progress([*first, *second], "full model"):
-        prompt_1T = engine.encode(example.prompt, chat=chat)
+        prompt_1T = engine.encode(example.prompt, chat=chat, day=DAY)
         answer, score = answered(engine, full, generating, example, prompt_1T)
         prompt = prompt_1T[0].tolist()
         asked.append(Asked(example, prompt_1T, Document(prompt + answer.tokens, len(prompt)), score))

@@ -185,9 +185,22 @@ def store_inputs(
 
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Hash over vocabulary, special tokens and chat template."""
-    facts = [sorted(tokenizer.get_vocab().items()), tokenizer.special_tokens_map, tokenizer.chat_template]
+    """Hash over all that turns text into tokens: vocabulary, rules, special tokens, chat template."""
+    facts = [
+        *(sorted(tokenizer.get_vocab().items()), _rules(tokenizer)),
+        *(tokenizer.special_tokens_map, tokenizer.chat_template),
+    ]
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def _rules(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """How a text is taken apart, and what is put around it; not the state that calls leave behind."""
+    known: Any = tokenizer
+    rules = {"split_special_tokens": getattr(known, "split_special_tokens", False)}
+    if hasattr(known, "backend_tokenizer"):
+        own = json.loads(known.backend_tokenizer.to_str())
+        return rules | {name: rule for name, rule in own.items() if name not in ("truncation", "padding")}
+    return rules | {name: value for name, value in known.init_kwargs.items() if isinstance(value, bool)}
 
 
 @final

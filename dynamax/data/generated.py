@@ -25,6 +25,7 @@ from dynamax.decoding.batching import Scheduler
 from dynamax.decoding.sampling import Sampled
 from dynamax.engine import Engine
 from dynamax.errors import UserError, at_least
+from dynamax.generation import DAY
 from dynamax.paths import InputPath
 
 
@@ -222,7 +223,7 @@ class SelfGenerated(TextSource):
         for prompt in self._prompts:
             roles = ("user", "assistant")
             said = [{"role": roles[turn % 2], "content": said} for turn, said in enumerate(prompt.turns)]
-            tokens = engine.encode(said if self.chat else prompt.plain, chat=self.chat)[0].tolist()
+            tokens = engine.encode(said if self.chat else prompt.plain, chat=self.chat, day=DAY)[0].tolist()
             if len(tokens) + self.max_new_tokens > context:
                 raise UserError(
                     f"A prompt of {len(tokens)} tokens and an answer of up to {self.max_new_tokens} do not fit the "

@@ -25,6 +25,7 @@ from dynamax.decoding.probe import Probe
 from dynamax.decoding.sampling import Greedy, Sampler
 from dynamax.engine import Engine, load
 from dynamax.errors import UserError, at_least
+from dynamax.generation import DAY
 from dynamax.heads.bank import Exit
 from dynamax.metrics.environment import environment
 from dynamax.modules.bars import RunBars
@@ -266,7 +267,7 @@ class DecodingModule(LightningModule):
         options = options_for(self.engine, example, self.sampler)
         options.sampler.restart(index)
         decoder = self.engine.decoder(self.policies[0], self.decoder, sampler=options.sampler)
-        answer = self.engine.answer(decoder, self.engine.encode(example.prompt, chat=bool(self.chat)), options)
+        answer = self.engine.answer(decoder, self.engine.encode(example.prompt, chat=bool(self.chat), day=DAY), options)
         return {"id": example.id, "text": answer.text, "tokens": answer.tokens, "depths": answer.depths}
 
     def _capture_again(self) -> None:

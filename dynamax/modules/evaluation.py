@@ -25,6 +25,7 @@ from dynamax.decoding.sampling import Greedy, Sampler
 from dynamax.decoding.teacher_forced import TeacherForcedPass
 from dynamax.engine import Engine
 from dynamax.errors import UserError
+from dynamax.generation import DAY
 from dynamax.heads.bank import ExitBank
 from dynamax.metrics.reliability import Reliability
 from dynamax.modules.results import ExitStats, PolicyStats, point_name
@@ -147,7 +148,7 @@ class Generation(Evaluation):
 
     def add(self, example: Example) -> None:
         """Answer in full, follow every point along that answer, and let it answer on its own."""
-        prompt_1T = self.engine.encode(example.prompt, chat=self.chat)
+        prompt_1T = self.engine.encode(example.prompt, chat=self.chat, day=DAY)
         self.tell("full model")
         whole = self._answer(self.full, example, prompt_1T)
         target_1T = torch.stack([step.token_B for step in whole.steps], 1)

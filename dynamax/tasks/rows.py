@@ -63,6 +63,12 @@ class Row:
             )
         return value
 
+    def _found(self, field: str) -> Any:  # noqa: ANN401 - as in JSON
+        value: Any = self.values
+        for name in field.split("."):
+            value = value.get(name) if isinstance(value, Mapping) else None
+        return value
+
     def text(self, field: str) -> str:
         """A text with something in it besides white space, as it stands."""
         text = self.get(field, str)
@@ -70,8 +76,10 @@ class Row:
             raise self.error(f"has nothing in {field!r}")
         return text
 
-    def texts(self, field: str) -> tuple[str, ...]:
-        """A list of texts, not empty."""
+    def texts(self, field: str | None, *, optional: bool = False) -> tuple[str, ...]:
+        """A list of texts, not empty; none if it is ``optional`` and the row, or its layout, has no such field."""
+        if field is None or (optional and self._found(field) in (None, [])):
+            return ()
         texts = self.get(field, list)
         if not texts or not all(isinstance(text, str) for text in texts):
             raise self.error(f"needs a list of at least one text in {field!r}, and has {str(texts):.80}")

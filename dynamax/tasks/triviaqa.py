@@ -1,7 +1,7 @@
 """TriviaQA without context (Joshi et al., 2017, arXiv 1705.03551): questions whose answers go by many names.
 
 The prompt and the stop strings are lm-evaluation-harness's (``triviaqa`` version 3), the scores those of the
-official script: F1 and exact match, the best over the normalised aliases.
+official script: F1 and exact match, the best over the normalised aliases and what people answered.
 """
 
 from __future__ import annotations
@@ -23,10 +23,11 @@ class Fields(NamedTuple):
     question: str
     value: str
     aliases: str
+    human: str | None
 
 
-HUB_FIELDS = Fields("question_id", "question", "answer.value", "answer.normalized_aliases")
-RELEASE_FIELDS = Fields("QuestionId", "Question", "Answer.Value", "Answer.NormalizedAliases")
+HUB_FIELDS = Fields("question_id", "question", "answer.value", "answer.normalized_aliases", None)
+RELEASE_FIELDS = Fields("QuestionId", "Question", "Answer.Value", "Answer.NormalizedAliases", "Answer.HumanAnswers")
 WANTED = (
     "rows as in the Hub's mandarjoshi/trivia_qa (.jsonl or .parquet; question_id, question, answer with value and "
     "normalized_aliases), or a .json of the official release (Data[] of QuestionId, Question, Answer with Value and "
@@ -66,7 +67,7 @@ class TriviaQA(GenerationTask):
         self.max_new_tokens, self.shots = max_new_tokens, shots
 
     def examples(self) -> list[Example]:
-        """The questions; the references are the normalised aliases."""
+        """The questions; the references are the normalised aliases, and in the release what people answered."""
         hub = HubDataset("mandarjoshi/trivia_qa", "rc.nocontext", "validation")
         rows = load(self.path, hub=hub, suffixes=(".jsonl", ".parquet", ".json"), wanted=WANTED)
         release = self.path is not None and Path(self.path).suffix.lower() == ".json"
@@ -77,7 +78,7 @@ class TriviaQA(GenerationTask):
             Example(
                 id=row.text(fields.id),
                 prompt=solved + _prompt(row, fields),
-                references=row.texts(fields.aliases),
+                references=row.texts(fields.aliases) + row.texts(fields.human, optional=True),
                 stop_strings=("\n", ".", ","),
                 max_new_tokens=self.max_new_tokens,
             )

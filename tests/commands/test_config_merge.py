@@ -36,6 +36,7 @@ def exits(options: dict[str, Any]) -> dict[int, tuple[str | None, list[tuple[str
     return found
 
 
+WHOLE = "{class_path: CoQA, init_args: {limit: 3}}"
 WANTED = {2: ("LogitLens", []), 4: (None, [("MambaGate", 4)])}
 
 
@@ -93,14 +94,17 @@ def test_another_class_begins_anew(given: Callable[..., dict[str, Any]], place: 
         "{limit: 12, offset: 240, max_new_tokens: 24}}}}}"
     )
     (place / "other.yaml").write_text("{data: {init_args: {task: CoQA}}}")
-    (place / "part.yaml").write_text("{class_path: CoQA, init_args: {limit: 3}}")
+    (place / "part.yaml").write_text(WHOLE)
     plain = {"path": None, "limit": None, "offset": 0, "max_new_tokens": 64, "last_turn_only": False}
     ask = ["test", "-c", "test.yaml", "-c", "task.yaml"]
     assert task(given(*ask))[1]["offset"] == 240
     assert task(given(*ask, "-c", "other.yaml")) == ("CoQA", plain)
     assert task(given(*ask, "--data.task", "CoQA")) == ("CoQA", plain)
     assert task(given(*ask, "--data.task", "part.yaml")) == ("CoQA", plain | {"limit": 3})
-    assert task(given(*ask, "--data.task", "{class_path: CoQA, init_args: {limit: 3}}")) == ("CoQA", plain | {"limit": 3})
+    assert task(given(*ask, "--data.task", "{class_path: CoQA, init_args: {limit: 3}}")) == (
+        "CoQA",
+        plain | {"limit": 3},
+    )
     assert task(given(*ask, "--data.task", "CoQA", "--data.task.offset", "7")) == ("CoQA", plain | {"offset": 7})
     assert task(given(*ask, "--data.task.class_path", "CoQA")) == ("CoQA", plain)
     same = task(given(*ask, "--data.task", "TriviaQA"))[1]

@@ -74,6 +74,27 @@ def test_layouts_agree(jsonl, tmp_path, hub):
     assert TriviaQA(str(tmp_path / "trivia.json")).examples() == expected
 
 
+def test_what_people_answered_counts_as_in_the_official_script(tmp_path):
+    """Its ground truths are the normalised aliases, and ``HumanAnswers``, which it normalises."""
+
+    def scored(answer: dict, said: str) -> dict[str, float]:
+        path = tmp_path / "release.json"
+        row = {"QuestionId": "q", "Question": "Where?", "Answer": {"Value": "Montreal", **answer}}
+        path.write_text(json.dumps({"Data": [row]}))
+        task = TriviaQA(str(path), shots=0)
+        (example,) = task.examples()
+        return task.score(example, said)
+
+    aliases = {"NormalizedAliases": ["montreal"]}
+    assert scored(aliases | {"HumanAnswers": ["Mtl", "The City!"]}, "Mtl") == {"em": 1.0, "f1": 1.0}
+    assert scored(aliases | {"HumanAnswers": ["Mtl", "The City!"]}, "a city") == {"em": 1.0, "f1": 1.0}
+    for nobody in ({}, {"HumanAnswers": []}, {"HumanAnswers": None}):
+        assert scored(aliases | nobody, "Mtl") == {"em": 0.0, "f1": 0.0}
+        assert scored(aliases | nobody, "Montreal") == {"em": 1.0, "f1": 1.0}
+    with pytest.raises(ValueError, match=r"needs a list of at least one text in 'Answer.HumanAnswers', and has \[3\]"):
+        scored(aliases | {"HumanAnswers": [3]}, "Mtl")
+
+
 def test_missing_fields(tmp_path):
     path = tmp_path / "trivia.jsonl"
     broken = {**ROWS[1], "answer": {"value": "Oslo", "aliases": ["Oslo"]}}
