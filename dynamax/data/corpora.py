@@ -3,78 +3,41 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping
-from functools import partial
-from pathlib import Path
-from typing import Any, Literal, TypeVar, cast, final
+from itertools import islice
+from typing import Any, TypeVar, cast, final
 
 import datasets
-from datasets.exceptions import DatasetGenerationError
 
 from dynamax.data.text import Corpus, Document, Text, TextSource, windows
 from dynamax.engine import Engine
 from dynamax.errors import UserError, at_least
 from dynamax.paths import InputPath
-from dynamax.progress import on_terminal
+from dynamax.rows import Row, SampleBy, file_of, rows_of
 
 GROUP = 64
 TEXT = "{text}"
-SampleBy = Literal["line", "paragraph", "document"]
-Rows = datasets.Dataset | datasets.IterableDataset
 T = TypeVar("T")
-READERS: dict[str, Callable[..., Any]] = {  # what load_dataset runs too, but it tells the Hub of every file first
-    ".csv": partial(datasets.Dataset.from_csv, keep_default_na=False),  # or the word "null" becomes a gap
-    ".json": datasets.Dataset.from_json,
-    ".jsonl": datasets.Dataset.from_json,
-    ".parquet": datasets.Dataset.from_parquet,
-    ".txt": datasets.Dataset.from_text,
-}
 
 
-def checked_file(path: str) -> Path:
-    """The path of a file that exists, is not empty and has a known suffix.
-
-    Raises:
-        UserError: If one of these fails.
-    """
-    file = Path(path).expanduser()
-    if file.suffix not in READERS:
-        raise UserError(
-            f"{path} ends in {file.suffix or 'no suffix'!r}. Known are: {', '.join(READERS)}. "
-            f"Convert the file, or rename it if it is one of these."
-        )
-    if not file.is_file():
-        raise UserError(f"There is no file {file.resolve()}. Give the path of an existing file ({', '.join(READERS)}).")
-    if file.stat().st_size == 0:
-        raise UserError(f"{path} is empty. Give a file with at least one row of text.")
-    return file
-
-
-def read_file(path: str, *, sample_by: SampleBy = "line") -> datasets.Dataset:
-    """Rows of a local file.
-
-    Args:
-        path: A csv, json, jsonl, parquet or txt file.
-        sample_by: What a row of a txt file is.
+def read_file(path: str, *, sample_by: SampleBy = "line") -> Iterator[Row]:
+    """Rows of a local file, at least one; see ``rows_of``.
 
     Raises:
         UserError: If there is no such file, its kind is unknown, or it has no readable rows.
     """
-    file = checked_file(path)
-    options = {"sample_by": sample_by} if file.suffix == ".txt" else {}
-    try:
-        if not on_terminal():
-            datasets.disable_progress_bars()  # a log would be filled with carriage returns
-        return cast(datasets.Dataset, READERS[file.suffix](str(file), **options))
-    except (DatasetGenerationError, ValueError, StopIteration) as error:
-        raise UserError(
-            f"No rows could be read from {path} as {file.suffix}: {error.__cause__ or error}. "
-            f"Give a file with at least one row, in UTF-8, whose contents are what its suffix says."
-        ) from error
+    number = 0
+    for number, row in enumerate(rows_of(file_of(path), sample_by=sample_by), 1):
+        if not isinstance(row, Mapping):
+            raise UserError(f"Row {number} of {path} is {row!r:.80}; wanted: names and values. Mend the row.")
+        yield row
+    if not number:
+        raise UserError(f"{path} has no rows. Give a file with at least one row of text.")
 
 
-def text_of(row: Mapping[str, Any], field: str, *, number: int, name: str) -> str:
+def text_of(row: Row, field: str, *, number: int, name: str) -> str:
     """The text in one field of a row; its number, counted from 1, and the data set's name are for messages.
 
     Raises:
@@ -91,6 +54,11 @@ def text_of(row: Mapping[str, Any], field: str, *, number: int, name: str) -> st
         raise UserError(
             f"Row {number} of {name} holds {type(value).__name__} in the field {field!r}, and text is wanted: "
             f"{value!r:.80}. Name the field with the text (field: NAME)."
+        )
+    if re.search("[\ud800-\udfff]", value):
+        raise UserError(
+            f"Row {number} of {name} holds part of a character in the field {field!r}, which is no Unicode: "
+            f"{value!r:.80}. Mend the row."
         )
     return value
 
@@ -122,13 +90,12 @@ class RowText(TextSource, Corpus):
         return {name: value for name, value in said.items() if value is not None}
 
     @abstractmethod
-    def load(self) -> Rows:
-        """All rows of the data set."""
+    def read(self, start: int) -> Iterator[Row]:
+        """The rows from index ``start`` on, at most to number ``rows``."""
 
     def count(self) -> int | None:
         """Groups of rows."""
-        total = len(cast(datasets.Dataset, self.load()))
-        return -(-(total if self.rows is None else min(total, self.rows)) // GROUP)
+        return -(-sum(1 for _ in self.read(0)) // GROUP)
 
     @final
     def texts(self) -> Iterator[Text]:
@@ -160,14 +127,8 @@ class RowText(TextSource, Corpus):
 
     def _numbered(self, start: int) -> Iterator[tuple[int, str]]:
         """The texts of the rows from index ``start`` on, each with its row's number, counted from 1."""
-        rows, stop = self.load(), self.rows
-        if isinstance(rows, datasets.IterableDataset):
-            rows = (rows if stop is None else rows.take(stop)).skip(start)
-        else:
-            stop = len(rows) if stop is None else min(stop, len(rows))
-            rows = rows.select(range(start, stop)) if start < stop else []
-        for number, row in enumerate(rows, start + 1):
-            yield number, text_of(cast(Mapping[str, Any], row), self.field, number=number, name=self.name)
+        for number, row in enumerate(self.read(start), start + 1):
+            yield number, text_of(row, self.field, number=number, name=self.name)
 
 
 @final
@@ -203,14 +164,14 @@ class LocalText(RowText):
 
     def identity(self) -> dict[str, Any]:
         """Contents and options; where the file lies does not matter."""
-        with checked_file(self.path).open("rb") as file:
+        with file_of(self.path).open("rb") as file:
             content = hashlib.file_digest(file, "sha256").hexdigest()
         options = {name: getattr(self, name) for name in ("field", "length", "rows", "sample_by")}
         return {"source": "LocalText", "content": content, **options, **self._wrapping()}
 
-    def load(self) -> datasets.Dataset:
-        """All rows; see ``read_file``."""
-        return read_file(self.path, sample_by=self.sample_by)
+    def read(self, start: int) -> Iterator[Row]:
+        """See ``RowText``."""
+        return islice(read_file(self.path, sample_by=self.sample_by), start, self.rows)
 
 
 @final
@@ -261,14 +222,23 @@ class HubText(RowText):
         """Groups, if the number of rows was given; a short set ends before."""
         return None if self.rows is None else -(-self.rows // GROUP)
 
-    def load(self) -> Rows:
-        """All rows.
+    def read(self, start: int) -> Iterator[Row]:
+        """See ``RowText``.
 
         Raises:
             UserError: If the data set cannot be had.
         """
+        if self.rows is not None and start >= self.rows:
+            return
         options: dict[str, Any] = {"split": self.split, "revision": self.revision, "streaming": self.streaming}
-        return self._ask(lambda: datasets.load_dataset(self.id, self.config, **options))
+        rows = self._ask(lambda: datasets.load_dataset(self.id, self.config, **options))
+        if isinstance(rows, datasets.IterableDataset):
+            rows = (rows if self.rows is None else rows.take(self.rows)).skip(start)
+        else:
+            assert isinstance(rows, datasets.Dataset), "a split is a table"
+            rows = rows.select(range(start, len(rows) if self.rows is None else min(self.rows, len(rows))))
+        for row in rows:
+            yield cast(Row, row)
 
     def _ask(self, question: Callable[[], T]) -> T:
         try:

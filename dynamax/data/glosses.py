@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, final
-
-import datasets
 
 from dynamax.data.corpora import RowText
 from dynamax.errors import UserError, at_least
 from dynamax.paths import InputPath
+from dynamax.rows import Row
 
 FILES = ("data.noun", "data.verb", "data.adj", "data.adv")
 KINDS = {"n": "noun", "v": "verb", "a": "adjective", "s": "adjective", "r": "adverb"}
@@ -44,13 +44,14 @@ class Glosses(RowText):
             digest.update(file.read_bytes())
         return {"source": "Glosses", "content": digest.hexdigest(), "length": self.length, "rows": self.rows}
 
-    def load(self) -> datasets.Dataset:
-        """All lines: nouns first, in the order of the files."""
+    def read(self, start: int) -> Iterator[Row]:
+        """The glosses from index ``start`` on: nouns first, in the order of the files."""
         lines = [line for file in self._files() for line in file.read_text("utf-8").splitlines()]
         texts = [gloss(line) for line in lines if line and not line.startswith(" ")]  # the licence begins with blanks
         if not texts:
             raise UserError(f"{self.folder} holds no glosses. Give WordNet's own dictionary folder, unchanged.")
-        return datasets.Dataset.from_dict({"text": texts})
+        for text in texts[start : self.rows]:
+            yield {"text": text}
 
     def _files(self) -> list[Path]:
         files = [Path(self.folder).expanduser() / name for name in FILES]

@@ -6,8 +6,6 @@ field, what it has and what was wanted.
 
 from __future__ import annotations
 
-import csv
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +13,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from dynamax.errors import UserError
 from dynamax.paths import InputPath
+from dynamax.rows import rows_of
 
 T = TypeVar("T")
 READABLE = {str: "text", list: "a list", dict: "an object", int: "a whole number"}
@@ -123,7 +122,7 @@ def load(path: InputPath | None, *, suffixes: Sequence[str], wanted: str, hub: H
                 f"There is no file {file} (looked from {Path.cwd()}). Wanted: {wanted}. Correct the task's path, "
                 f"or, for a set that is on the Hub, leave it out."
             )
-        origin, values = file.name, _from_file(file)
+        origin, values = file.name, rows_of(file)
     rows = []
     for number, value in enumerate(values, 1):
         if not isinstance(value, Mapping):
@@ -132,43 +131,6 @@ def load(path: InputPath | None, *, suffixes: Sequence[str], wanted: str, hub: H
     if not rows:
         raise UserError(f"{origin} has no rows. Wanted: {wanted}, with at least one row.")
     return rows
-
-
-def _from_file(file: Path) -> list[Any]:
-    """What a file holds, row by row, by its suffix; text is one row, unless it is blank."""
-    place, suffix = str(file), file.suffix.lower()
-    if suffix == ".parquet":
-        import pyarrow
-        from pyarrow import parquet
-
-        try:
-            return parquet.read_table(file).to_pylist()
-        except pyarrow.ArrowInvalid as error:
-            raise UserError(f"{file} is not a Parquet file: {error}. Is the file whole?") from error
-    try:
-        if suffix == ".csv":
-            with file.open(encoding="utf-8-sig", newline="") as stream:
-                return list(csv.DictReader(stream))
-        text = file.read_text("utf-8-sig")
-        if suffix == ".txt":
-            return [{"text": text}] if text.strip() else []
-        if suffix == ".jsonl":
-            values = []
-            for number, line in enumerate(text.split("\n"), 1):
-                place = f"Line {number} of {file}"
-                values += [json.loads(line)] if line.strip() else []
-            return values
-        content = json.loads(text)
-    except UnicodeDecodeError as error:
-        raise UserError(f"{file} is not UTF-8 text ({error}). Save it as UTF-8.") from error
-    except json.JSONDecodeError as error:
-        raise UserError(f"{place} is not JSON: {error}. Is the file whole?") from error
-    for name in ("data", "Data"):
-        if isinstance(content, dict) and isinstance(content.get(name), list):
-            return content[name]
-    if not isinstance(content, list):
-        raise UserError(f"{file} holds neither a list nor an object with a list under 'data' or 'Data'.")
-    return content
 
 
 def _from_hub(hub: HubDataset, suffixes: Sequence[str]) -> Iterable[object]:

@@ -115,8 +115,12 @@ def test_a_missing_field_names_row_field_and_the_fields_there_are(tmp_path):
 
 
 def test_a_field_that_is_no_text_is_refused(tmp_path):
-    (tmp_path / "a.csv").write_text("text,year\nhello,1999\n")
-    refused(tmp_path / "a.csv", "Row 1 .* holds int in the field 'year', and text is wanted: 1999", field="year")
+    (tmp_path / "a.jsonl").write_text('{"text": "hello", "year": 1999}')
+    refused(tmp_path / "a.jsonl", "Row 1 .* holds int in the field 'year', and text is wanted: 1999", field="year")
+    (tmp_path / "a.jsonl").write_text(r'{"text": "\ud83d"}')
+    refused(tmp_path / "a.jsonl", "Row 1 .* holds part of a character in the field 'text'")
+    (tmp_path / "a.jsonl").write_text('["hello"]')
+    refused(tmp_path / "a.jsonl", r"Row 1 .* is \['hello'\]; wanted: names and values")
 
 
 @pytest.mark.parametrize(
@@ -130,16 +134,16 @@ def test_an_empty_file_is_refused(tmp_path, name, content):
 
 def test_a_file_that_is_not_what_its_suffix_says_is_refused(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "x"')
-    refused(tmp_path / "a.jsonl", "No rows could be read from .*a.jsonl as .jsonl")
+    refused(tmp_path / "a.jsonl", "Line 1 of .*a.jsonl is not JSON: .* Is the file whole")
     (tmp_path / "a.parquet").write_text("no parquet")
-    refused(tmp_path / "a.parquet", "No rows could be read from .*a.parquet as .parquet")
+    refused(tmp_path / "a.parquet", "a.parquet is not a Parquet file: .* Is the file whole")
 
 
 def test_unknown_suffixes_and_missing_files_are_refused(tmp_path):
     (tmp_path / "a.docx").write_text("x")
     refused(tmp_path / "a.docx", r"ends in '.docx'. Known are: .csv, .json, .jsonl, .parquet, .txt")
     refused(tmp_path / "noname", "ends in 'no suffix'")
-    refused(tmp_path / "none.txt", "There is no file .*none.txt")
+    refused(tmp_path / "none.txt", "none.txt does not exist. Give the path")
 
 
 def test_documents_longer_than_the_context_are_refused(tmp_path):
@@ -198,7 +202,7 @@ def test_a_data_set_that_cannot_be_had_is_told(monkeypatch, error):
 
     monkeypatch.setattr(datasets, "load_dataset", fails)
     monkeypatch.setattr(datasets, "load_dataset_builder", fails)
-    for ask in (HubText("owner/set").load, HubText("owner/set").identity):
+    for ask in (lambda: list(HubText("owner/set").read(0)), HubText("owner/set").identity):
         with pytest.raises(ValueError, match=rf"'owner/set'.*could not be loaded: {error}.*network.*SelfGenerated"):
             ask()
 
