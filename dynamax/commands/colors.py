@@ -50,3 +50,9 @@ class DepthColors:
             mark = self.paint(f" {name} {depth} ", depth)
             parts.append(f"{mark} {counts.get(depth, 0) / max(tokens, 1):.0%}")
         return "   ".join(parts)
+
+
+def head(prompts: Sequence[str], number: int) -> None:
+    """Say which prompt is answered, where there are several."""
+    if len(prompts) > 1:
+        print(("\n" if number else "") + f"> {prompts[number]}")

@@ -5,12 +5,13 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from collections.abc import Sequence
+from json import dumps
 from pathlib import Path
 from typing import Any, Literal
 
 from dynamax.backbones.sources import SmolLM2, Source
 from dynamax.calibration.promise import Promise
-from dynamax.commands.colors import DepthColors, coloured
+from dynamax.commands.colors import DepthColors, coloured, head
 from dynamax.commands.parsing import Parser, prepare
 from dynamax.decoding.base import DecoderFactory
 from dynamax.engine import Engine, load
@@ -23,6 +24,8 @@ from dynamax.serving.options import EdgeOptions, check_installed
 from dynamax.stream import Answer, Stream
 
 DEMO = "runs/demo/heads"
+STDIN = "-"
+"""The prompt that stands for standard input."""
 WITHOUT_HEADS = "--exits '{2: {}, 4: {}}' --policy MaxProb --policy.threshold 0.5"
 SHORT = {"--threshold": "--policy.threshold"}
 DEFAULTS = {"policy": {"class_path": "GateConfidence", "init_args": {"threshold": 0.8, "gate": "MambaGate"}}}
@@ -33,27 +36,53 @@ def main(arguments: Sequence[str]) -> None:
     prepare()
     parser = Parser(prog="dynamax generate", description="Answer a prompt and show the depth each token left at.")
     parser.add_argument("-c", "--config", action="config", help="Options from a YAML file.")
-    parser.add_argument("prompt", type=str, help="What to answer.")
-    parser.add_function_arguments(generate, skip={"prompt"}, sub_configs=True)
+    parser.add_argument("prompts", type=str, nargs="+", help="What to answer.")
+    parser.add_function_arguments(generate, skip={"prompts"}, sub_configs=True)
     parser.set_defaults(DEFAULTS)
     options = list(arguments[1:])
     for place in range(options.index("--") if "--" in options else len(options)):
         name, equals, value = options[place].partition("=")
         options[place] = SHORT.get(name, name) + equals + value
     given = parser.read_arguments(options)
-    if not given.prompt:
-        raise UserError('The prompt is empty. Write what to answer: dynamax generate "What is the capital of France?"')
-    try:
-        given.prompt.encode()
-    except UnicodeEncodeError as error:  # bytes of another encoding than the terminal's
-        raise UserError("The prompt holds bytes that are not UTF-8. Write it in UTF-8.") from error
+    given.prompts = prompts_in(given.prompts)
     built = parser.instantiate(given).as_dict()
     built.pop("config")
     generate(**built)
 
 
+def prompts_in(given: Sequence[str]) -> list[str]:
+    """The prompts: those that were written, and for ``-`` all that standard input holds.
+
+    Raises:
+        UserError: If one is empty, or not UTF-8; if standard input was asked for twice.
+    """
+    if list(given).count(STDIN) > 1:
+        raise UserError(f"{STDIN} stands for standard input, which can be read once. Leave out one of them.")
+    found = []
+    for prompt in given:
+        text = _standard_input() if prompt == STDIN else prompt
+        if not text:
+            where = "Standard input" if prompt == STDIN else "The prompt"
+            raise UserError(
+                f'{where} is empty. Write what to answer: dynamax generate "What is the capital of France?"'
+            )
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:  # bytes of another encoding than the terminal's
+            raise UserError("The prompt holds bytes that are not UTF-8. Write it in UTF-8.") from error
+        found.append(text)
+    return found
+
+
+def _standard_input() -> str:
+    try:
+        return sys.stdin.buffer.read().decode().removesuffix("\n").removesuffix("\r")
+    except ValueError as error:  # other bytes, or it is closed
+        raise UserError("Standard input is closed, or not UTF-8. Give the prompt in UTF-8.") from error
+
+
 def generate(
-    prompt: str,
+    prompts: Sequence[str],
     policy: TerminationPolicy | None,
     *,
     backbone: Source | None = None,
@@ -74,11 +103,12 @@ def generate(
     device: Literal["auto", "cpu", "cuda"] = "auto",
     promise: Promise | None = None,
     edge: EdgeOptions | None = None,
+    json: bool = False,
 ) -> None:
-    """Print the answer, a legend, and what was saved.
+    """Print each answer, a legend, and what was saved.
 
     Args:
-        prompt: What to answer.
+        prompts: What to answer, one after the other.
         policy: When to leave; --threshold is short for --policy.threshold. Full decodes without: null.
         backbone: Where the model comes from; left out, the model that the heads were trained for.
         heads: Folder of trained heads, as fit leaves it; where neither these nor exits are given, runs/demo/heads.
@@ -101,7 +131,8 @@ def generate(
         device: Where to run; auto takes a GPU where there is one.
         promise: What dynamax calibrate promised of the policy; its file has both, and the promise is shown.
         edge: Answer with the blocks of an edge, and ask a cloud: --edge.folder runs/split/edge --edge.cloud HOST:PORT.
-            Its folder has model and heads.
+            Its folder has model and heads. Its other options: --edge.help.
+        json: Print a line of JSON for each prompt: text, tokens, the depth each token left at, costs.
     """
     print("dynamax generate: loading the model", file=sys.stderr, flush=True)
     numbers: dict[str, Any] = {"dtype": dtype, "precision": precision, "compile": compile, "device": device}
@@ -125,7 +156,7 @@ def generate(
         check_installed()
         from dynamax.commands.edge import show_edge  # gRPC is wanted here alone
 
-        show_edge(edge, prompt, policy, precision=precision, chat=chat, **options)
+        show_edge(edge, prompts, policy, precision=precision, chat=chat, as_json=json, **options)
         return
     if exits is None:
         folder = DEMO if heads is None else str(heads)
@@ -139,9 +170,31 @@ def generate(
         engine = load(backbone or SmolLM2(), heads=None if heads is None else str(heads), exits=exits, **numbers)
     if promise is not None:
         promise.check_model(engine.backbone.spec.fingerprint)
-    show(engine, engine.stream(prompt, policy, decoder=decoder, chat=chat, **options))
-    if promise is not None:
+    for number, prompt in enumerate(prompts):
+        stream = engine.stream(prompt, policy, decoder=decoder, chat=chat, **options)
+        if json:
+            print(as_json(prompt, stream.answer()), flush=True)
+        else:
+            head(prompts, number)
+            show(engine, stream)
+    if promise is not None and not json:
         print(f"Promised: {promise.text}.")
+
+
+def as_json(prompt: str, answer: Answer) -> str:
+    """An answer as one line of JSON; costs are those behind the prompt's own pass, and null if there are none."""
+    cost = answer.cost
+    found = {
+        "prompt": prompt,
+        "text": answer.text,
+        "tokens": answer.tokens,
+        "depths": answer.depths,
+        "seconds": round(answer.seconds, 4),
+        "blocks": cost.total,
+        "blocks_per_token": cost.blocks_per_token if cost.tokens else None,
+        "flops_share": cost.cost.flops / cost.full.flops if cost.tokens else None,
+    }
+    return dumps(found, ensure_ascii=False)
 
 
 def show(engine: Engine, stream: Stream) -> None:

@@ -97,7 +97,11 @@ CONFIG = Option(
     "Options from a YAML file. A later file lies over an earlier one, and "
     "options lie over both. Paths of what is read count from the file that names them.",
 )
-PROMPT = Option("PROMPT", None, "What to answer: any text. One that begins with - stands behind --.")
+PROMPT = Option(
+    "PROMPT...",
+    None,
+    "What to answer: any text, or several. - is standard input; a text that begins with - stands behind --.",
+)
 MODEL = Option(
     "MODEL",
     None,
@@ -124,8 +128,8 @@ HELP = {
     "import-heads": "--backbone.help Hub",
 }
 """What stands for an option with options of its own, where that is no policy; None where there is none."""
-HIDDEN = ("prompt", "model", "recipe", "command", "folder")
-"""Arguments of these functions that are no options."""
+HIDDEN = ("generate.prompts", "model", "recipe", "command", "folder")
+"""Arguments of these functions that are no options; those of one command stand behind its name."""
 
 
 def page(command: str, purpose: str) -> str:
@@ -153,7 +157,12 @@ def page(command: str, purpose: str) -> str:
         module, first = FUNCTIONS[command]
         lines += _entries("", [] if first is None else [first])
         lines += _entries(
-            "--", [each for each in options(module, re.sub("[ -]", "_", command)) if each.name not in HIDDEN]
+            "--",
+            [
+                each
+                for each in options(module, re.sub("[ -]", "_", command))
+                if not {each.name, f"{command}.{each.name}"} & {*HIDDEN}
+            ],
         )
     for part in PARTS.get(command, ()):
         found = [each for each in options(part.module, part.name) if part is not STORE or each.name not in LINKED]

@@ -98,7 +98,7 @@ def serve_cloud(
         print(
             f"Blocks {span.start} to {span.stop}{f' in {replicas} replicas' if replicas > 1 else ''} listen at "
             f"{host}:{server.port}, {'TLS' if pair else 'without TLS'}; "
-            f"{f'{len(tokens)} tokens are known' if tokens else 'no token is needed'}",
+            f"{f'bearer tokens: {len(tokens)}' if tokens else 'no token is needed'}",
             flush=True,
         )
         ended = threading.Event()

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import socket
+import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -91,17 +94,43 @@ def serve_edge(
             f"The endpoint was to listen at {address}, where others can reach it, and wants no token. Give a "
             f"token_file, or listen at 127.0.0.1."
         )
-    if edge is not None:
-        engine, factory, link = open_edge(edge, precision)
-        called = name or Path(str(edge.folder)).resolve().parent.name
-    else:
-        assert backbone is not None
-        trained = None if heads is None else str(heads)
-        engine = load(backbone, heads=trained, exits=exits, precision=precision, compile=compile)
-        factory, link = decoder, None
-        called = name or Path(backbone).name
-    answerer = Answerer(engine, called, policy, factory, waiting=waiting, greedy=link is not None)
-    app = endpoint(answerer, known)
-    print(f"{called} answers at http{'s' if certificate else ''}://{address}/v1, a page to chat on is at /", flush=True)
-    tls: dict[str, Any] = {} if certificate is None else {"ssl_certfile": str(certificate), "ssl_keyfile": str(key)}
-    uvicorn.run(app, host=host, port=port, log_level="warning", **tls)
+    with listener(host, port) as listening:
+        if edge is not None:
+            engine, factory, link = open_edge(edge, precision)
+            called = name or Path(str(edge.folder)).resolve().parent.name
+        else:
+            assert backbone is not None
+            trained = None if heads is None else str(heads)
+            engine = load(backbone, heads=trained, exits=exits, precision=precision, compile=compile)
+            factory, link = decoder, None
+            called = name or Path(backbone).name
+        answerer = Answerer(engine, called, policy, factory, waiting=waiting, greedy=link is not None)
+        app = endpoint(answerer, known, link)
+        if link is not None and (fault := link.fault()):
+            print(f"dynamax: {fault}", file=sys.stderr)
+        print(
+            f"{called} answers at http{'s' if certificate else ''}://{address}/v1, a page to chat on is at /",
+            flush=True,
+        )
+        tls: dict[str, Any] = {} if certificate is None else {"ssl_certfile": str(certificate), "ssl_keyfile": str(key)}
+        with suppress(KeyboardInterrupt):  # the way to end it
+            uvicorn.Server(uvicorn.Config(app, log_level="warning", **tls)).run([listening])
+
+
+def listener(host: str, port: int) -> socket.socket:
+    """A socket at an address, taken before any work.
+
+    Raises:
+        UserError: If the address is taken, or none of this machine's.
+    """
+    found = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        found.bind((host, port))
+    except OSError as error:
+        found.close()
+        raise UserError(
+            f"The endpoint cannot listen at {host}:{port}: {error.strerror or error}. Choose another --address, or "
+            f"free this one."
+        ) from error
+    return found

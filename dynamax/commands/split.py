@@ -42,7 +42,8 @@ def split(
         model: Which model, as dynamax.load takes it; a folder of heads brings its model.
         heads: Folder of heads for the model.
         exits: Untrained exits in place of heads, such as '{2: {}, 4: {}}'.
-        at: Depth of the edge's last exit, in blocks; the edge has the blocks below. Left out, the last exit's.
+        at: Depth of the edge's last exit, in blocks; the edge has the blocks below. Left out, the last exit's below
+            the top.
         cloud_from: Depth at which the edge sends hidden states up, that of an exit; the cloud has the blocks above.
             Left out, the same as at. A lower one lets states travel while the edge goes on; blocks between are on both
             sides.
@@ -63,8 +64,13 @@ def split(
         write_folders(source.folder(), engine.exits, cut, Path(out)), (cut.edge, cut.cloud), strict=True
     ):
         print(f"Wrote blocks {span.start} to {span.stop} to {folder}, {_megabytes(folder):.0f} MB")
+    if left := [depth for depth in engine.exits.depths if depth > cut.edge.stop]:
+        print(f"Left out: the exits at {', '.join(map(str, left))}, which the edge does not reach")
     print(f"Next: dynamax serve cloud --part {out}/cloud --address HOST:PORT")
-    print(f"and, on the device: dynamax generate '...' --edge.folder {out}/edge --edge.cloud HOST:PORT")
+    print(
+        f"and, on the device: dynamax generate '...' --edge.folder {out}/edge --edge.cloud HOST:PORT "
+        f"--policy MaxProb --threshold 0.8"
+    )
 
 
 def _megabytes(folder: Path) -> float:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dynamax.decoding.base import Decoder, DecoderFactory
+from dynamax.decoding.sampling import Greedy
 from dynamax.engine import Engine, Prompt
 from dynamax.errors import UserError
 from dynamax.policies.base import TerminationPolicy
@@ -66,7 +67,10 @@ class Answerer:
         policy: When to leave; None for full depth.
         decoder: How to decode; left out, EarlyExit where there is a policy, else Full.
         waiting: Most answers that wait for their turn; each takes a thread.
-        greedy: Whether tokens are the most likely ones unless a caller asks otherwise, whatever the model's rules say.
+        greedy: Whether tokens are the most likely ones, whatever the model's rules say.
+
+    Attributes:
+        greedy: As it was given.
 
     Raises:
         UserError: If the policy does not fit the exits, or ``waiting`` is out of bounds.
@@ -85,7 +89,7 @@ class Answerer:
         if not 0 <= waiting <= MOST_WAITING:
             raise UserError(f"waiting is {waiting}; it must be from 0 to {MOST_WAITING}.")
         engine.decoder(policy, decoder)  # what cannot decode is refused now, not at every request
-        self.engine, self.name, self._greedy = engine, name, greedy
+        self.engine, self.name, self.greedy = engine, name, greedy
         self._policy, self._factory = policy, decoder
         self._turn, self._room = threading.Lock(), threading.Semaphore(waiting + 1)
 
@@ -110,8 +114,10 @@ class Answerer:
         Raises:
             UserError: If an option is unknown, or the prompt does not fit the context.
         """
-        if self._greedy and options.get("do_sample") is None:
+        if self.greedy and options.get("do_sample") is None:
             options = {**options, "do_sample": False}
+        if isinstance(self.engine.options(**{**options, "seed": None}).sampler, Greedy):
+            options = {**options, "seed": None}  # the answer is the same for every seed
         said = self.engine.options(**options)
         decoder = self.engine.decoder(self._policy, self._factory, sampler=said.sampler)
         prompt_1T = self.engine.encode(prompt, chat=chat)

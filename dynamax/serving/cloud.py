@@ -111,7 +111,9 @@ class Server:
             else:
                 self.port = self._server.add_secure_port(address, _credentials(certificate))
         except RuntimeError as error:
-            raise UserError(f"The cloud cannot listen at {address}: {error}. Choose another address.") from error
+            raise UserError(
+                f"The cloud cannot listen at {address}: it is taken, or none of this machine's. Choose another address."
+            ) from error
         if not self.port:
             raise UserError(f"The cloud cannot listen at {address}. Choose another port, or free this one.")
 

@@ -22,10 +22,12 @@ from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingRes
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import Headers
+from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from dynamax.errors import UserError
 from dynamax.serving.answers import Answerer, BusyError, Ended, Piece
+from dynamax.serving.link import Link
 
 MOST_BODY = 1_000_000
 """Bytes of a request."""
@@ -50,6 +52,8 @@ HARMLESS: dict[str, Sequence[object]] = {
 UNHEEDED = ("user", "metadata", "store", "service_tier", "parallel_tool_calls", "prompt_cache_key", "safety_identifier")
 """Fields that change no token."""
 
+ROUTES = "Here are /v1/chat/completions, /v1/completions, /v1/models, /health and the page at /."
+
 
 class StreamOptions(BaseModel):
     """What a stream says beside its tokens."""
@@ -72,11 +76,23 @@ class Asked(BaseModel):
     stream_options: StreamOptions | None = None
 
 
+class TextPart(BaseModel):
+    """A part of a turn."""
+
+    type: Literal["text"]
+    text: str
+
+
 class Turn(BaseModel):
     """A turn of a conversation; of text alone."""
 
     role: Literal["system", "user", "assistant", "developer"]
-    content: str
+    content: str | Annotated[list[TextPart], Field(min_length=1)]
+
+    @property
+    def text(self) -> str:
+        """All of it."""
+        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
 
 
 class ChatAsked(Asked):
@@ -100,12 +116,13 @@ class Refused(Exception):  # noqa: N818 - an answer
         self.status, self.message, self.field = status, message, field
 
 
-def endpoint(answerer: Answerer, tokens: Sequence[str] = ()) -> FastAPI:
+def endpoint(answerer: Answerer, tokens: Sequence[str] = (), link: Link | None = None) -> FastAPI:
     """The application.
 
     Args:
         answerer: What answers.
         tokens: Whoever shows one of these may ask; none lets everybody.
+        link: To the cloud that the answerer asks, for its health.
     """
     app = FastAPI(title="dynamax", docs_url=None, redoc_url=None, openapi_url=None)
     app.add_middleware(Guard, tokens=tokens)
@@ -118,7 +135,11 @@ def endpoint(answerer: Answerer, tokens: Sequence[str] = ()) -> FastAPI:
     def _(_: Request, error: RequestValidationError) -> JSONResponse:
         first = error.errors()[0]
         field = ".".join(str(each) for each in first["loc"] if each != "body")
-        return _error(400, f"{field or 'The request'}: {first['msg']}", field or None)
+        return _error(400, f"{field if field and field != '0' else 'The request'}: {first['msg']}", field or None)
+
+    @app.exception_handler(HTTPException)
+    def _(asked: Request, error: HTTPException) -> JSONResponse:
+        return _error(error.status_code, f"{asked.method} {asked.url.path}: {error.detail}. {ROUTES}", None)
 
     @app.get("/", response_class=HTMLResponse)
     def _() -> str:
@@ -126,19 +147,27 @@ def endpoint(answerer: Answerer, tokens: Sequence[str] = ()) -> FastAPI:
 
     @app.get("/health")
     def _() -> dict[str, str]:
-        return {"status": "ok"}
+        if link is None:
+            return {"status": "ok"}
+        return {"status": "ok", "cloud": link.fault() or "ok"}
+
+    model = {"id": answerer.name, "object": "model", "created": 0, "owned_by": "dynamax"}
 
     @app.get("/v1/models")
     def _() -> dict[str, Any]:
-        model = {"id": answerer.name, "object": "model", "created": 0, "owned_by": "dynamax"}
         return {"object": "list", "data": [model]}
+
+    @app.get("/v1/models/{name:path}")
+    def _(name: str) -> dict[str, Any]:
+        check_model(name, answerer.name)
+        return model
 
     @app.post("/v1/chat/completions", response_model=None)
     def _(asked: ChatAsked) -> Response:
         if asked.max_tokens is not None and asked.max_completion_tokens is not None:
             raise Refused(400, "max_tokens and max_completion_tokens say the same; give one of them.", "max_tokens")
         most = asked.max_completion_tokens or asked.max_tokens
-        turns = [{"role": turn.role, "content": turn.content} for turn in asked.messages]
+        turns = [{"role": turn.role, "content": turn.text} for turn in asked.messages]
         return Reply(answerer, asked, turns, most, chat=True).response()
 
     @app.post("/v1/completions", response_model=None)
@@ -244,7 +273,7 @@ class Reply:
     """
 
     def __init__(self, answerer: Answerer, asked: Asked, prompt: Any, most: int | None, *, chat: bool) -> None:  # noqa: ANN401
-        check(asked, answerer.name)
+        check(asked, answerer)
         stop = [asked.stop] if isinstance(asked.stop, str) else asked.stop
         sampled = asked.temperature != 0 and (asked.temperature is not None or asked.top_p is not None)
         options = {
@@ -312,10 +341,23 @@ class Reply:
         return f"data: {json.dumps({**self._about, 'choices': [choice], **more})}\n\n"
 
 
-def check(asked: Asked, name: str) -> None:
+def check_model(asked: str, name: str) -> None:
+    """Refuse another model."""
+    if asked != name:
+        raise Refused(404, f"There is no model {asked!r} here; this server has {name!r}.", "model")
+
+
+def check(asked: Asked, answerer: Answerer) -> None:
     """Refuse another model, and fields that would change the answer and are not followed."""
-    if asked.model != name:
-        raise Refused(404, f"There is no model {asked.model!r} here; this server has {name!r}.", "model")
+    check_model(asked.model, answerer.name)
+    for field in ("temperature", "top_p"):
+        if answerer.greedy and asked.temperature != 0 and getattr(asked, field) not in (None, 0):
+            raise Refused(
+                400,
+                f"{field} is not followed here: this edge asks a cloud, which gives the most likely token. Leave it "
+                f"out, or give temperature 0.",
+                field,
+            )
     for field, given in (asked.model_extra or {}).items():
         if field in UNHEEDED:
             continue

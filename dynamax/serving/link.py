@@ -140,6 +140,7 @@ class Link:
         self._part, self.start = part, part.sends
         self._name, self._format, self.exact = format, wire_format(format), format == "float32"
         self._worth = min(CHUNK, math.ceil(WORTH / self._format.size(1, part.width)))
+        self._tls = root is not None
         self._connection = Connection(address, token=token, root=root)
         self._sent = _Sent()
         self._closing: Any = None
@@ -209,14 +210,33 @@ class Link:
                 except TimeoutError:
                     reason = "no session could be opened"
                 if time.monotonic() + pause > until:
-                    raise CloudDown(
-                        f"The cloud at {self.address} did not answer in time: {reason}. Start it, or correct the "
-                        f"address; with a deadline the edge answers alone meanwhile."
-                    )
+                    raise CloudDown(self._told(until - begin, reason))
                 time.sleep(pause)
                 pause = min(2 * pause, 1.0)
         finally:
             self.traffic.waited += time.monotonic() - begin
+
+    def fault(self, timeout: float = 2.0) -> str | None:
+        """Why the cloud does not answer now, in a sentence; None if it does."""
+        try:
+            self._call("health", {}, time.monotonic() + timeout)
+        except grpc.RpcError as error:
+            if error.code() not in (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.FAILED_PRECONDITION):
+                return self._told(timeout, _reason(error))
+        return None
+
+    def _told(self, waited: float, reason: str) -> str:
+        return f"The cloud at {self.address} did not answer within {waited:.3g} s: {reason}. {self._remedy(reason)}"
+
+    def _remedy(self, reason: str) -> str:
+        if self._tls and "handshake" in reason.lower():
+            return "Give the certificate that vouches for it as edge.root, or none for a cloud without TLS."
+        if any(sign in reason for sign in ("Socket closed", "reset", "HTTP/2", "preface")):
+            return (
+                "Something listens there, and speaks otherwise: a cloud with a certificate wants edge.root, and the "
+                "address of a page or of metrics is not the cloud's."
+            )
+        return "Start it, or correct the address; with a deadline the edge answers alone meanwhile."
 
     def close(self) -> None:
         """End the connection."""
@@ -378,4 +398,10 @@ class Link:
 
 
 def _reason(error: grpc.RpcError) -> str:
-    return (error.details() or str(error.code())).splitlines()[0]
+    """What went wrong, in a few words: gRPC's own are led by a chain of addresses."""
+    told = (error.details() or str(error.code())).splitlines()[0]
+    if "Connection refused" in told:
+        return "nothing listens there (connection refused)"
+    if "DNS resolution" in told or "domain name" in told:
+        return "there is no such host"
+    return "it is slow, or silent" if "Deadline Exceeded" in told else told.rpartition("last error: ")[2].strip(". ")

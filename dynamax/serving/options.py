@@ -38,8 +38,10 @@ def host_and_port(address: str) -> tuple[str, int]:
         UserError: If it is not of this form.
     """
     host, _, port = address.rpartition(":")
-    if not host or not port.isascii() or not port.isdigit() or int(port) > 65535:
-        raise UserError(f"The address {address!r} was given; HOST:PORT is wanted, such as 127.0.0.1:7070.")
+    if not host or "/" in host or not port.isascii() or not port.isdigit() or int(port) > 65535:
+        raise UserError(
+            f"The address {address!r} was given; HOST:PORT is wanted, without http://, such as 127.0.0.1:7070."
+        )
     return host.strip("[]"), int(port)
 
 

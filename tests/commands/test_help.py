@@ -77,7 +77,7 @@ def test_options_of_generate_are_those_of_the_function(run: Run, capsys: pytest.
     assert [each.name for each in found] == list(inspect.signature(generate).parameters)
     assert run("generate", "-h") == 0
     shown = capsys.readouterr().out
-    assert all(each.text and f"  --{each.name} " in shown for each in found if each.name != "prompt")
+    assert all(each.text and f"  --{each.name} " in shown for each in found if each.name != "prompts")
 
 
 def test_options_of_bench_are_those_of_the_function(run: Run, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -68,7 +69,7 @@ def test_two_processes_and_tls_say_what_one_says(
     }
     monkeypatch.setenv("NO_COLOR", "1")
     with running(*cloud) as line:
-        port = re.search(r":(\d+), TLS; 1 tokens are known", line)
+        port = re.search(r":(\d+), TLS; bearer tokens: 1", line)
         assert port is not None, line
         edge = ["--edge.folder", str(out / "edge"), "--edge.cloud", f"127.0.0.1:{port[1]}", "--edge.root", str(root)]
         edge += ["--edge.token_file", str(token), "--precision", "null", "--max_new_tokens", "24"]
@@ -146,6 +147,15 @@ POLICY = ["--policy", "MaxProb", "--policy.threshold", "0.9"]
         (["generate", PROMPT, *FOLDER, *POLICY, "--edge.cloud", "h:1", "--edge.mode", "standalone"], "asks no cloud"),
         (["generate", PROMPT, *FOLDER, *POLICY, "--edge.cloud", "h:1", "--heads", "x"], "heads stood beside edge"),
         (["generate", PROMPT, *FOLDER, *POLICY, "--edge.cloud", "h:1", "--device", "cuda"], "device stood beside edge"),
+        (["generate", PROMPT, *FOLDER, *POLICY, "--edge.cloud", "http://h:1"], "without http://"),
+        (
+            ["generate", PROMPT, *FOLDER, *POLICY, "--edge.cloud", "h:1", "--temperature", "1"],
+            "temperature was given",
+        ),
+        (
+            ["generate", PROMPT, *FOLDER, *POLICY, "--edge.cloud", "h:1", "--do_sample", "true"],
+            "do_sample was given",
+        ),
         (["generate", PROMPT, "--edge.folder", "CLOUD", *POLICY, "--edge.cloud", "h:1"], "Give the folder edge"),
         (["generate", PROMPT, "--edge.folder", "nowhere", *POLICY, "--edge.cloud", "h:1"], "holds no part of a model"),
     ],
@@ -159,3 +169,24 @@ def test_what_makes_no_sense_is_refused_in_a_line(
     error = capsys.readouterr().err.replace("\n", " ")
     assert told in error
     assert "Traceback" not in error
+
+
+def test_an_exit_that_no_edge_reaches_is_told_and_the_next_command_works(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    exits = "{2: {}, 4: {}, 8: {}}"
+    assert run("split", "assets/llama", "--exits", exits, "--at", "2", "--out", str(tmp_path / "s")) == 0
+    told = capsys.readouterr().out
+    assert "Left out: the exits at 4, 8, which the edge does not reach" in told
+    (command,) = re.findall(r"dynamax generate '\.\.\.' (.*) --edge.cloud HOST:PORT (.*)", told)
+    options = [*" ".join(command).split(), "--edge.mode", "standalone", "--max_new_tokens", "2"]
+    assert run("generate", PROMPT, *options) == 0
+
+
+def test_a_taken_port_is_told_before_any_work(capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        assert run("serve", "edge", "--backbone", "assets/llama", "--address", address) == 2
+    told = capsys.readouterr()
+    assert f"cannot listen at {address}: Address already in use" in told.err
+    assert "answers at" not in told.out

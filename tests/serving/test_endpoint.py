@@ -22,21 +22,23 @@ from dynamax.policies import MaxProb, Never, OnlyAt
 from dynamax.serving.answers import Answerer, Ended, Piece
 from dynamax.serving.edge import Collaborative
 from dynamax.serving.endpoint import endpoint
+from dynamax.serving.link import Link
 from dynamax.stream import Stream
 from tests.report.browser import CHROMIUM, Browser
 from tests.serving.house import cloud, edge_part, link, whole
 
+JSON = {"content-type": "application/json"}
 QUESTION = "What is the capital of France?"
 TURNS = [{"role": "user", "content": QUESTION}]
 
 
 @contextmanager
-def served(answerer: Answerer, tokens: tuple[str, ...] = ()) -> Iterator[str]:
+def served(answerer: Answerer, tokens: tuple[str, ...] = (), to: Link | None = None) -> Iterator[str]:
     """An endpoint that listens, by its address."""
     with socket.socket() as held:
         held.bind(("127.0.0.1", 0))
         port = held.getsockname()[1]
-    server = uvicorn.Server(uvicorn.Config(endpoint(answerer, tokens), port=port, log_level="critical"))
+    server = uvicorn.Server(uvicorn.Config(endpoint(answerer, tokens, to), port=port, log_level="critical"))
     thread = threading.Thread(target=server.run)
     thread.start()
     while not server.started:
@@ -136,6 +138,41 @@ def test_fields_that_change_nothing_are_taken(address: str) -> None:
     harmless = {"n": 1, "frequency_penalty": 0, "logprobs": False, "user": "me", "response_format": {"type": "text"}}
     found = client(address).chat.completions.create(model="sibling", messages=TURNS, max_tokens=2, **harmless)
     assert found.usage.completion_tokens <= 2
+    for seed in ({"seed": 1}, {"seed": 2, "temperature": 0}):
+        same = client(address).chat.completions.create(model="sibling", messages=TURNS, max_tokens=2, **seed)
+        assert same.choices[0].message.content == found.choices[0].message.content
+
+
+def test_a_turn_may_come_in_parts_of_text(address: str) -> None:
+    parts = [{"type": "text", "text": QUESTION[:9]}, {"type": "text", "text": QUESTION[9:]}]
+    asked = {"model": "sibling", "max_tokens": 8}
+    one, other = (
+        client(address).chat.completions.create(messages=[{"role": "user", "content": content}], **asked)
+        for content in (QUESTION, parts)
+    )
+    assert one.choices[0].message.content == other.choices[0].message.content
+
+
+def test_what_is_not_there_is_said_in_the_words_of_the_protocol(address: str) -> None:
+    assert client(address).models.retrieve("sibling").id == "sibling"
+    with pytest.raises(openai.NotFoundError, match="There is no model 'other' here"):
+        client(address).models.retrieve("other")
+    with pytest.raises(openai.NotFoundError, match=r"POST /v1/embeddings: Not Found. Here are /v1/chat/completions"):
+        client(address).embeddings.create(model="sibling", input="x")
+    refused = httpx2.post(f"{address}/v1/chat/completions", content=b"no JSON", headers=JSON)
+    assert refused.json()["error"]["message"].startswith("The request: JSON decode error")
+
+
+def test_the_health_of_an_edge_tells_of_its_cloud() -> None:
+    backbone, exits, _ = edge_part("llama")
+    engine = Engine(backbone, whole("llama").tokenizer, exits, whole("llama").generation_config)
+    with cloud("llama") as server, link("llama", server.port) as there, link("llama", 1) as gone:
+        for connection, told in ((there, "ok"), (gone, "nothing listens there")):
+            answerer = Answerer(engine, "edge", Never(), partial(Collaborative, link=connection), greedy=True)
+            with served(answerer, to=connection) as address:
+                found = httpx2.get(f"{address}/health").json()
+                assert found["status"] == "ok"
+                assert told in found["cloud"]
 
 
 def test_a_wrong_key_is_refused() -> None:
@@ -228,8 +265,11 @@ def test_an_edge_says_where_each_token_came_from() -> None:
         ]
         again = client(address).chat.completions.create(model="edge", messages=TURNS, max_tokens=24)
         assert again.choices[0].message.content == wanted.text  # greedy unless asked otherwise
-        with pytest.raises(openai.APIStatusError, match="the cloud says the most likely token"):
-            client(address).chat.completions.create(model="edge", messages=TURNS, max_tokens=4, temperature=1)
+        seeded = client(address).chat.completions.create(model="edge", messages=TURNS, max_tokens=24, seed=3)
+        assert seeded.choices[0].message.content == wanted.text  # the same for every seed
+        for chance in ({"temperature": 1}, {"temperature": 0.2}, {"top_p": 0.9}):
+            with pytest.raises(openai.BadRequestError, match="asks a cloud, which gives the most likely token"):
+                client(address).chat.completions.create(model="edge", messages=TURNS, max_tokens=4, **chance)
 
 
 def test_a_cloud_that_is_gone_is_said() -> None:
@@ -239,7 +279,7 @@ def test_a_cloud_that_is_gone_is_said() -> None:
         answerer = Answerer(engine, "edge", Never(), partial(Collaborative, link=connection))
         with served(answerer) as address:
             for stream in (False, True):
-                with pytest.raises(openai.APIError, match="did not answer in time"):
+                with pytest.raises(openai.APIError, match="did not answer within 0.3 s: nothing listens"):
                     list(client(address).chat.completions.create(model="edge", messages=TURNS, stream=stream))
 
 
@@ -248,13 +288,26 @@ def test_the_page_chats_and_colours_tokens(tmp_path: Path) -> None:
     with edge(MaxProb(0.8)) as answerer, served(answerer) as address, Browser(tmp_path / "profile") as browser:
         browser.open(f"{address}/")
         browser.evaluate(f"at('text').value = {QUESTION!r}; at('form').requestSubmit()")
-        for _ in range(200):
-            if browser.evaluate("document.querySelector('.facts') !== null"):
-                break
-            time.sleep(0.05)
+        wait(browser, "document.querySelector('.facts') !== null")
         origins = browser.evaluate("[...document.querySelectorAll('.token')].map(each => each.className.split(' ')[1])")
         text = browser.evaluate("[...document.querySelectorAll('.token')].map(each => each.textContent).join('')")
         assert browser.errors == []
         assert {"cloud", "exit"} <= set(origins)
         assert text.strip() in whole("llama").generate(QUESTION, policy=MaxProb(0.8), max_new_tokens=256).text
         assert all(each.startswith((address, "data:")) for each in browser.asked)
+        for turn in range(2, 5):  # with 256 tokens for each answer, the context of 512 is full at the third
+            browser.evaluate("at('text').value = 'And " + "of all the towns in Spain and Portugal, " * 6 + "?'; 0")
+            browser.evaluate("at('form').requestSubmit()")
+            wait(browser, f"document.querySelectorAll('.facts').length === {turn}")
+        assert "earliest turns are left out" in browser.evaluate("at('turns').textContent")
+        browser.evaluate("at('new').click()")
+        assert browser.evaluate("turns.length + at('turns').children.length") == 0
+        assert all("400 (Bad Request)" in error for error in browser.errors)  # a browser notes what was refused
+
+
+def wait(browser: Browser, condition: str) -> None:
+    for _ in range(400):
+        if browser.evaluate(condition):
+            return
+        time.sleep(0.05)
+    raise AssertionError(condition)
