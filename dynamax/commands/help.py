@@ -156,14 +156,8 @@ def page(command: str, purpose: str) -> str:
     if command in FUNCTIONS:
         module, first = FUNCTIONS[command]
         lines += _entries("", [] if first is None else [first])
-        lines += _entries(
-            "--",
-            [
-                each
-                for each in options(module, re.sub("[ -]", "_", command))
-                if not {each.name, f"{command}.{each.name}"} & {*HIDDEN}
-            ],
-        )
+        found = options(module, re.sub("[ -]", "_", command))
+        lines += _entries("--", [each for each in found if not {each.name, f"{command}.{each.name}"} & {*HIDDEN}])
     for part in PARTS.get(command, ()):
         found = [each for each in options(part.module, part.name) if part is not STORE or each.name not in LINKED]
         lines += ["", f"Options of --{part.prefix} {part.name}", *_entries(f"--{part.prefix}.", found)]
