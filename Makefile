@@ -7,7 +7,7 @@ BIN ?= $(VENV)/bin/
 PY ?= $(BIN)python
 READY ?= $(VENV)/.ready
 
-.PHONY: setup demo demo-mamba test check bench cross gpu clean
+.PHONY: setup demo demo-mamba test quick check bench cross gpu clean
 
 setup: $(READY)
 
@@ -31,8 +31,13 @@ demo-mamba: $(READY)
 	$(PY) -m dynamax test -c configs/demo-mamba/test.yaml
 	$(PY) -m dynamax report runs/demo-mamba --out runs/demo-mamba/report.html
 
+# Everything, in as many processes as there are cores, four at most; tests use a thread each.
 test: $(READY)
-	$(PY) -m pytest
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --maxprocesses 4
+
+# One case of each test and no slow one, for while one works.
+quick: $(READY)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --maxprocesses 4 --quick
 
 check: $(READY)
 	$(BIN)ruff format --check .

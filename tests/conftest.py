@@ -14,6 +14,25 @@ from dynamax.backbones.hf import HFBackbone
 logging.disable_progress_bar()
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """``--quick``: one case of each test, and no slow one."""
+    parser.addoption("--quick", action="store_true", help="One case of each test, and none that is marked slow.")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what ``--quick`` leaves out."""
+    if not config.getoption("--quick"):
+        return
+    seen: set[tuple[object, str]] = set()
+    kept, left = [], []
+    for item in items:
+        name = (item.path, getattr(item, "originalname", item.name))
+        (left if name in seen or item.get_closest_marker("slow") else kept).append(item)
+        seen.add(name)
+    items[:] = kept
+    config.hook.pytest_deselected(items=left)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> Iterator[None]:
     """Tiny models are slower on many threads."""
