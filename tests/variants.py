@@ -146,6 +146,24 @@ RECURRENT: dict[str, Variant] = {
     "nemotron_h": Variant("nemotron_h", NEMOTRON, (LINEAR, FULL, LINEAR, "moe", "mlp")),
     "lfm2": Variant("lfm2", {"conv_L_cache": 3}, (CONV, CONV, FULL)),
     "lfm2-bias": Variant("lfm2", {"conv_L_cache": 4, "conv_bias": True}, (CONV, FULL)),
+    "lfm2_moe": Variant(
+        "lfm2_moe", {**EXPERTS, "conv_L_cache": 3, "num_experts": 4, "num_dense_layers": 2}, (CONV, CONV, FULL)
+    ),
+    "qwen3_next": Variant(
+        "qwen3_next",
+        {
+            **EXPERTS,
+            "num_experts": 4,
+            "head_dim": 16,
+            "rope_parameters": ROPE_PARTIAL,
+            "shared_expert_intermediate_size": 24,
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 4,
+            "linear_key_head_dim": 6,
+            "linear_value_head_dim": 8,
+        },
+        (LINEAR, LINEAR, FULL),
+    ),
 }
 
 TRANSFORMERS: dict[str, Variant] = {

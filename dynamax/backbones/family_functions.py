@@ -22,9 +22,9 @@ from dynamax.backbones.state import LayerView, StateKind
 # -- the whole model ---------------------------------------------------------------------------------------
 
 
-def model_rotary(base: nn.Module) -> Rotary:
-    """Angles from the model's ``rotary_emb``, the same for all blocks."""
-    rotary = base.get_submodule("rotary_emb")
+def model_rotary(base: nn.Module, name: str = "rotary_emb") -> Rotary:
+    """Angles from a module of the model, the same for all blocks."""
+    rotary = base.get_submodule(name)
     return lambda h_BTD, positions_BT, _: rotary(h_BTD, positions_BT)
 
 

@@ -9,6 +9,7 @@ import torch
 
 from dynamax.backbones import family_functions as functions
 from dynamax.backbones.attention_functions import projected, scaled_projections
+from dynamax.backbones.delta_mixer import GatedDeltaMixer
 from dynamax.backbones.family_spec import FamilySpec
 from dynamax.backbones.mixers import SelectiveMixer, ShortConvMixer, SSDMixer
 
@@ -83,5 +84,16 @@ RECURRENT_FAMILIES: dict[str, FamilySpec] = {
         final_norm="embedding_norm",
         mixer=lambda block: functions.mixer_in(block, "in_proj", ShortConvMixer),
         input_norm="operator_norm",
+    ),
+    "lfm2_moe": replace(
+        HYBRID,
+        final_norm="embedding_norm",
+        rotary=partial(functions.model_rotary, name="pos_emb"),
+        expert_share=functions.routed,
+        mixer=lambda block: functions.mixer_in(block, "in_proj", ShortConvMixer),
+        input_norm="operator_norm",
+    ),
+    "qwen3_next": replace(
+        HYBRID, expert_share=functions.routed, mixer=lambda block: functions.mixer_in(block, "dt_bias", GatedDeltaMixer)
     ),
 }

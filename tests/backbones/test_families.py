@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.models.bloom.modeling_bloom import _get_alibi_slopes
 
 from dynamax import registry
+from dynamax.backbones import families_table
+from dynamax.backbones.attention_functions import alibi_slopes
 from dynamax.backbones.families import FAMILIES, REFUSED, FamilySpec, family
 from dynamax.backbones.hf import HFBackbone
 from dynamax.backbones.sources import Folder
@@ -109,3 +113,19 @@ def test_types_that_do_not_come_out_exact_are_refused_with_the_reason(model_type
 def test_models_of_another_layout_are_refused_with_the_reason(name, options, reason):
     with pytest.raises(UserError, match=f"cannot be driven block by block: {reason}"):
         HFBackbone(tiny(name, **options))
+
+
+def test_the_page_of_families_is_current():
+    assert set(families_table.EXAMPLES) == set(FAMILIES)
+    page = Path(__file__).parents[2] / "docs" / "families.md"
+    assert page.read_text() == families_table.table(), (
+        "run python -m dynamax.backbones.families_table > docs/families.md"
+    )
+    readme = page.parents[1] / "README.md"
+    assert f"{len(FAMILIES)} model types run today" in readme.read_text()
+
+
+@pytest.mark.parametrize("heads", [1, 2, 4, 6, 8, 12, 14, 32, 71])
+def test_slopes_are_those_of_transformers(heads):
+    wanted = _get_alibi_slopes(heads, torch.device("cpu"))
+    torch.testing.assert_close(alibi_slopes(AutoConfig.for_model("bloom", n_head=heads)), wanted)
