@@ -17,17 +17,57 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dynamax.backbones.check import Reference, check_backbone
+from dynamax.backbones.sources import Source
 from dynamax.errors import UserError
 from dynamax.heads.bank import Exit, ExitBank
 from dynamax.heads.base import ExitHead, Gate, Lens
 from dynamax.policies.base import TerminationPolicy
-from dynamax.types import Evidence, Memory, Past, Site, Spec
+from dynamax.types import Evidence, Memory, Past, Site, Span, Spec
 
-__all__ = ["Reference", "check_backbone", "check_head", "check_policy", "stir", "toy_evidence", "toy_site"]
+__all__ = [
+    "Reference",
+    "check_backbone",
+    "check_head",
+    "check_policy",
+    "check_source",
+    "stir",
+    "toy_evidence",
+    "toy_site",
+]
 
 WORLDS, ROWS, WIDTH, VOCAB = 6, 7, 8, 11
 near = partial(torch.allclose, atol=1e-10, rtol=1e-10)
 """Equal within rounding of float64."""
+
+
+@torch.no_grad()
+def check_source(source: Source, *, dtype: str = "float32", blocks: int = 1) -> None:
+    """Check that what heads are trained with, a source's output stage, is the top of the whole model.
+
+    Args:
+        source: The source; both are loaded.
+        dtype: Type to run in.
+        blocks: How many of the last blocks to run.
+
+    Raises:
+        UserError: If the two are of different models, or give different logits.
+    """
+    whole, top = source.load(dtype=dtype), source.output_stage(dtype=dtype, blocks=blocks)
+    demand(source, whole.spec == top.spec, f"loads {whole.spec}, but its output stage is of {top.spec}")
+    depth = whole.spec.depth - blocks
+    tokens_BT = torch.randint(whole.spec.vocab, (2, 24), generator=torch.Generator().manual_seed(0))
+    h_BTD = whole.run(whole.embed(tokens_BT), Span(0, depth)) if depth else whole.embed(tokens_BT)
+    ours, theirs = top.site(depth), whole.site(depth)
+    for what, got, wanted in (
+        ("lens", ours.normalize(h_BTD), theirs.normalize(h_BTD)),
+        ("last blocks", ours.last_blocks(h_BTD, blocks), theirs.last_blocks(h_BTD, blocks)),
+    ):
+        logits, known = ours.project(got), theirs.project(wanted)
+        error = ((logits - known).norm() / known.norm()).item()
+        message = (
+            f"has another {what} at the top: its output stage gives other logits than the whole model ({error:.1e})"
+        )
+        demand(source, error < 1e-5, f"{message}; load both by the same rules, and keep each block's index")
 
 
 def demand(part: object, holds: bool, message: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any, final
 
@@ -85,14 +86,24 @@ class Backbone(nn.Module, ABC):
         """
         self.block(index, h_BTD, plan, view)
 
-    def shift_keys(self, k_BHTD: Tensor, index: int) -> Tensor:
-        """Keys of one block as they would stand one position later; unchanged without rotary positions."""
-        return k_BHTD
+    def shift(self, k_BHTD: Tensor, v_BHTD: Tensor, index: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of one block as they would stand one position later; unchanged without rotary positions."""
+        return k_BHTD, v_BHTD
 
     @property
     def rotary(self) -> Rotary | None:
         """Rotary angles; None for a model without."""
         return None
+
+    @property
+    def slopes(self) -> Tensor | None:
+        """Of ALiBi, ``[H]``: what a score loses for each position between; None for a model without."""
+        return None
+
+    @contextmanager
+    def short_windows(self, window: int) -> Iterator[bool]:
+        """Inside, sliding windows are this short, in the model's own forward too; False if none can be made so."""
+        yield False
 
     @property
     def weight_bytes(self) -> float:
@@ -119,7 +130,7 @@ class Backbone(nn.Module, ABC):
             The caller's positions, ``h_BTD``, after block ``span.stop - 1``.
         """
         if cache is None:
-            plan = StepPlan(h_BTD, 0, additive=self.additive_masks, rotary=self.rotary)
+            plan = StepPlan(h_BTD, 0, additive=self.additive_masks, rotary=self.rotary, slopes=self.slopes)
             blocks = [index for index in range(*span) if index not in leave_out]
             views = [NoCacheView(plan, self.window(index), self.state_kinds(index)) for index in blocks]
             return self.run_blocks(h_BTD, blocks, plan, views)
@@ -235,11 +246,10 @@ class Backbone(nn.Module, ABC):
             start: Where the chunk begins: a position, or a place that ``cache.at`` gave.
             past: Behind which keys its own go; left out, those of all positions before ``start``.
         """
+        options: dict[str, Any] = {"additive": self.additive_masks, "rotary": self.rotary, "slopes": self.slopes}
         if cache is None:
-            return StepPlan(h_BTD, start, additive=self.additive_masks, rotary=self.rotary, past=past)
-        return cache.plan(
-            h_BTD, start, past, additive=self.additive_masks, rotary=self.rotary, context=self.spec.context
-        )
+            return StepPlan(h_BTD, start, past=past, **options)
+        return cache.plan(h_BTD, start, past, context=self.spec.context, **options)
 
     @final
     def site(self, depth: int, cache: AnyCache | None = None) -> Site:

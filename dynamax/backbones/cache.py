@@ -117,6 +117,7 @@ class AnyCache(ABC):
         additive: bool,
         rotary: Rotary | None,
         context: int,
+        slopes: Tensor | None = None,
     ) -> Plan:
         """Positions and masks of a chunk; see ``Backbone.plan``. ``context`` is the backbone's."""
 
@@ -221,7 +222,15 @@ class Cache(AnyCache):
         return self.length - count
 
     def plan(
-        self, like: Tensor, start: int, past: int | None = None, *, additive: bool, rotary: Rotary | None, context: int
+        self,
+        like: Tensor,
+        start: int,
+        past: int | None = None,
+        *,
+        additive: bool,
+        rotary: Rotary | None,
+        context: int,
+        slopes: Tensor | None = None,
     ) -> StepPlan:
         """A plan for all rows; the newest one is used again for a chunk like its own."""
         assert past is None or past <= start, f"of positions from {start} on, a block has been through {past - start}"
@@ -230,6 +239,7 @@ class Cache(AnyCache):
             if self._angles is None and rotary is not None:
                 self._angles = AngleTable(rotary, context)
             options: dict[str, Any] = {"additive": additive, "rotary": rotary, "past": past, "table": self._angles}
+            options["slopes"] = slopes
             self._plan = StepPlan(like, start, self.pad_B, **options)
         return self._plan
 

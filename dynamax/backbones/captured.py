@@ -47,6 +47,7 @@ class StaticPlan(Plan):
         additive: As for ``Plan``.
         rotary: As for ``Plan``.
         table: Its angles; None only where there are none.
+        slopes: As for ``Plan``.
     """
 
     def __init__(
@@ -58,8 +59,9 @@ class StaticPlan(Plan):
         additive: bool,
         rotary: Rotary | None,
         table: AngleTable | None,
+        slopes: Tensor | None = None,
     ) -> None:
-        super().__init__(like, additive=additive, rotary=rotary)
+        super().__init__(like, additive=additive, rotary=rotary, slopes=slopes)
         self.place = None
         self._start_1, self._capacity, self._table = start_1, capacity, table
         self._masks: dict[int | None, Tensor] = {}
@@ -84,7 +86,7 @@ class StaticPlan(Plan):
             seen_TK = keys_K <= rows_T1
             if window is not None:
                 seen_TK &= keys_K > rows_T1 - window
-            self._masks[window] = self.as_mask(seen_TK[None, None])
+            self._masks[window] = self.as_mask(seen_TK[None, None], rows_T1 - keys_K)
         return self._masks[window]
 
 
@@ -275,7 +277,7 @@ class CapturedSpans:
             places = [self._places[index] for index in blocks]
             given_BTD = h_BTD.clone(memory_format=torch.contiguous_format)
             options: dict[str, Any] = {"rotary": self._rotary, "table": self._table}
-            options |= {"additive": backbone.additive_masks}
+            options |= {"additive": backbone.additive_masks, "slopes": backbone.slopes}
 
             def run() -> tuple[Tensor, list[Any]]:
                 plan = StaticPlan(given_BTD, self._start_1, self.capacity, **options)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dynamax.backbones.base import Backbone
 from dynamax.backbones.cache import Cache
+from dynamax.backbones.check_state import CHECKS
 from dynamax.errors import UserError
 from dynamax.types import Span
 
@@ -22,8 +23,11 @@ Reference = Callable[[Tensor], Tensor]
 Pairs = Iterable[tuple[Tensor, Tensor]]
 Mode = Callable[[Backbone, Reference, Tensor], Pairs]
 
-QUICK = ("one pass", "uneven chunks")
+QUICK = ("one pass", "uneven chunks", "short windows")
 """What is checked whenever a model is loaded."""
+
+SHORT = 5
+"""A window that any text here outgrows."""
 
 TOLERANCES = {torch.float64: 1e-5, torch.float32: 1e-4, torch.float16: 5e-2, torch.bfloat16: 2.5e-1}
 """Largest relative error, by dtype. In float64 it is transformers' own casts to float32 that are seen."""
@@ -40,13 +44,15 @@ def check_backbone(
 ) -> dict[str, float]:
     """Compare every way to run a backbone with a reference.
 
-    They are the keys of ``MODES``: a single pass, and through a cache with splits, debts, rollbacks, padding.
+    They are the keys of ``MODES``: a single pass, and through a cache with splits, debts, rollbacks, padding. Those of
+    ``CHECKS`` are about what no logits show: state written without running a block, shifted keys, counted costs.
 
     Args:
         backbone: The backbone; on a device and in a dtype of its choosing.
         reference: The model's own logits, ``tokens_BT -> logits_BTV``, by code that shares as little as
             possible with the backbone. ``HFBackbone`` has one: ``backbone.reference``.
-        tokens_BT: Tokens to run, at least 16 long; make them longer than a sliding window. Random if left out.
+        tokens_BT: Tokens to run, at least 16 long. Random if left out. Windows need not be shorter: where the reference
+            is the backbone's own, they are made so for one of the modes.
         tolerance: Largest error relative to the norm of the (centred) reference; by dtype if left out. In bfloat16
             that is wide: it finds a wrong mask or position, not a lost cap on the logits. Check in float32 too.
         modes: Names of the ways to try; all if left out.
@@ -55,7 +61,8 @@ def check_backbone(
         The error of each mode.
 
     Raises:
-        UserError: If a mode differs: which, by how much, where first; or gives logits of another shape or dtype.
+        UserError: If a mode differs: which, by how much, where first; or gives logits of another shape or dtype; if
+            costs are counted wrongly.
     """
     weight, family = next(backbone.parameters()), backbone.spec.family
     if tokens_BT is None:
@@ -65,8 +72,11 @@ def check_backbone(
     tokens_BT = tokens_BT.to(weight.device)
     bound = TOLERANCES[weight.dtype] if tolerance is None else tolerance
     errors = {}
-    for mode in MODES if modes is None else modes:
+    for mode in (*MODES, *CHECKS) if modes is None else modes:
         errors[mode] = 0.0
+        if mode in CHECKS:
+            errors[mode] = CHECKS[mode](backbone, tokens_BT, bound)
+            continue
         for got_BTV, wanted_BTV in MODES[mode](backbone, reference, tokens_BT):
             if got_BTV.shape != wanted_BTV.shape or torch.finfo(got_BTV.dtype).bits < 32:
                 raise UserError(
@@ -153,6 +163,14 @@ def candidates(backbone: Backbone, reference: Reference, tokens_BT: Tensor) -> P
     yield backbone.project(backbone.normalize(h_BTD), tokens_C), reference(tokens_BT)[..., tokens_C]
 
 
+def short_windows(backbone: Backbone, reference: Reference, tokens_BT: Tensor) -> Pairs:
+    """Windows that are shorter than the text, in the backbone and in the model whose own forward is the reference."""
+    if getattr(reference, "__self__", None) is not backbone:
+        return []
+    with backbone.short_windows(SHORT) as shortened:
+        return MODES["one pass"](backbone, reference, tokens_BT) if shortened else []
+
+
 MODES: dict[str, Mode] = {
     "one pass": lambda backbone, reference, tokens_BT: [
         (backbone.unembed(backbone.run(backbone.embed(tokens_BT), Span(0, backbone.spec.depth))), reference(tokens_BT))
@@ -168,4 +186,5 @@ MODES: dict[str, Mode] = {
     "rollback": rolled_back,
     "left padding": left_padding,
     "candidate tokens": candidates,
+    "short windows": short_windows,
 }

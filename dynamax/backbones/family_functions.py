@@ -15,18 +15,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PretrainedConfig
 
-from dynamax.backbones.linear import channels
 from dynamax.backbones.mixers import Mixer, SSDMixer
 from dynamax.backbones.plan import Rotary
 from dynamax.backbones.state import LayerView, StateKind
-from dynamax.kernels.products import Product
 
 # -- the whole model ---------------------------------------------------------------------------------------
 
 
-def model_rotary(base: nn.Module) -> Rotary:
-    """Angles from the model's ``rotary_emb``, the same for all blocks."""
-    rotary = base.get_submodule("rotary_emb")
+def model_rotary(base: nn.Module, name: str = "rotary_emb") -> Rotary:
+    """Angles from a module of the model, the same for all blocks."""
+    rotary = base.get_submodule(name)
     return lambda h_BTD, positions_BT, _: rotary(h_BTD, positions_BT)
 
 
@@ -41,9 +39,29 @@ def capped_logits(config: PretrainedConfig, logits: Tensor) -> Tensor:
     return logits if cap is None else cap * torch.tanh(logits / cap)
 
 
+def multiplied_logits(config: PretrainedConfig, logits: Tensor) -> Tensor:
+    """Cohere: logits are multiplied by a constant."""
+    return logits * config.logit_scale
+
+
+def falcon_with_alibi(config: PretrainedConfig) -> str | None:
+    """Why a Falcon cannot be driven: its earliest ones have ALiBi in place of rotary positions."""
+    return "it has ALiBi, which its two kinds of attention apply differently" if config.alibi else None
+
+
+def opt_of_another_layout(config: PretrainedConfig) -> str | None:
+    """Why an OPT cannot be driven: OPT-350m alone norms behind its layers, and Galactica has no norm at the top."""
+    if not config.do_layer_norm_before or config._remove_final_layer_norm:
+        return "it norms behind its layers and not in front of them (as OPT-350m alone does), or has no final norm"
+    if config.word_embed_proj_dim != config.hidden_size:
+        return "its embeddings have another width than its blocks (as OPT-350m's alone)"
+    return None
+
+
 def routed(config: PretrainedConfig) -> float:
     """A position is routed to some of the experts; without experts, to all there is."""
-    experts = config.num_local_experts
+    names = ("num_local_experts", "num_experts", "n_routed_experts")
+    experts = next((getattr(config, name) for name in names if getattr(config, name, None)), None)
     return config.num_experts_per_tok / experts if experts else 1.0
 
 
@@ -75,6 +93,18 @@ def call_with_embedding(block: nn.Module, h_BTD: Tensor, index: int, options: di
     mask = options.pop("attention_mask")
     out = block(x_BTD, original_hidden_states=word_BTD, layer_idx=index, causal_mask=mask, **options)
     return torch.cat([out, word_BTD], -1)
+
+
+def call_without_alibi(block: nn.Module, h_BTD: Tensor, index: int, options: dict[str, Any]) -> Tensor:
+    """BLOOM and Falcon: the argument for ALiBi stays empty; the plan's mask has it."""
+    alibi = None if options["position_embeddings"] is not None else h_BTD.new_zeros(1, 1, 1)
+    return block(h_BTD, alibi=alibi, **options)[0]
+
+
+def call_with_complex_angles(block: nn.Module, h_BTD: Tensor, index: int, options: dict[str, Any]) -> Tensor:
+    """DeepSeek V2: angles as complex numbers."""
+    angles = torch.complex(*options.pop("position_embeddings"))
+    return block(h_BTD, position_embeddings=angles, **options)
 
 
 def own_adapter(config: PretrainedConfig, index: int, name: str) -> bool:
@@ -114,65 +144,6 @@ def scaled_mamba2(module: Any) -> SSDMixer:  # noqa: ANN401
 def gated(y_BTE: Tensor, z_BTE: Tensor) -> Tensor:
     """The scan's output times the gate."""
     return y_BTE * F.silu(z_BTE)
-
-
-# -- keys and values of a chunk, keys not yet turned, from the normed input of a block -------------------------
-
-
-def heads(x_BTC: Tensor, size: int) -> Tensor:
-    """Channels to heads: ``x_BHTD``."""
-    return x_BTC.unflatten(-1, (-1, size)).transpose(1, 2)
-
-
-def projected(attention: Any, u_BTD: Tensor) -> tuple[Tensor, Tensor]:  # noqa: ANN401
-    """Of an attention module with ``k_proj`` and ``v_proj``; keys may be normed, by head or as a whole."""
-    size, children = attention.head_dim, dict(attention.named_children())
-    norm: Any = children.get("k_norm") or children.get("k_layernorm")
-    k_BTC = attention.k_proj(u_BTD)
-    if norm is not None and norm.weight.numel() != size:  # over all heads together (OLMo 2)
-        k_BTC, norm = norm(k_BTC), None
-    k_BHTD = heads(k_BTC, size)
-    return k_BHTD if norm is None else norm(k_BHTD), heads(attention.v_proj(u_BTD), size)
-
-
-def scaled_projections(block: Any, u_BTD: Tensor) -> tuple[Tensor, Tensor]:  # noqa: ANN401
-    """Falcon-H1: attention's input and its keys are multiplied by constants."""
-    k_BHTD, v_BHTD = projected(block.self_attn, u_BTD * block.attention_in_multiplier)
-    return k_BHTD * block.self_attn.key_multiplier, v_BHTD
-
-
-def rows_of_fused_projection(block: nn.Module, u_BTD: Tensor) -> tuple[Tensor, Tensor]:
-    """Phi-3: queries, keys and values are rows of one matrix, in this order."""
-    attention: Any = block.get_submodule("self_attn")
-    size, queries = attention.head_dim, attention.config.num_attention_heads * attention.head_dim
-    fused = attention.qkv_proj
-    k_BTC, v_BTC = channels(fused, u_BTD, (queries, fused.out_features)).chunk(2, -1)
-    return heads(k_BTC, size), heads(v_BTC, size)
-
-
-def heads_of_fused_projection(block: nn.Module, u_BTD: Tensor) -> tuple[Tensor, Tensor]:
-    """GPT-NeoX: each head has its query, key and value behind one another in one matrix."""
-    attention: Any = block.get_submodule("attention")
-    size, fused = attention.head_size, attention.query_key_value
-    if isinstance(fused, Product):
-        spans = [(start + size, start + 3 * size) for start in range(0, fused.out_features, 3 * size)]
-        kv_BTHC = fused.part(u_BTD, *spans).unflatten(-1, (-1, 2 * size))
-        k_BHTD, v_BHTD = kv_BTHC.transpose(1, 2).chunk(2, -1)
-        return k_BHTD, v_BHTD
-    weight_HCD = fused.weight.unflatten(0, (-1, 3 * size))[:, size:]
-    kv_HNC = u_BTD.flatten(0, 1) @ weight_HCD.mT  # one product a head, without a copy of the weights
-    if fused.bias is not None:
-        kv_HNC = kv_HNC + fused.bias.unflatten(0, (-1, 1, 3 * size))[..., size:]
-    k_BHTD, v_BHTD = kv_HNC.unflatten(1, u_BTD.shape[:2]).transpose(0, 1).chunk(2, -1)
-    return k_BHTD, v_BHTD
-
-
-def columns_of_fused_projection(block: nn.Module, u_BTD: Tensor) -> tuple[Tensor, Tensor]:
-    """GPT-2: queries, keys and values are columns of one transposed matrix."""
-    attention: Any = block.get_submodule("attn")
-    width = attention.embed_dim
-    k_BTC, v_BTC = channels(attention.c_attn, u_BTD, (width, 3 * width)).chunk(2, -1)
-    return heads(k_BTC, attention.head_dim), heads(v_BTC, attention.head_dim)
 
 
 def write_behind_shared_transformer(

@@ -6,8 +6,8 @@ Knows one loaded model. How it is found, dequantised or read in part is the busi
 from __future__ import annotations
 
 import re
-import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, final
 
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PretrainedConfig, PreTrainedModel
 
+from dynamax.backbones.attention_functions import AttentionCost
 from dynamax.backbones.base import Backbone
 from dynamax.backbones.cache import AnyCache
 from dynamax.backbones.checkpoint import fingerprint_of
@@ -49,12 +50,16 @@ class HFBackbone(Backbone):
         UserError: If it is no causal language model of transformers, of an unknown family, or with other attention.
     """
 
+    _slopes: Tensor | None
+
     def __init__(self, model: PreTrainedModel, *, fingerprint: str | None = None) -> None:
         super().__init__()
         self.row = check_model(model)
         self.model = model.requires_grad_(False).eval()
         config = model.config
-        self._blocks = tuple(getattr(model.base_model, self.row.blocks))  # a tuple is not registered a second time
+        blocks = model.base_model.get_submodule(self.row.blocks)
+        self._blocks = tuple(blocks.children())  # a tuple is not registered a second time
+        self.register_buffer("_slopes", self.row.slopes(config), persistent=False)
         self._windows = self.row.windows(config)
         self._rotary_types = self.row.rotary_types(config)
         self._state_kinds = self.row.state_kinds(config)
@@ -62,6 +67,7 @@ class HFBackbone(Backbone):
         self._costs: list[BlockCost] = []
         self._weight_bytes: float | None = None
         self._mixers = tuple(self.row.mixer(block) for block in self._blocks)
+        self._check_rotary()
         self.additive_masks = config._attn_implementation == "eager"
         self.spec = Spec(
             family=config.model_type,
@@ -93,11 +99,57 @@ class HFBackbone(Backbone):
     @property
     def rotary(self) -> Rotary | None:
         """The model's rotary angles; None for a model without."""
-        return self.row.rotary(self.model.base_model)
+        return self._rotary(self.model.base_model)
+
+    def _rotary(self, base: nn.Module) -> Rotary | None:
+        try:
+            return self.row.rotary(base)
+        except AttributeError as error:  # would be taken for a missing attribute of this class
+            raise self._wrong_rotary(f"finds none: {error}") from error
+
+    def _check_rotary(self) -> None:
+        """Refuse a row whose rotary angles are not the model's."""
+        base: Any = self.model.base_model
+        rotary = self._rotary(base)
+        if rotary is None:
+            if "rotary_emb" in dict(base.named_children()):
+                raise self._wrong_rotary("says that there are none, but the model has a rotary_emb")
+            return
+        weight = next(self.model.parameters())
+        for kind in set(self._rotary_types):
+            try:
+                rotary(weight[:0], torch.zeros(1, 1, dtype=torch.long, device=weight.device), kind)
+            except (AttributeError, KeyError, TypeError) as error:
+                raise self._wrong_rotary(f"cannot ask for those of the kind {kind}: {error}") from error
+
+    def _wrong_rotary(self, fault: str) -> UserError:
+        return UserError(
+            f"Rotary angles of {self.model.config.model_type}: its row of the family table {fault}. Set rotary, and "
+            f"rotary_types where blocks have angles of their own."
+        )
+
+    @contextmanager
+    def short_windows(self, window: int) -> Iterator[bool]:
+        """Inside, ``sliding_window`` of the configuration is this short; False if it names none."""
+        config, known = self.model.config, self._windows
+        if (length := getattr(config, "sliding_window", None)) is None:
+            yield False
+            return
+        try:
+            config.sliding_window = window
+            self._windows = self.row.windows(config)
+            yield True
+        finally:
+            config.sliding_window, self._windows = length, known
+
+    @property
+    def slopes(self) -> Tensor | None:
+        """ALiBi's slopes ``[H]``; None for a model without."""
+        return self._slopes
 
     def embed(self, tokens_BT: Tensor, cache: AnyCache | None = None) -> Tensor:
         """Tokens to ``h_BTD``, the input of block 0, at the positions that follow the cache's."""
-        h_BTD = getattr(self.model.base_model, self.row.embedding)(tokens_BT)
+        h_BTD = self.model.base_model.get_submodule(self.row.embedding)(tokens_BT)
         plan = self.plan(h_BTD, cache, start=0 if cache is None else cache.before(0))
         return self.row.after_embedding(self.model.base_model, h_BTD, plan)
 
@@ -127,18 +179,32 @@ class HFBackbone(Backbone):
             self.row.write(block, h_BTD, index, self._options(index, plan, view), view, mixer)
             return
         u_BTD = self.row.residual_stream(self.model.config, h_BTD)
-        if self.row.input_norm is not None:
-            norm: Any = block.get_submodule(self.row.input_norm)
-            u_BTD = norm(u_BTD.to(norm.weight.dtype))
+        if (norm := self._input_norm(block)) is not None:
+            weight = norm._parameters.get("weight")
+            u_BTD = norm(u_BTD if weight is None else u_BTD.to(weight.dtype))
         if mixer is not None:
             mixer.write(u_BTD, view)
         if "keys" in self._state_kinds[index]:
             k_BHTD, v_BHTD = self.row.keys_and_values(block, u_BTD)
             angles = plan.angles(self._rotary_types[index])
-            if angles is not None:  # turned by the function that the block's own attention uses
-                place: Any = sys.modules[type(block).__module__]
-                k_BHTD = place.apply_rotary_pos_emb(k_BHTD, k_BHTD, *angles)[1]
-            view.update(k_BHTD, v_BHTD)
+            view.update(*((k_BHTD, v_BHTD) if angles is None else self._turned(index, k_BHTD, v_BHTD, *angles)))
+
+    def _input_norm(self, block: nn.Module) -> nn.Module | None:
+        """The norm that the block's input passes before it is projected."""
+        names = self.row.input_norm
+        if names is None:
+            return None
+        held = dict(block.named_children())
+        return next(held[name] for name in ((names,) if isinstance(names, str) else names) if name in held)
+
+    def _turned(
+        self, index: int, k_BHTD: Tensor, v_BHTD: Tensor, cos_BTR: Tensor, sin_BTR: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Keys and values, whichever of them has positions turned by these angles."""
+        block, turn = self._blocks[index], self.row.turn
+        if self.row.turned == "values":
+            return k_BHTD, turn(block, v_BHTD, cos_BTR, sin_BTR)
+        return turn(block, k_BHTD, cos_BTR, sin_BTR), v_BHTD
 
     def state_kinds(self, index: int) -> tuple[StateKind, ...]:
         """What the block keeps."""
@@ -150,7 +216,8 @@ class HFBackbone(Backbone):
 
     def normalize(self, h_BTD: Tensor) -> Tensor:
         """The final norm."""
-        return getattr(self.model.base_model, self.row.final_norm)(self.row.residual_stream(self.model.config, h_BTD))
+        norm = self.model.base_model.get_submodule(self.row.final_norm)
+        return norm(self.row.residual_stream(self.model.config, h_BTD))
 
     def project(self, u_BTD: Tensor, tokens_C: Tensor | slice | None = None) -> Tensor:
         """Normalised states to logits, over the vocabulary or over some tokens: their ids, or a slice of all ids.
@@ -158,15 +225,17 @@ class HFBackbone(Backbone):
         The product is taken in the model's dtype; the logits are float32, or float64 for a float64 model.
         """
         output: Any = self.model.get_output_embeddings()
+        bias_C: Tensor | None = getattr(output, "bias", None)
+        bias_C = bias_C if bias_C is None or tokens_C is None else bias_C[tokens_C]
         if not isinstance(output, Product):
             matrix_CD = output.weight if tokens_C is None else output.weight[tokens_C]
-            logits = F.linear(u_BTD.to(matrix_CD.dtype), matrix_CD)
+            logits = F.linear(u_BTD.to(matrix_CD.dtype), matrix_CD, bias_C)
         elif tokens_C is None:
             logits = output(u_BTD)
         elif isinstance(tokens_C, slice) and output.repacks:
             logits = output.part(u_BTD, tokens_C.indices(self.spec.vocab)[:2])
         else:
-            logits = F.linear(u_BTD, output.rows(tokens_C))
+            logits = F.linear(u_BTD, output.rows(tokens_C), bias_C)
         return self.row.scale_logits(self.model.config, at_least_float32(logits))
 
     def block_cost(self, index: int) -> BlockCost:
@@ -187,12 +256,10 @@ class HFBackbone(Backbone):
         config, mixer, block = self.model.config, self._mixers[index], self._blocks[index]
         held = [pair for pair in block.named_parameters() if self.row.uses_parameter(config, index, pair[0])]
         plain, experts = linear_weights(held, 2), linear_weights(held, 3)
-        scores = keys = write = 0
+        attention = AttentionCost(0, 0, 0)
         if "keys" in self._state_kinds[index]:
-            known, queries = config.to_dict(), config.num_attention_heads
-            size = getattr(config, "head_dim", None) or config.hidden_size // queries
-            scores, keys = 2 * queries * size, 2 * (known.get("num_key_value_heads") or queries) * size
-            write = keys * (known.get("attention_hidden_size") or config.hidden_size)
+            attention = self.row.attention_cost(config, block)
+        write = attention.write
         mixed = MixerCost(0, 0, 0)
         if mixer is not None:
             mixed = mixer.cost()
@@ -200,28 +267,26 @@ class HFBackbone(Backbone):
                 write = plain - linear_weights(mixer.module.named_parameters(), 2)
         return BlockCost(
             weights=plain + experts,
-            active=plain + round(experts * self.row.expert_share(config)),
-            scores=scores,
-            keys=keys,
+            active=plain - attention.unfolding + round(experts * self.row.expert_share(config)),
+            scores=attention.scores,
+            keys=attention.keys,
             window=self._windows[index],
             write=write + mixed.write,
             state=mixed.state,
             scan=mixed.scan,
         )
 
-    def shift_keys(self, k_BHTD: Tensor, index: int) -> Tensor:
-        """Keys of one block as they would stand one position later; unchanged without rotary positions."""
+    def shift(self, k_BHTD: Tensor, v_BHTD: Tensor, index: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of one block as they would stand one position later; unchanged without rotary positions."""
         rotary = self.rotary
         if rotary is None:
-            return k_BHTD
+            return k_BHTD, v_BHTD
         one_11 = torch.ones(1, 1, dtype=torch.long, device=k_BHTD.device)
-        precise_BHTD = at_least_float32(k_BHTD)
-        cos_11R, sin_11R = rotary(precise_BHTD, one_11, self._rotary_types[index])
+        precise = at_least_float32(k_BHTD), at_least_float32(v_BHTD)
+        cos_11R, sin_11R = rotary(precise[0], one_11, self._rotary_types[index])
         length = torch.hypot(cos_11R, sin_11R)  # not 1 where angles are scaled, and keys carry it already
-        turned, kept = precise_BHTD.tensor_split([cos_11R.shape[-1]], -1)
-        low, high = turned.chunk(2, -1)
-        turned = (turned * cos_11R + torch.cat([-high, low], -1) * sin_11R) / length
-        return torch.cat([turned, kept], -1).to(k_BHTD.dtype)
+        k, v = self._turned(index, *precise, cos_11R / length, sin_11R / length)
+        return k.to(k_BHTD.dtype), v.to(v_BHTD.dtype)
 
 
 def check_model(model: object) -> FamilySpec:
@@ -242,6 +307,11 @@ def check_model(model: object) -> FamilySpec:
             f"AutoModelForCausalLM."
         )
     given, row = model.config._attn_implementation, family(model.config.model_type)
+    if (reason := row.refuse(model.config)) is not None:
+        raise UserError(
+            f"This {model.config.model_type} cannot be driven block by block: {reason}. Use another model, or write a "
+            f"Backbone of your own."
+        )
     if given not in (row.attention, "eager"):
         wanted = row.attention if row.attention == "eager" else f"{row.attention} or eager"
         raise UserError(
@@ -255,9 +325,9 @@ def check_model(model: object) -> FamilySpec:
 def linear_weights(parameters: Iterable[tuple[str, nn.Parameter]], dimensions: int) -> int:
     """Weights of linear layers (matrices) or of experts (three dimensions).
 
-    A convolution's taps and Mamba's decays are left out: they are counted with the scan.
+    A convolution's taps and Mamba's decays are left out: they are counted with the scan. So are the biases of experts.
     """
-    scanned = re.compile(r"(^|\.)(A_log|conv1d\.\w+|conv\.conv\.\w+)$")
+    scanned = re.compile(r"(^|\.)(A_log|conv1d\.\w+|conv\.conv\.\w+|\w*bias)$")
     return sum(p.numel() for name, p in parameters if p.ndim == dimensions and not scanned.search(name))
 
 

@@ -126,7 +126,7 @@ def load_backbone(
     if span != all_blocks:
         held = dict(model.base_model.get_submodule(row.blocks).named_children())
         blocks = [held[str(i)] if i in range(*span) else NotLoaded(f"Block {i}") for i in range(*all_blocks)]
-        setattr(model.base_model, row.blocks, nn.ModuleList(blocks))
+        model.base_model.set_submodule(row.blocks, nn.ModuleList(blocks))
     if not embedding:
         model.set_input_embeddings(NotLoaded("The embedding matrix", model.get_input_embeddings().weight.shape))
     if not output:

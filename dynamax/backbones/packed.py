@@ -73,7 +73,7 @@ def pack(backbone: HFBackbone, kind: type[Product]) -> None:
     backbone.freeze_costs(kind.bytes)
     replace_modules(backbone.model, kind)
     pack_experts(backbone.model, kind)
-    if "keys" in kinds:
+    if "keys" in kinds and backbone.model._can_set_attn_implementation():  # older types have attention of their own
         ALL_ATTENTION_FUNCTIONS.register(ATTENTION, attend)
         backbone.model.set_attn_implementation(ATTENTION)
         backbone.additive_masks = False

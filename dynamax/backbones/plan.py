@@ -57,6 +57,7 @@ class Plan(ABC):
         like: The chunk ``h_BTD``; gives rows, length, dtype and device.
         additive: True where attention adds its mask (eager), False where it takes booleans (sdpa).
         rotary: ``(h_BTD, positions_BT, kind) -> (cos, sin)``, or None for a model without.
+        slopes: Of ALiBi, ``[H]``: what a score loses for each position between. Such masks are additive. None without.
 
     Attributes:
         rows: Rows of the batch.
@@ -66,11 +67,12 @@ class Plan(ABC):
 
     place: Hashable
 
-    def __init__(self, like: Tensor, *, additive: bool, rotary: Rotary | None) -> None:
+    def __init__(self, like: Tensor, *, additive: bool, rotary: Rotary | None, slopes: Tensor | None = None) -> None:
         self.rows, self.length = like.shape[:2]
         self._like = like.new_empty(0)
         self._additive = additive
         self._rotary = rotary
+        self._slopes = slopes
         self._angles: dict[str | None, tuple[Tensor, Tensor]] = {}
 
     @cached_property
@@ -105,12 +107,20 @@ class Plan(ABC):
         return rotary(self._like, self.positions_BT, kind)
 
     @final
-    def as_mask(self, seen: Tensor) -> Tensor:
-        """A boolean mask (True: may attend) in the form that attention takes."""
-        if not self._additive:
-            return seen
+    def as_mask(self, seen_BHTK: Tensor, between: Tensor) -> Tensor:
+        """A boolean mask (True: may attend) in the form that attention takes.
+
+        Args:
+            seen_BHTK: The mask, ``[1 or B, 1, T, K]``.
+            between: Positions from each key to each row, of a shape that goes with the mask's; for ALiBi.
+        """
+        if not self._additive and self._slopes is None:
+            return seen_BHTK
         least = max(torch.finfo(self._like.dtype).min, torch.finfo(torch.float32).min) / 2  # a score may be added
-        return torch.zeros_like(seen, dtype=self._like.dtype).masked_fill(~seen, least)
+        if self._slopes is None:
+            return torch.zeros_like(seen_BHTK, dtype=self._like.dtype).masked_fill(~seen_BHTK, least)
+        bias_BHTK = self._slopes[:, None, None] * -between.to(self._slopes.dtype)
+        return bias_BHTK.to(self._like.dtype).masked_fill(~seen_BHTK, least)
 
 
 @final
@@ -125,6 +135,7 @@ class StepPlan(Plan):
         rotary: As for ``Plan``.
         past: Keys held from before the chunk; ``start`` unless positions are owed.
         table: Angles of a run without padding; None to work out those of this chunk alone.
+        slopes: As for ``Plan``.
 
     Attributes:
         key: Positions, dtype and device: two plans of one run with equal keys are the same.
@@ -140,8 +151,9 @@ class StepPlan(Plan):
         rotary: Rotary | None = None,
         past: int | None = None,
         table: AngleTable | None = None,
+        slopes: Tensor | None = None,
     ) -> None:
-        super().__init__(like, additive=additive, rotary=rotary)
+        super().__init__(like, additive=additive, rotary=rotary, slopes=slopes)
         self.start = start
         self.past = self.place = start if past is None else past
         self.pad_B = pad_B
@@ -179,9 +191,9 @@ class StepPlan(Plan):
             holes: Positions whose keys were never written and must not be seen.
 
         Returns:
-            Booleans (True: may attend) or additive floats, shape [1 or B, 1, T, K].
+            Booleans (True: may attend) or additive floats, shape [1 or B, 1, T, K]; with ALiBi [1 or B, H, T, K].
         """
-        if self.pad_B is None and not holes:
+        if self.pad_B is None and not holes and self._slopes is None:
             whole = self.start == 0 and (window is None or self.length <= window)
             if self.length == 1 or (whole and not self._additive):
                 return None
@@ -202,6 +214,6 @@ class StepPlan(Plan):
         mask = seen_TK[None, None]
         if self.pad_B is not None:
             mask = mask & (keys_K[None] >= self.pad_B[:, None])[:, None, None]
-        mask = self.as_mask(mask)
+        mask = self.as_mask(mask, rows_T[:, None] - keys_K)
         self._masks[key] = mask
         return mask

@@ -32,6 +32,7 @@ class RaggedPlan(Plan):
         slots: The slot of each row's state.
         rotary: As for ``Plan``.
         table: Its angles; None only where there are none.
+        slopes: As for ``Plan``.
 
     Attributes:
         held: Keys that attention is given for each row, its own and padding included.
@@ -50,8 +51,10 @@ class RaggedPlan(Plan):
         *,
         rotary: Rotary | None,
         table: AngleTable | None,
+        slopes: Tensor | None = None,
     ) -> None:
-        super().__init__(like, additive=True, rotary=rotary)  # a mask of booleans would be changed in every block
+        # a mask of booleans would be changed in every block
+        super().__init__(like, additive=True, rotary=rotary, slopes=slopes)
         self.place = (*slots, *past)
         self.held = max(past) + self.length
         self.fresh = not any(past)
@@ -102,7 +105,7 @@ class RaggedPlan(Plan):
             seen_BTK = keys_BK[:, None] <= rows_BT1
             if window is not None:
                 seen_BTK &= keys_BK[:, None] > rows_BT1 - window
-            self._masks[window] = self.as_mask(seen_BTK[:, None])
+            self._masks[window] = self.as_mask(seen_BTK[:, None], (rows_BT1 - keys_BK[:, None])[:, None])
         return self._masks[window]
 
     def cells(self, capacity: int) -> Tensor:

@@ -116,7 +116,7 @@ class CopyToken(Approximation):
         keys.reserve(at + h_BTD.shape[1])
         for position in range(at, at + h_BTD.shape[1]):
             k_BHTD, v_BHTD = keys.read(position - 1, position)
-            keys.write(backbone.shift_keys(k_BHTD, block), v_BHTD, position)
+            keys.write(*backbone.shift(k_BHTD, v_BHTD, block), position)
         cache.filled[block] += h_BTD.shape[1]
 
 

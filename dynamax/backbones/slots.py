@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Collection, Sequence
-from typing import final
+from typing import Any, final
 
 import torch
 from torch import Tensor
@@ -124,6 +124,7 @@ class SelectedRows(AnyCache):
         additive: bool,
         rotary: Rotary | None,
         context: int,
+        slopes: Tensor | None = None,
     ) -> RaggedPlan:
         """A plan for these rows; the newest one is used again for a chunk like its own."""
         past = start if past is None else past
@@ -133,7 +134,8 @@ class SelectedRows(AnyCache):
         if self._plan is None or self._plan[0] != key:
             if self._all.angles is None and rotary is not None:
                 self._all.angles = AngleTable(rotary, context)
-            made = RaggedPlan(like, start, past, lengths, self.slots, rotary=rotary, table=self._all.angles)
+            options: dict[str, Any] = {"rotary": rotary, "table": self._all.angles, "slopes": slopes}
+            made = RaggedPlan(like, start, past, lengths, self.slots, **options)
             self._plan = key, made
         return self._plan[1]
 

@@ -20,6 +20,7 @@ def attend(
     attention_mask: Tensor | None,
     scaling: float | None = None,
     softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **options: Any,  # noqa: ANN401
 ) -> tuple[Tensor, None]:
     """Attention as transformers calls it, ``[B, H, T, D]`` to ``[B, T, H, D]``; no head gets a copy of its keys.
@@ -33,6 +34,7 @@ def attend(
             keys, several see causally.
         scaling: Factor of the scores; ``D ** -0.5`` if left out.
         softcap: Cap of the scores, as in Gemma 2.
+        s_aux: A score ``[H]`` of nothing, that takes its share from the keys (a sink), as in gpt-oss.
         **options: The rest of what transformers passes.
 
     Raises:
@@ -42,7 +44,7 @@ def attend(
     if unknown:
         raise NotImplementedError(f"attention with {', '.join(sorted(unknown))}")
     causal = attention_mask is None and query.shape[2] > 1
-    if softcap is None:
+    if softcap is None and s_aux is None:
         grouped = query.shape[1] != key.shape[1]
         out_BHTD = F.scaled_dot_product_attention(
             query, key, value, attn_mask=attention_mask, is_causal=causal, scale=scaling, enable_gqa=grouped
@@ -51,12 +53,16 @@ def attend(
     groups = key.shape[1]
     q_BGRTD = query.unflatten(1, (groups, -1))
     scores = q_BGRTD @ key[:, :, None].mT * (query.shape[-1] ** -0.5 if scaling is None else scaling)
-    scores = torch.tanh(scores / softcap) * softcap
+    scores = scores if softcap is None else torch.tanh(scores / softcap) * softcap
     if attention_mask is not None and attention_mask.is_floating_point():
         scores = scores + attention_mask[:, :, None]
     elif attention_mask is not None:
         scores = scores.masked_fill(~attention_mask[:, :, None], torch.finfo(scores.dtype).min)
     elif causal:
         scores = scores.masked_fill(~scores.new_ones(scores.shape[-2:], dtype=torch.bool).tril(), -torch.inf)
+    if s_aux is not None:
+        sinks_BGRT1 = s_aux.to(scores.dtype).view(groups, -1, 1, 1).expand(*scores.shape[:-1], 1)
+        scores = torch.cat([scores, sinks_BGRT1], -1)
     weights = torch.softmax(scores, -1, dtype=torch.promote_types(query.dtype, torch.float32)).to(query.dtype)
+    weights = weights if s_aux is None else weights[..., :-1]
     return (weights @ value[:, :, None]).flatten(1, 2).transpose(1, 2).contiguous(), None

@@ -88,7 +88,7 @@ class LowRank:
         model = copy.deepcopy(original.model, kept)  # other modules around the same tensors
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            inject_adapter_in_model(self.config(original), getattr(model.base_model, original.row.blocks))
+            inject_adapter_in_model(self.config(original), model.base_model.get_submodule(original.row.blocks))
         tuned = HFBackbone(model, fingerprint=original.spec.fingerprint)
         for name, parameter in tuned.named_parameters():
             parameter.requires_grad_(".lora_" in name)
@@ -151,4 +151,5 @@ class LowRank:
 
 def blocks_of(backbone: HFBackbone) -> nn.ModuleList:
     """The blocks of a model."""
-    return getattr(backbone.model.base_model, backbone.row.blocks)
+    blocks: Any = backbone.model.base_model.get_submodule(backbone.row.blocks)
+    return blocks

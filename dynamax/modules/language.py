@@ -154,7 +154,7 @@ class LanguageModule(LightningModule, ABC):
             if len(self.data.streams.tokenizer(prompt)["input_ids"]) >= context:
                 raise UserError(f"A prompt leaves no room in a context of {context} tokens: {prompt!r}. Shorten it.")
         if self.compile_blocks:
-            blocks = getattr(self.backbone.model.base_model, self.backbone.row.blocks)
+            blocks: Any = self.backbone.model.base_model.get_submodule(self.backbone.row.blocks)
             config = torch._dynamo.config  # a block with a mixer of ours is a graph of its own; PyTorch stops at eight
             config.recompile_limit = max(config.recompile_limit, len(blocks) + 1)
             for block in blocks:

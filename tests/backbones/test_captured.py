@@ -36,7 +36,8 @@ from dynamax.kernels.products import Rows
 from dynamax.metrics.environment import environment
 from dynamax.types import Span, Step
 from tests.float64 import upcast64
-from tests.laws.house import DEPTH, Dice, Listener, exits, padded, pair, prompt
+from tests.laws.house import DEPTH, Dice, Listener, exits, padded, prompt
+from tests.laws.house import fresh_pair as pair
 from tests.states import same, state
 from tests.tiny import FAMILIES, tiny
 

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.models.bloom.modeling_bloom import _get_alibi_slopes
 
 from dynamax import registry
-from dynamax.backbones.families import FAMILIES, FamilySpec, family
+from dynamax.backbones import families_table
+from dynamax.backbones.attention_functions import alibi_slopes
+from dynamax.backbones.families import FAMILIES, REFUSED, FamilySpec, family
 from dynamax.backbones.hf import HFBackbone
 from dynamax.backbones.sources import Folder
 from dynamax.errors import UserError
 from dynamax.testing import check_backbone
-from tests.tiny import redraw
+from tests.tiny import redraw, tiny
 
 ROW = "from dynamax.backbones.families import FamilySpec\nROW = FamilySpec()\n"
 
@@ -40,12 +44,12 @@ def offer(monkeypatch, tmp_path):
 
 
 def test_a_family_of_another_package(offer, tmp_path):
-    """OLMo: a Llama with norms that have no weights, and not in our table."""
+    """Jais 2: a Llama with other norms, and not in our table."""
     with pytest.raises(UserError, match="entry point of the group dynamax.families"):
-        family("olmo")
-    offer("olmo")
+        family("jais2")
+    offer("jais2")
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
-    config = AutoConfig.for_model("olmo", vocab_size=61, pad_token_id=None, eos_token_id=None, **sizes)
+    config = AutoConfig.for_model("jais2", vocab_size=61, pad_token_id=None, eos_token_id=None, **sizes)
     model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=torch.float64)
     redraw(model, seed=0)
     backbone = HFBackbone(model)
@@ -66,19 +70,62 @@ def test_two_rows_of_one_type_are_refused(offer):
 
 @pytest.mark.parametrize("module", ["ROW = {'blocks': 'layers'}", ROW.replace("FamilySpec()", "FamilySpec")])
 def test_what_is_no_row_is_refused(module, offer):
-    offer("olmo", module)
+    offer("jais2", module)
     with pytest.raises(UserError, match="a FamilySpec of dynamax.backbones.families is wanted"):
-        family("olmo")
+        family("jais2")
 
 
 def test_a_package_that_cannot_be_imported_stops_only_who_asks_for_it(offer):
-    offer("olmo", "import nothing_of_this_name")
+    offer("jais2", "import nothing_of_this_name")
     with pytest.raises(UserError, match="nothing_of_this_name"):
-        family("olmo")
+        family("jais2")
     assert isinstance(family("llama"), FamilySpec)
 
 
 def test_near_types_of_other_packages_are_told(offer):
-    offer("olmo")
-    with pytest.raises(UserError, match="Did you mean olmo"):
-        family("olmoo")
+    offer("jais2")
+    with pytest.raises(UserError, match="Did you mean jais2"):
+        family("jais22")
+
+
+def test_names_that_only_sound_alike_are_not_suggested():
+    with pytest.raises(UserError, match="is not in the family table. Known"):
+        family("stablemark")
+    with pytest.raises(UserError, match="Did you mean qwen3"):
+        family("qwen-3")
+
+
+@pytest.mark.parametrize("model_type", REFUSED)
+def test_types_that_do_not_come_out_exact_are_refused_with_the_reason(model_type):
+    assert model_type not in FAMILIES
+    with pytest.raises(UserError, match="cannot be driven block by block: .* Use a model of"):
+        family(model_type)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "reason"),
+    [
+        ("opt", {"do_layer_norm_before": False}, "it norms behind its layers"),
+        ("opt", {"word_embed_proj_dim": 16}, "its embeddings have another width"),
+        ("falcon-one-key", {"alibi": True}, "it has ALiBi"),
+    ],
+)
+def test_models_of_another_layout_are_refused_with_the_reason(name, options, reason):
+    with pytest.raises(UserError, match=f"cannot be driven block by block: {reason}"):
+        HFBackbone(tiny(name, **options))
+
+
+def test_the_page_of_families_is_current():
+    assert set(families_table.EXAMPLES) == set(FAMILIES)
+    page = Path(__file__).parents[2] / "docs" / "families.md"
+    assert page.read_text() == families_table.table(), (
+        "run python -m dynamax.backbones.families_table > docs/families.md"
+    )
+    readme = page.parents[1] / "README.md"
+    assert f"{len(FAMILIES)} model types run today" in readme.read_text()
+
+
+@pytest.mark.parametrize("heads", [1, 2, 4, 6, 8, 12, 14, 32, 71])
+def test_slopes_are_those_of_transformers(heads):
+    wanted = _get_alibi_slopes(heads, torch.device("cpu"))
+    torch.testing.assert_close(alibi_slopes(AutoConfig.for_model("bloom", n_head=heads)), wanted)

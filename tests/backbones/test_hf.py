@@ -141,9 +141,10 @@ def test_shifted_keys_are_those_of_the_next_position(name):
         cache = backbone.new_cache(pad_B=torch.tensor([1, 0]))
         cache.group.filled = [8] * 6  # past the padding
         backbone.write(h_BTD, index, cache)
-        k_BHTD, _ = cache.states[index].keys.read(8, 13)
-        shifted_BHTD = backbone.shift_keys(k_BHTD[:1], index)
-    torch.testing.assert_close(shifted_BHTD, k_BHTD[1:], atol=1e-12, rtol=1e-12)
+        held = cache.states[index].keys.read(8, 13)
+        shifted = backbone.shift(*(x_BHTD[:1] for x_BHTD in held), index)
+    for got_BHTD, wanted_BHTD in zip(shifted, held, strict=True):
+        torch.testing.assert_close(got_BHTD, wanted_BHTD[1:], atol=1e-12, rtol=1e-12)
 
 
 def test_shape_counts_what_is_there():

@@ -41,11 +41,17 @@ def steps(backbone: HFBackbone, count: int, *, rows: int = 1, prompt: int = 5, l
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("kind", [Rows, Columns])
 def test_contract(name: str, kind: type[Product]) -> None:
-    """In float64, against an unpacked copy run by transformers' own forward; every block is recorded."""
+    """In float64, against an unpacked copy run by transformers' own forward.
+
+    Every block is recorded; but not those that make keys of latents again, since that grows with the text.
+    """
     with upcast64():
         plain, backbone = packed(name, kind)
         check_backbone(backbone, plain.reference, tolerance=1e-12)
     assert backbone.recordings is not None
+    if backbone.row.turned == "values":
+        assert set(backbone.recordings.given_up) == set(range(6))
+        return
     assert not backbone.recordings.given_up
     assert {index for index, *_ in backbone.recordings.ready} == set(range(6))
 

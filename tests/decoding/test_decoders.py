@@ -24,7 +24,8 @@ from dynamax.policies.confidence import GateConfidence
 from dynamax.policies.schedule import AtDepth, Never
 from dynamax.types import Step
 from tests.float64 import upcast64
-from tests.laws.house import DEPTH, VOCAB, Dice, LyingLens, check_first_two_tokens, exits, pair, prompt
+from tests.laws.house import DEPTH, VOCAB, Dice, LyingLens, check_first_two_tokens, exits, prompt
+from tests.laws.house import fresh_pair as pair
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,8 @@ from dynamax.policies.base import TerminationPolicy
 from dynamax.policies.schedule import Never
 from dynamax.types import Evidence
 from tests.float64 import upcast64
-from tests.laws.house import check_first_two_tokens, exits, pair, prompt
+from tests.laws.house import check_first_two_tokens, exits, prompt
+from tests.laws.house import fresh_pair as pair
 
 
 def longest_match(text: Sequence[int], shortest: int, longest: int) -> Suggestion | None:

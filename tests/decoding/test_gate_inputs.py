@@ -37,7 +37,8 @@ from dynamax.policies import GateConfidence
 from dynamax.policies.base import TerminationPolicy
 from dynamax.types import Evidence
 from tests.float64 import upcast64
-from tests.laws.house import loud, pair
+from tests.laws.house import fresh_pair as pair
+from tests.laws.house import loud
 
 DEPTHS = (2, 3, 5)
 INPUTS: list[GateInput] = [

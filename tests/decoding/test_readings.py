@@ -34,7 +34,8 @@ from dynamax.policies import (
     Voting,
 )
 from tests.float64 import upcast64
-from tests.laws.house import DEPTH, loud, pair, prompt
+from tests.laws.house import DEPTH, loud, prompt
+from tests.laws.house import fresh_pair as pair
 
 GATE = GateConfidence(0.5)
 MIXTURES = dict.fromkeys((2, 3, 5), BetaPair((3.0, 2.0), (2.0, 3.0), 0.5))

@@ -21,7 +21,8 @@ from dynamax.policies.joint import JEIGate
 from dynamax.policies.mixture import BetaMixture, BetaPair
 from dynamax.policies.schedule import AtDepth, Decaying, Never, PositionSchedule
 from tests.float64 import upcast64
-from tests.laws.house import loud, pair, prompt
+from tests.laws.house import fresh_pair as pair
+from tests.laws.house import loud, prompt
 
 POLICIES: list[TerminationPolicy] = [
     Never(),

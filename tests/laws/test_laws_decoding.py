@@ -24,10 +24,10 @@ from dynamax.decoding.verification import verify
 from dynamax.policies.schedule import AtDepth, Never
 from dynamax.types import Span
 from tests.float64 import upcast64
-from tests.laws.house import DEPTH, Dice, Listener, exits, generate, padded, pair, prompt
+from tests.laws.house import DEPTH, Dice, Listener, exits, fresh_pair, generate, padded, pair, prompt
 from tests.tiny import FAMILIES, RECURRENT
 
-LIMIT = 24
+LIMIT = 16
 ATTENTION = ("llama", "mistral", "gpt2", "phi3", "gpt_neox")
 
 
@@ -40,7 +40,7 @@ def test_never_leaving_is_generate(family: str) -> None:
     with upcast64():
         model, backbone = pair(family)
         bank = exits(backbone)
-        for length in (1, 9, 13):
+        for length in (1, 9):
             wanted = generate(model, prompt(length), LIMIT)
             assert tokens(EarlyExit(backbone, bank, Never()), prompt(length)).equal(wanted)
             assert tokens(Full(backbone), prompt(length)).equal(wanted)
@@ -56,14 +56,12 @@ def test_padded_rows_are_generate(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("drafts", [1, 4])
-def test_lossless_is_generate(family: str, drafts: int) -> None:
+def test_lossless_is_generate(family: str) -> None:
     with upcast64():
         model, backbone = pair(family)
-        bank = exits(backbone)
-        for seed, policy in enumerate((Dice(0.5), Dice(0.9), Listener())):
+        bank, start = exits(backbone), prompt(9)
+        for policy, drafts in ((Dice(0.5), 1), (Dice(0.9), 4), (Listener(), 4)):
             decoder = SelfSpeculative(backbone, bank, policy, draft_limit=drafts)
-            start = prompt(9, seed=seed)
             assert tokens(decoder, start).equal(generate(model, start, LIMIT))
 
 
@@ -108,12 +106,11 @@ def drafting(backbone: HFBackbone, source: DraftSource, *, with_exits: bool, lim
     return decoder
 
 
-@pytest.mark.parametrize("with_exits", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_drafts_of_sources_change_no_token(family: str, with_exits: bool) -> None:
+def test_drafts_of_sources_change_no_token(family: str) -> None:
     with upcast64():
         model, backbone = pair(family)
-        for limit in (1, 4):
+        for limit, with_exits in ((1, True), (4, False), (4, True)):
             wanted = generate(model, prompt(9), LIMIT)
             decoder = drafting(backbone, Foreknown(wanted), with_exits=with_exits, limit=limit)
             steps = list(decoder.decode(prompt(9), max_new_tokens=LIMIT))
@@ -189,11 +186,11 @@ def test_rows_kept_back_by_another_keep_their_drafts() -> None:
 def test_a_split_gives_the_same_tokens(family: str) -> None:
     with upcast64():
         model, backbone = pair(family)
-        wanted = generate(model, prompt(9), LIMIT)
-        for depth in range(1, DEPTH):
+        wanted = generate(model, prompt(9), 8)
+        for depth in (1, 3, 5):
             below, above = backbone.new_cache(span=Span(0, depth)), backbone.new_cache(span=Span(depth, DEPTH))
             feed_BT, got = prompt(9), []
-            for _ in range(LIMIT):
+            for _ in range(8):
                 h_BTD = backbone.run(backbone.embed(feed_BT, below), Span(0, depth), below)
                 h_BTD = _over_the_wire(h_BTD)
                 h_BTD = backbone.run(h_BTD, Span(depth, DEPTH), above)
@@ -239,7 +236,7 @@ def _over_the_wire(h_BTD: Tensor) -> Tensor:
 @pytest.mark.parametrize("family", ["llama", "mixtral", "gpt2", "gemma2", *RECURRENT])
 def test_a_step_that_leaves_at_d_calls_d_blocks(family: str) -> None:
     with upcast64():
-        _, backbone = pair(family)
+        _, backbone = fresh_pair(family)
         calls: list[int] = []
         for index, block in enumerate(backbone._blocks):
             block.register_forward_hook(lambda *_, index=index: calls.append(index))

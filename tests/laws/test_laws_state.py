@@ -42,7 +42,7 @@ def wander(backbone: HFBackbone, text_BT: Tensor, cache: Cache, seed: int) -> No
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(2))
 def test_settled_state_is_that_of_one_full_pass(family: str, seed: int) -> None:
     with upcast64(), torch.inference_mode():
         model, backbone = pair(family)
@@ -93,7 +93,7 @@ def test_rollback_at_every_place_is_as_if_it_had_not_been(family: str) -> None:
     with upcast64(), torch.inference_mode():
         _, backbone = pair(family)
         text_BT, wrong_BT = prompt(20), prompt(7, seed=9)
-        for keep in range(8):
+        for keep in (0, 1, 4, 7):
             cache = backbone.new_cache(capacity=8)
             wander(backbone, text_BT[:, :12], cache, seed=keep)
             before = cache.snapshot()

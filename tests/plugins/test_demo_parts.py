@@ -44,7 +44,7 @@ from dynamax.registry import DECODERS, POLICIES, TASKS
 from dynamax.testing import check_backbone, check_policy
 
 backbone = Folder("model").load(dtype="float64")
-assert backbone.spec.family == "stablelm"
+assert backbone.spec.family == "jais2"
 assert max(check_backbone(backbone, backbone.reference).values()) < 1e-5
 check_policy(POLICIES.get("LaterTokens")(3), thresholds=(1, 2, 3))
 assert [example.id for example in TASKS.get("Capitals")().examples()] == ["France", "Italy", "Peru"]
@@ -60,9 +60,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
     subprocess.run([*command, "--target", str(work / "site"), str(work / "source")], check=True)
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 6, "vocab_size": 257}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256, "use_qkv_bias": True}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256, "attention_bias": True}
     ends = {"bos_token_id": None, "eos_token_id": None}
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("stablelm", **sizes, **heads, **ends))
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("jais2", **sizes, **heads, **ends))
     redraw(model, 0)
     model.save_pretrained(work / "model")
     byte_tokenizer().save_pretrained(work / "model")
@@ -92,7 +92,7 @@ def test_all_of_them_in_one_run(run: Run, place: Path) -> None:
     report = json.loads((place / "report" / "report.json").read_text())
     assert report["task"]["name"] == "Capitals"
     assert report["task"]["examples"] == 3
-    assert report["backbone"]["family"] == "stablelm"
+    assert report["backbone"]["family"] == "jais2"
     assert (report["decoding"]["decoder"], report["decoding"]["options"]) == ("Alternating", {"every": 2})
     full, ours = report["frontier"]
     assert full["policy"] == "Full"
@@ -105,11 +105,11 @@ def test_they_are_listed_with_what_they_are_and_where_from(run: Run) -> None:
     done = run("-m", "dynamax", "list")
     assert done.returncode == 0, done.stderr
     lines = {line.split()[0]: line for line in done.stdout.splitlines() if "dynamax-demo-parts 0.2.0" in line}
-    assert sorted(lines) == ["Alternating", "Broken", "Capitals", "LaterTokens", "stablelm"]
+    assert sorted(lines) == ["Alternating", "Broken", "Capitals", "LaterTokens", "jais2"]
     assert "Asks the policy at most steps" in lines["Alternating"]
     assert "Leaves at the first exit once an answer is under way." in lines["LaterTokens"]
     assert "Which city is the capital?" in lines["Capitals"]
-    assert "transformers' model type stablelm" in lines["stablelm"]
+    assert "transformers' model type jais2" in lines["jais2"]
     assert "BROKEN" in lines["Broken"]
     assert "RuntimeError: its licence file is missing" in lines["Broken"]
 
@@ -129,5 +129,5 @@ def test_a_broken_part_stops_only_who_asks_for_it(run: Run) -> None:
 def test_without_the_package_the_family_is_unknown(run: Run) -> None:
     done = run("-c", "import dynamax; dynamax.load('model')", installed=False)
     assert done.returncode == 1
-    assert "The model type 'stablelm' is not in the family table" in done.stderr
+    assert "The model type 'jais2' is not in the family table" in done.stderr
     assert "offer a FamilySpec by an entry point" in done.stderr

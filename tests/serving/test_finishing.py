@@ -15,7 +15,8 @@ from dynamax.serving.finishing import Ask, finish, passes
 from dynamax.serving.wire import WireError
 from dynamax.types import Span
 from tests.float64 import upcast64
-from tests.laws.house import DEPTH, pair, prompt
+from tests.laws.house import DEPTH, prompt
+from tests.laws.house import fresh_pair as pair
 from tests.tiny import FAMILIES
 
 CUT = 2

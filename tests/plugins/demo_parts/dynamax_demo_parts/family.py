@@ -4,5 +4,5 @@ from __future__ import annotations
 
 from dynamax.backbones.families import FamilySpec
 
-STABLELM = FamilySpec()
-"""StableLM is built as Llama is; its norms and biases are modules that run as they are."""
+JAIS2 = FamilySpec()
+"""Jais 2 is built as Llama is; its norms and biases are modules that run as they are."""
