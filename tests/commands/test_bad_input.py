@@ -39,7 +39,7 @@ CASES = {
         [*FIT, "--trainer.max_epoch", "9"],
         ["--trainer.max_epoch", "Did you mean trainer.max_ep"],
     ),
-    "type": ([*FIT, "--trainer.max_epochs", "four"], ["trainer.max_epochs was given four", "int"]),
+    "type": ([*FIT, "--trainer.max_epochs", "four"], ["trainer.max_epochs was given four", "a whole number"]),
     "decoder of generate": (
         ["generate", "Who?", "--decoder", "Lossless"],
         ["decoder names the class Lossless", "Full"],
@@ -50,7 +50,7 @@ CASES = {
     ),
     "type of generate": (
         ["generate", "Who?", "--max_new_tokens", "many"],
-        ["max_new_tokens was given many; wanted: int. Change it."],
+        ["max_new_tokens was given many; wanted: a whole number or null. Change it."],
     ),
     "module of a gate": (
         [*FIT, "--model.exits={2: {gates: [{class_path: nobodys.EMAGate, init_args: {decay: 0.5}}]}}"],
@@ -71,10 +71,13 @@ CASES = {
     ),
     "model folder": (
         [*FIT, "--model.backbone=parts"],
-        ["model.backbone was given the folder parts", "--model.backbone Folder --model.backbone.path parts"],
+        ["parts has no config.json"],
     ),
     "no path": ([*FIT, f"--model.backbone=/{'x' * 300}"], ["which is not there"]),
-    "model folder of generate": (["generate", "Who?", "--backbone=./parts"], ["--backbone Folder --backbone.path ./p"]),
+    "model folder of generate": (
+        ["generate", "Who?", "--backbone=./parts", "--exits={2: {}}"],
+        ["parts has no config.json"],
+    ),
     "nothing given": (["fit"], ["start from a whole run: -c configs/demo/fit.yaml"]),
     "no prompt": (["generate"], ["no prompt", 'dynamax generate "']),
     "part missing": (["fit", "--model", "HeadsModule"], ["backbone, exits"]),
