@@ -95,17 +95,33 @@ def _no_option(where: str, given: str, known: Known, lines: Sequence[str]) -> st
 def _unrecognized(where: str, given: str, known: Known, lines: Sequence[str]) -> str:
     option = given.split("=")[0].split()[0]
     if not option.startswith("-"):
-        return f'{given!r} is one value too many. A value of several words stands in quotes: "...".'
-    name = option.lstrip("-")  # which an option of a part may have too
-    return f"There is no option {option}.{near(name, set(known.options()) - {name}, CUTOFF)} See --help."
+        return f'{shown(given)!r} is one value too many. A value of several words stands in quotes: "...".'
+    return f"There is no option {shown(option)}.{like(option.lstrip('-'), set(known.options()))} See --help."
+
+
+def like(name: str, options: set[str]) -> str:
+    """A question with the options that a name may mean: another word for one, its beginning, or one spelt alike."""
+    plain, others = name.replace("-", "_"), options - {name}
+    meant = [each for each in OTHER_WORDS.get(plain, ()) if each in others]
+    longer = sorted(each for each in others if len(plain) > 2 and each.startswith(plain))
+    found = meant[:1] or ([plain] if plain in others else longer)
+    if not found:
+        return near(name, others, CUTOFF).replace(" or ", " or --").replace("mean ", "mean --")
+    return f" Did you mean {' or '.join(f'--{each}' for each in found[:3])}?"
+
+
+def _no_value(where: str, given: str, known: Known, lines: Sequence[str]) -> str:
+    return f"{given} was given no value. Write one behind it, such as {given} VALUE."
 
 
 def _missing(where: str, given: str, known: Known, lines: Sequence[str]) -> str:
     command, _, name = given.rpartition(".")
     if name == "prompt":
         return 'There is no prompt. Write what to answer: dynamax generate "What is the capital of France?"'
-    if given == "model":
-        return "There is no model. Write which to measure: dynamax bench SmolLM2"
+    if given.split(", ")[0] == "model":
+        rest = given.partition(", ")[2].replace(", ", " and --")
+        also = f", and the options --{rest}" if rest else ""
+        return f"There is no model. Write which behind the command, such as SmolLM2 or the path of a folder{also}."
     start = f", or start from a whole run: -c configs/demo/{DEMOS[command]}.yaml" if command in DEMOS else ""
     return f"{where} lacks {given}. Give it in a file (-c) or as an option{start}."
 
@@ -136,6 +152,19 @@ def is_specific(complaint: str) -> bool:
     )
 
 
+OTHER_WORDS = {
+    "model": ("backbone",),
+    "tokens": ("max_new_tokens",),
+    "max_tokens": ("max_new_tokens",),
+    "length": ("max_new_tokens", "data.text.length"),
+    "stop": ("stop_strings",),
+    "output": ("out",),
+    "epochs": ("trainer.max_epochs",),
+    "steps": ("trainer.max_steps",),
+    "lr": ("model.learning_rate",),
+    "batch_size": ("data.batch_size",),
+}
+"""What others call an option."""
 TYPES = {
     "int": "a whole number",
     "float": "a number",
@@ -154,6 +183,7 @@ PATTERNS = (
     ),
     (r"(?:Option|does not accept option) '([\w.+]+)'", _no_option),
     (r"[Uu]nrecognized arguments: (.+)", _unrecognized),
+    (r"argument (?:-\w/)?(--[\w.+-]+): expected one argument", _no_value),
     (r"the following arguments are required: (.+)", _missing),
     (r"Subtypes: \[((?:<class '(?:int|float|str|bool|NoneType)'>|dict\[.*?\]|list\[.*?\]|, )+)\]", _wrong_type),
     (r"Expected a (typing.Literal\[.*|<class '(?:int|float|str|bool)'>.*)", _wrong_type),

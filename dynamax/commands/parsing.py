@@ -75,6 +75,7 @@ class Rules:
         """Parse the arguments; a UserError of one screen says what is wrong with them."""
         _broken.clear()
         check_files(arguments)
+        self._check_help(arguments)
         try:
             return self.parse_args(list(arguments))  # type: ignore[attr-defined]
         except RecursionError as error:
@@ -89,6 +90,16 @@ class Rules:
                     raise cause from error
                 cause = cause.__cause__
             raise UserError(explain(str(error), Known(self.names, self.options))) from error
+
+    def _check_help(self, arguments: Sequence[str]) -> None:
+        """Refuse ``--policy.help`` without a name: jsonargparse would print a page of nothing."""
+        for word, behind in zip(arguments, [*arguments[1:], "-"], strict=False):
+            if word == "--":
+                return
+            key = word.removesuffix(".help").removeprefix("--").rpartition(".")[2]
+            if word.startswith("--") and word.endswith(".help") and behind.startswith("-") and self.names(key):
+                names = self.names(key)
+                raise UserError(f"{word} was given no name; wanted: one of {', '.join(names)}. Add it behind a space.")
 
     def validate(self, cfg: Any, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401 - those of jsonargparse
         """Also refuse ``null`` where there must be something: jsonargparse takes it for an option that is not given."""
