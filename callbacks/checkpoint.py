@@ -13,7 +13,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from callbacks import common
 from dynamax.errors import UserError
-from dynamax.heads.saved import WEIGHTS
+from dynamax.files import check_folder
+from dynamax.heads.saved import RECORD, WEIGHTS
 from dynamax.modules.checks import ChecksBeforeFit, all_finite
 from dynamax.modules.heads import HeadsModule
 
@@ -98,12 +99,18 @@ class HeadsCheckpoint(Callback, ChecksBeforeFit):
                 "HeadsCheckpoint needs validation to tell which heads are best, but trainer.limit_val_batches is 0. "
                 "Raise it, or take HeadsCheckpoint out of trainer.callbacks."
             )
+        check_folder(self.folder / "last", "HeadsCheckpoint", "its option folder")
+        remedy = "Name another folder, or set overwrite: true for HeadsCheckpoint."
         own = module.bank.record(module.spec)
         for folder in (self.folder, self.folder / "last"):
+            for name in (WEIGHTS, RECORD):
+                if (folder / name).is_dir():
+                    raise UserError(
+                        f"HeadsCheckpoint writes {folder / name}, but that is a folder. Name another folder."
+                    )
             theirs = None if self.overwrite else held(folder)
             if theirs is None:
                 continue
-            remedy = "Name another folder, or set overwrite: true for HeadsCheckpoint."
             if "fingerprint" not in theirs:
                 raise UserError(f"{folder / WEIGHTS} would be replaced, but it cannot be told what it is. {remedy}")
             if theirs["fingerprint"] != own["fingerprint"]:

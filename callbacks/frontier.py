@@ -11,7 +11,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from callbacks import common
 from dynamax.errors import UserError
-from dynamax.files import write_atomically
+from dynamax.files import check_folder, write_atomically
 from dynamax.modules.decoding import DecodingModule
 from dynamax.modules.results import DecodingResults
 
@@ -52,10 +52,8 @@ class ExitFrontier(Callback):
             return
         common.watched(pl_module, DecodingModule, self)
         self._place = folder = Path(self.folder or trainer.log_dir or trainer.default_root_dir)
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"ExitFrontier cannot make the folder {folder}: {error}. Name another folder.") from error
+        check_folder(folder, "The report of ExitFrontier", "its option folder")
+        folder.mkdir(parents=True, exist_ok=True)
         for name in ("report.json", "frontier.png"):
             if (folder / name).is_dir():
                 raise UserError(f"ExitFrontier writes {folder / name}, but that is a folder. Name another folder.")

@@ -416,6 +416,8 @@ def find_source(model: str | Path | Source) -> tuple[Source, Path | None]:
     """
     if isinstance(model, Source):
         return model, None
+    if not str(model).strip():
+        raise UserError("The name of the model is empty. Give a folder, a .gguf file, OWNER/NAME, or a source.")
     path = Path(model).expanduser()
     if (path / RECORD).is_file():
         record: object = read_record(path)

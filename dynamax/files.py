@@ -8,13 +8,41 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from dynamax.errors import UserError, shown
+
 
 def cache_folder() -> Path:
     """``$DYNAMAX_CACHE``, else ``$XDG_CACHE_HOME/dynamax``, else ``~/.cache/dynamax``; made if need be."""
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     folder = Path(os.environ.get("DYNAMAX_CACHE") or Path(base) / "dynamax")
+    check_folder(folder, "The cache", "DYNAMAX_CACHE")
     folder.mkdir(parents=True, exist_ok=True)
     return folder
+
+
+def check_folder(folder: str | Path, what: str, option: str) -> None:
+    """Refuse a folder that could not be written to, before the work that would be lost. Nothing is made.
+
+    Args:
+        folder: It need not be there yet.
+        what: What is written there, for the message.
+        option: What names it.
+
+    Raises:
+        UserError: If a file or a link to nowhere lies in the way, or it is not allowed.
+    """
+    there = Path(folder).expanduser()
+    try:
+        while not os.path.lexists(there):
+            there = there.parent
+    except (OSError, ValueError) as error:
+        raise UserError(f"{what} goes to {shown(folder)}, which is no path: {error}. Change {option}.") from error
+    if not there.is_dir():
+        raise UserError(
+            f"{what} goes to {folder}, but {there} is no folder. Change {option}, or move away what lies there."
+        )
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise UserError(f"{what} goes to {folder}, but {there} cannot be written to. Change {option}.")
 
 
 def write_atomically(file: Path, content: bytes) -> None:

@@ -1,4 +1,4 @@
-"""Paths of what is read and written, as options. Knows jsonargparse and nothing else."""
+"""Paths of what is read and written, as options. Knows jsonargparse and files."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from jsonargparse._paths import _current_path_dir  # the folder of the file that
 from jsonargparse.typing import register_type
 
 from dynamax.errors import UserError
+from dynamax.files import check_folder
 
 
 class ReadPath(str):
@@ -46,12 +47,8 @@ def output_file(name: str | None, suffix: str) -> Path | None:
     path = Path(name).expanduser()
     if path.suffix != suffix or path.is_dir():
         raise UserError(f"{name} was given for a file to write; wanted: a name that ends in {suffix}. Change it.")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"The folder {path.parent} cannot be made: {error.strerror}. Name another.") from error
-    if not os.access(path.parent, os.W_OK):
-        raise UserError(f"The folder {path.parent} cannot be written to. Name another.")
+    check_folder(path.parent, name, "it")
+    path.parent.mkdir(parents=True, exist_ok=True)
     return path
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import errno
+import importlib
 import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -14,7 +16,7 @@ import torch
 
 from dynamax import __version__
 from dynamax.cli import COMMANDS, main, verdict
-from dynamax.errors import UserError
+from dynamax.errors import UserError, shown
 from dynamax.policies import MaxProb
 
 
@@ -174,3 +176,52 @@ def test_info_tells_versions_and_where_names_are(capsys: pytest.CaptureFixture[s
     assert f"dynamax       {__version__}" in shown
     assert torch.__version__ in shown
     assert "dynamax list" in shown
+
+
+FAULTS = {
+    "a folder in the way": (lambda place: (place / "folder").mkdir() or (place / "folder").write_text(""), "folder"),
+    "a name too long": (lambda place: (place / ("x" * 400)).write_text(""), "File name too long"),
+    "nothing there": (lambda place: (place / "none").read_text(), "none cannot be used: No such file"),
+    "a loop of links": (lambda place: (place / "loop").symlink_to("loop") or (place / "loop").read_text(), "loop"),
+}
+
+
+@pytest.mark.parametrize("case", FAULTS)
+def test_a_path_that_cannot_be_used_is_a_mistake(case: str, tmp_path: Path) -> None:
+    action, told = FAULTS[case]
+    found, message = verdict(raised(lambda: action(tmp_path)))
+    assert found == 2
+    assert told in message
+
+
+def test_a_package_that_is_not_installed_is_told_and_ours_are_not() -> None:
+    found, message = verdict(raised(lambda: importlib.import_module("no_such_package.part")))
+    assert found == 2
+    assert "no_such_package" in message
+    assert verdict(ModuleNotFoundError("No module named 'wandb'"))[0] == 2
+    assert verdict(raised(lambda: importlib.import_module("dynamax.no_such_module")))[0] is None
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: not enough memory: you tried")])
+def test_no_memory_is_a_failure_and_not_a_mistake(error: Exception) -> None:
+    found, message = verdict(error)
+    assert found == 1
+    assert "not enough memory" in message
+
+
+def test_a_fault_of_ours_is_one_line_and_exits_1(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("dynamax.commands.info.main", lambda _: [][0])
+    assert code("info") == 1
+    told = capsys.readouterr().err
+    assert "fault in dynamax" in told
+    assert "IndexError in test_cli.py" in told
+    assert "--debug" in told
+    with pytest.raises(IndexError):
+        main(["info", "--debug"])
+
+
+def test_a_long_value_is_cut_in_the_middle() -> None:
+    assert shown("a\nb") == "a b"
+    assert len(shown("x" * 5000)) < 200

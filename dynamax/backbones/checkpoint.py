@@ -17,6 +17,7 @@ import json
 import re
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, final
 
@@ -99,6 +100,7 @@ def reading(folder: Path, *patterns: str) -> Iterator[None]:
     level = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
+        check_are_files(folder, patterns)
         yield
     except (UserError, MemoryError, torch.OutOfMemoryError):
         raise
@@ -114,6 +116,14 @@ def reading(folder: Path, *patterns: str) -> Iterator[None]:
         raise UserError(f"{fault.rstrip('.')}. Fetch the file again, or write the folder anew.") from error
     finally:
         logging.set_verbosity(level)
+
+
+def check_are_files(folder: Path, patterns: Collection[str]) -> None:
+    """Refuse (UserError) what has a file's name and is none: libraries take it for a file that is left out."""
+    for path in sorted(folder.iterdir()):
+        if path.suffix and any(fnmatch(path.name, pattern) for pattern in patterns) and not path.is_file():
+            what = "a link to nowhere" if path.is_symlink() and not path.exists() else "no file"
+            raise UserError(f"{path} is {what}. Fetch the file again, or remove it.")
 
 
 def fault_in(folder: Path, patterns: Collection[str]) -> str | None:

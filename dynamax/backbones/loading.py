@@ -172,7 +172,9 @@ def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
             f"came from, or write them with the tokenizer's save_pretrained."
         )
     with reading(folder, *TOKENIZER, *TOKENIZER_SETTINGS):
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer("a")  # some settings that are wrong raise only when a text is read
+        return tokenizer
 
 
 def read_generation_config(folder: Path) -> GenerationConfig:
@@ -181,9 +183,9 @@ def read_generation_config(folder: Path) -> GenerationConfig:
     Raises:
         UserError: If the file is damaged.
     """
-    if not (folder / GENERATION).is_file():
-        return GenerationConfig.from_model_config(read_config(folder))
     with reading(folder, GENERATION):
+        if not (folder / GENERATION).is_file():
+            return GenerationConfig.from_model_config(read_config(folder))
         return GenerationConfig.from_pretrained(folder, local_files_only=True)
 
 

@@ -222,10 +222,11 @@ class Hub(FolderSource):
                 ignore_patterns=list(self.COPIES),
             )
         except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
+            here = "" if Path(self.name).exists() else " There is no folder of that name here either."
             at = "" if self.revision is None else f" at {self.revision}"
             raise UserError(
-                f"{self.name}{at} could not be fetched from the hub: {str(error).splitlines()[0]} Check the name, the "
-                f"network and your access; without a network, use SmolLM2, or Folder with a local copy."
+                f"{self.name}{at} could not be fetched from the hub: {str(error).splitlines()[0]}{here} Check the "
+                f"name, the network and your access; without a network, use SmolLM2, or Folder with a local copy."
             ) from error
         return Path(found)
 

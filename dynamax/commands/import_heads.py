@@ -23,6 +23,7 @@ from dynamax.backbones.hf import HFBackbone
 from dynamax.backbones.sources import Source
 from dynamax.commands.parsing import Parser, prepare
 from dynamax.errors import UserError
+from dynamax.files import check_folder
 from dynamax.heads import Exit, ExitBank, UntiedLens
 from dynamax.paths import InputPath
 from dynamax.types import Site, Spec
@@ -54,6 +55,7 @@ def import_heads(folder: InputPath, backbone: Source, *, out: str = "runs/dssd/h
         backbone: Where the model comes from that the heads were trained on.
         out: Folder to write heads.json and heads.safetensors to.
     """
+    check_folder(out, "What is imported", "--out")
     loaded = backbone.load()
     place, spec = Path(str(folder)), loaded.spec
     eps = loaded.model.config.to_dict().get("rms_norm_eps", EPS) if isinstance(loaded, HFBackbone) else EPS

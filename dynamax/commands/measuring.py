@@ -28,7 +28,7 @@ from dynamax.errors import UserError
 from dynamax.files import write_atomically
 from dynamax.generation import encode, generation_options
 from dynamax.heads.bank import Exit
-from dynamax.heads.saved import read_record
+from dynamax.heads.saved import read, read_record
 from dynamax.paths import InputPath, output_file
 from dynamax.policies.base import TerminationPolicy
 from dynamax.policies.confidence import GateConfidence
@@ -106,6 +106,8 @@ def bench(
     source, own_heads = find_source(model)
     folder_of_heads = Path(heads) if heads is not None else own_heads if exits is None else None
     policy = _checked(policy, folder_of_heads, exits)
+    if folder_of_heads is not None:
+        read(folder_of_heads, source.output_stage().spec)  # those of another model are refused before the measuring
     folder = source.folder() if isinstance(source, FolderSource) else None
     sizes = None if folder is None else outline(folder)
     tokens = [encode(source.tokenizer(), text, chat=chat)[0].tolist() for text in texts]

@@ -6,28 +6,29 @@ Knows jsonargparse; knows neither Lightning nor any part.
 from __future__ import annotations
 
 import inspect
-import os
 import sys
 import types
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from itertools import chain
-from pathlib import Path
+from math import isnan
 from textwrap import indent
 from typing import Any, ClassVar, Union, get_args, get_origin
 
 import jsonargparse._typehints as typehints
 import yaml
-from jsonargparse import ArgumentError, ArgumentParser, get_loader, set_loader
+from jsonargparse import ArgumentError, ArgumentParser, set_loader
 from transformers.utils.logging import disable_progress_bar
 
 from dynamax import registry as registered
-from dynamax.commands.messages import Known, explain
-from dynamax.errors import UserError
+from dynamax.commands.backbones import SOURCE, as_source
+from dynamax.commands.kinds import in_words, is_only_options
+from dynamax.commands.messages import WANTED, Known, explain, is_specific
+from dynamax.commands.yaml_files import check_files, load_value
+from dynamax.errors import UserError, shown
 from dynamax.paths import ReadPath, read_path
 from dynamax.registry import ALL, Registry
 
-LOAD_YAML = get_loader("yaml")
 RESOLVE = typehints.resolve_class_path_by_name
 SEQUENCES = (list, tuple, Sequence)
 _broken: list[UserError] = []
@@ -74,8 +75,13 @@ class Rules:
         """Parse the arguments; a UserError of one screen says what is wrong with them."""
         _broken.clear()
         check_files(arguments)
+        self._check_help(arguments)
         try:
             return self.parse_args(list(arguments))  # type: ignore[attr-defined]
+        except RecursionError as error:
+            raise UserError(
+                "An option holds lists or mappings that lie too deep in one another. Correct it."
+            ) from error
         except ArgumentError as error:
             check_files(arguments, parts=True)  # only now: what looks like a part's file may be a text
             cause: BaseException | None = _broken[0] if _broken else error
@@ -84,6 +90,26 @@ class Rules:
                     raise cause from error
                 cause = cause.__cause__
             raise UserError(explain(str(error), Known(self.names, self.options))) from error
+
+    def _check_help(self, arguments: Sequence[str]) -> None:
+        """Refuse ``--policy.help`` without a name: jsonargparse would print a page of nothing."""
+        for word, behind in zip(arguments, [*arguments[1:], "-"], strict=False):
+            if word == "--":
+                return
+            key = word.removesuffix(".help").removeprefix("--").rpartition(".")[2]
+            if word.startswith("--") and word.endswith(".help") and behind.startswith("-") and self.names(key):
+                names = self.names(key)
+                raise UserError(f"{word} was given no name; wanted: one of {', '.join(names)}. Add it behind a space.")
+
+    def validate(self, cfg: Any, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401 - those of jsonargparse
+        """Also refuse ``null`` where there must be something: jsonargparse takes it for an option that is not given."""
+        for action in self._actions:  # type: ignore[attr-defined]
+            rule = getattr(action, "_check_type_", None)
+            if isinstance(rule, _Rule) and not rule.may_be_none and action.default is not None:
+                name = action.dest
+                if name in cfg and cfg[name] is None:
+                    raise TypeError(f'Parser key "{name}":\n  {WANTED}{rule.wanted}. Got value: null')
+        super().validate(cfg, *args, **kwargs)  # type: ignore[misc]
 
     def names(self, key: str) -> list[str]:
         """Names of the parts that may stand under a key; of all parts, if the key is none of ours."""
@@ -115,7 +141,9 @@ def prepare() -> None:
     typehints.resolve_class_path_by_name = resolve
     typehints.discard_init_args_on_class_path_change = begin_anew
     disable_progress_bar()  # of reading weights
-    set_loader("yaml", _load, (yaml.YAMLError,))  # without the errors, text that is no YAML would end in a traceback
+    set_loader(
+        "yaml", load_value, (yaml.YAMLError,)
+    )  # without the errors, text that is no YAML would end in a traceback
 
 
 def resolve(kind: Any, name: str) -> str:  # noqa: ANN401 - a class, or whatever else an option is annotated with
@@ -178,6 +206,11 @@ class _Rule:
         self.is_path = ReadPath in kinds
         lists = [each for each in kinds if get_origin(each) in SEQUENCES and set(get_args(each)) - {...} == {str}]
         self.is_list = bool(lists)
+        self.is_source = any(
+            f"{getattr(k, '__module__', '')}:{getattr(k, '__qualname__', '')}" == SOURCE for k in kinds
+        )
+        self.is_group = is_only_options(kinds)
+        self.wanted = in_words(kind)
         self.is_text = all(each in (str, ReadPath, type(None), *lists) for each in kinds)
 
     def __call__(self, value: Any, *, cfg: Any = None, append: bool = False, **more: Any) -> Any:  # noqa: ANN401
@@ -192,6 +225,8 @@ class _Rule:
                     texts = yaml.load(value, yaml.BaseLoader)  # noqa: S506 - knows text, lists and mappings only
             listed = isinstance(texts, list) and all(isinstance(each, str) for each in texts)
             value = texts if listed else [value]
+        if isinstance(value, str) and self.is_source:
+            value = as_source(value)
         if self.option == "exits":
             return self.check(value, cfg=None if isinstance(value, dict | str) else cfg, append=append, **more)
         found, earlier = self.check(value, cfg=cfg, append=append, **more), cfg.get(self.option) if cfg else None
@@ -205,95 +240,19 @@ class _Rule:
         If the content of a file is refused, jsonargparse reads the file once more, and complains of a loop instead.
         """
         try:
-            return self._check(value, **more)
+            found = self._check(value, **more)
         except TypeError as error:
             loop = error.__cause__
-            if loop is None or "Config file loop detected" not in str(loop) or loop.__context__ is None:
+            if loop is not None and "Config file loop detected" in str(loop) and loop.__context__ is not None:
+                refused = indent(str(loop.__context__), "  ")
+                raise TypeError(f'Parser key "{self.option}":\n{refused}') from loop.__context__
+            if is_specific(str(error)) and not self.is_group:
                 raise
-            refused = indent(str(loop.__context__), "  ")
-            raise TypeError(f'Parser key "{self.option}":\n{refused}') from loop.__context__
+            raise self._refusal(value) from error
+        if isinstance(found, float) and isnan(found):
+            raise self._refusal(value)
+        return found
 
-
-# -- files ------------------------------------------------------------------------------------------
-
-
-def _load(text: str) -> Any:  # noqa: ANN401 - whatever YAML holds
-    """What jsonargparse loads, for values that are written on the command line; files are checked before."""
-    _check_keys(yaml.compose(text, Loader=yaml.SafeLoader), "")
-    return LOAD_YAML(text)
-
-
-def check_files(arguments: Sequence[str], *, parts: bool = False) -> None:
-    """Check the YAML files that the arguments of a command name: jsonargparse reports a damaged file without its name.
-
-    Args:
-        arguments: Those of a command.
-        parts: Whether to check the files that these files name, too.
-
-    Raises:
-        UserError: Naming the file and the place in it.
-    """
-    ended = list(arguments).index("--") if "--" in arguments else len(arguments)
-    checked: set[Path] = set()
-    for before, argument in zip(("", *arguments), arguments[:ended], strict=False):
-        option, equals, value = argument.partition("=") if argument.startswith("-") else (before, "=", argument)
-        if argument.startswith("-c") and len(argument) > 2:
-            option, equals, value = "-c", "=", argument[2:]
-        if option in ("-c", "--config") and equals:
-            if not os.path.isfile(value):
-                what = "is a folder" if os.path.isdir(value) else "does not exist"
-                raise UserError(
-                    f"{value} was given after {option}, but it {what}. Wanted: a YAML file. Correct the path."
-                )
-            _check_file(Path(value), checked, whole=True, parts=parts)
-        elif parts and value.endswith((".yaml", ".yml")) and os.path.isfile(value):
-            _check_file(Path(value), checked, parts=True)
-
-
-def _check_file(file: Path, checked: set[Path], *, whole: bool = False, parts: bool = False) -> None:
-    if file.resolve() in checked:
-        return
-    checked.add(file.resolve())
-    try:
-        text = file.read_text("utf-8")
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-    except UnicodeDecodeError as error:
-        line = error.object[: error.start].count(b"\n") + 1
-        raise UserError(
-            f"{file}, line {line}: the byte 0x{error.object[error.start]:02x} is not UTF-8. Save the file as UTF-8."
-        ) from error
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        place = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        tab = " YAML is indented by spaces, not tabs." if "'\\t'" in str(error.problem) else ""
-        raise UserError(f"{file}{place}: this is not YAML: {error.problem}.{tab} Correct the line.") from error
-    except yaml.YAMLError as error:
-        raise UserError(f"{file}: this is not YAML: {' '.join(str(error).split())}.") from error
-    if whole and not isinstance(node, yaml.MappingNode):
-        found = "nothing" if node is None else "a list" if isinstance(node, yaml.SequenceNode) else "one value"
-        raise UserError(f"{file} holds {found}; wanted: options, a line each, such as `model: HeadsModule`.")
-    for name in _check_keys(node, f"{file}: "):
-        if parts and name.endswith((".yaml", ".yml")) and (part := file.parent / os.path.expanduser(name)).is_file():
-            _check_file(part, checked, parts=True)
-
-
-def _check_keys(node: yaml.Node | None, place: str) -> Sequence[str]:
-    """Refuse two equal keys in one mapping: YAML keeps the last without a word. Returns all values that are text."""
-    values: list[str] = []
-    left = [node]
-    while left:
-        node = left.pop()
-        if isinstance(node, yaml.MappingNode):
-            keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-            for key in keys:
-                if keys.count(key) > 1:
-                    raise UserError(
-                        f"{place}The key {key} stands twice in the mapping that begins on line "
-                        f"{node.start_mark.line + 1}. A key may stand once, or the second would hide the first."
-                    )
-            left += [value for _, value in node.value]
-        elif isinstance(node, yaml.SequenceNode):
-            left += node.value
-        elif isinstance(node, yaml.ScalarNode):
-            values.append(node.value)
-    return values
+    def _refusal(self, value: Any) -> TypeError:  # noqa: ANN401
+        given = getattr(value, "val", value)  # of an option of a part, as jsonargparse holds it
+        return TypeError(f'Parser key "{self.option}":\n  {WANTED}{self.wanted}. Got value: {shown(given)}')

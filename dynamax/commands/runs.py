@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import re
 import shlex
@@ -12,13 +11,15 @@ import time
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar, TextIO, cast
+from typing import Any, ClassVar, cast
 
 from jsonargparse import Namespace
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer, callbacks
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
+from dynamax.commands.answers import AnswersPrinter
+from dynamax.commands.before import check_numbers, check_outputs, lightning_explained, trainer_explained
 from dynamax.commands.parsing import Rules, prepare
 from dynamax.data.hidden import HiddenStates
 from dynamax.data.language import LanguageData
@@ -83,29 +84,6 @@ class RunParser(Rules, LightningArgumentParser):
         return self.instantiate(cfg, **kwargs)
 
 
-class AnswersPrinter(Callback):
-    """Writes each answer of ``predict`` as a line of JSON.
-
-    Args:
-        stream: Where to.
-    """
-
-    def __init__(self, stream: TextIO) -> None:
-        self.stream = stream
-
-    def on_predict_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: object,
-        batch: object,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """Write one line."""
-        print(json.dumps(outputs), file=self.stream, flush=True)
-
-
 class StoreTrainer(Trainer):
     """A trainer that can also stop once the data has been prepared."""
 
@@ -160,14 +138,17 @@ class DynamaxCLI(LightningCLI):
         """Parse; a message about a mistake fits on one screen."""
         self._given = [str(each) for each in cast(Sequence[str], args)]
         self.config = cast(RunParser, parser).read_arguments(self._given)
-        path = self.config[self.config.subcommand].get("ckpt_path")
+        options = self.config[self.config.subcommand]
+        check_numbers(options)
+        path = options.get("ckpt_path")
         if path and not re.fullmatch(CHECKPOINTS, str(path)) and not Path(path).is_file():
             raise UserError(f"There is no checkpoint {path}. Correct the path after --ckpt_path.")
 
     def _run_subcommand(self, subcommand: str) -> None:
         began = time.time()
         try:
-            super()._run_subcommand(subcommand)
+            with lightning_explained(f"dynamax {subcommand}"):
+                super()._run_subcommand(subcommand)
         except (KeyboardInterrupt, SystemExit) as stopped:
             by_hand = KeyboardInterrupt in (type(stopped), type(stopped.__context__))  # Lightning exits with 1 for it
             if by_hand or (isinstance(stopped, SystemExit) and stopped.code == 143):
@@ -217,6 +198,9 @@ class DynamaxCLI(LightningCLI):
             meant = next((name for name, kind in MEANT.items() if isinstance(self.model, kind)), "fit")
             name = type(self.model).__name__
             raise UserError(f"{command} {does}, but the model is {name}. Use: dynamax {meant} ...")
+        if self.datamodule is None and ours:
+            raise UserError(f"{command} has no data. Give it, such as --data HiddenStates, or start from a whole run.")
+        check_outputs(cast(Trainer, self.trainer), self.datamodule)
         if isinstance(self.model, DecodingModule):
             self.model.command = shlex.join(["dynamax", *self._given])
 
@@ -227,7 +211,8 @@ class DynamaxCLI(LightningCLI):
         given = list(given) if isinstance(given, list) else [given]
         if asked.enable_progress_bar is not False and not any(isinstance(each, ProgressBar) for each in given):
             options["callbacks"] = [*given, RunBars()]
-        return super().instantiate_trainer(**options)
+        with trainer_explained():
+            return super().instantiate_trainer(**options)
 
     def before_cache(self) -> None:
         """Build the heads before the store is filled: a mistake in them is found now, not minutes later."""

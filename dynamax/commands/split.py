@@ -9,6 +9,7 @@ from dynamax.backbones.sources import FolderSource
 from dynamax.commands.parsing import Parser, prepare
 from dynamax.engine import find_source, load
 from dynamax.errors import UserError
+from dynamax.files import check_folder
 from dynamax.heads.bank import Exit
 from dynamax.paths import InputPath
 from dynamax.serving.split import places
@@ -49,6 +50,7 @@ def split(
             sides.
         out: Folder to make, with edge and cloud in it.
     """
+    check_folder(out, "What is split", "--out")
     source, own = find_source(model)
     if not isinstance(source, FolderSource):
         raise UserError(

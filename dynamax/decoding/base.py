@@ -46,6 +46,7 @@ class Decoder(ABC):
     ) -> None:
         if exits is not None and policy is not None:
             policy.validate(exits.depths)
+            policy.check_gates({depth: exits.gates(depth) for depth in exits.depths}, backbone.spec.depth)
             exits = exits.select_gates(policy.gates, depths=policy.depths)
             if self.drafts and exits.depths[-1] == backbone.spec.depth:
                 raise UserError(

@@ -60,6 +60,34 @@ class TerminationPolicy(ABC):
     def validate(self, depths: Sequence[int]) -> None:  # noqa: B027 - most policies fit any exits
         """Check the policy, once, against the depths of the exits, ascending; a UserError if they do not fit."""
 
+    def check_gates(self, offered: Mapping[int, Collection[str]], total: int) -> None:  # noqa: B027 - most ask none
+        """Refuse exits without the gate that this policy asks there, before an answer begins.
+
+        Args:
+            offered: Class names of the gates at each exit's depth.
+            total: Depth of the whole model.
+
+        Raises:
+            UserError: Naming the exit and its gates.
+        """
+
+
+def check_gate(gate: str | None, offered: Mapping[int, Collection[str]], total: int) -> None:
+    """Refuse (UserError) exits without a gate of that name; without any, if the name is None."""
+    for depth, names in offered.items():
+        if (gate in names) if gate is not None else names:
+            continue
+        asked = gate or "(unnamed)"
+        if depth == total:
+            raise UserError(
+                f"The policy asks for the gate {asked} of the exit at depth {depth}, the top, which takes no gates. "
+                f"Ask the gate at the exits below alone: OnlyAt(policy, depths)."
+            )
+        raise UserError(
+            f"The policy asks exit {depth} for the gate {asked}; its gates are: {', '.join(names) or 'none'}. Name one "
+            f"of them in the policy (gate: NAME), give every exit such a gate, or ask the others alone (OnlyAt)."
+        )
+
 
 class ScorePolicy(TerminationPolicy):
     """Leaves when a score is at least the threshold. Greater is surer, for every score.

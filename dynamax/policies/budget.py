@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import final
 
 import torch
@@ -55,6 +55,11 @@ class _Paced(TerminationPolicy):
     def validate(self, depths: Sequence[int]) -> None:
         """Check the inner policy."""
         self.policy.validate(depths)
+
+    @final
+    def check_gates(self, offered: Mapping[int, Collection[str]], total: int) -> None:
+        """Check the inner policy."""
+        self.policy.check_gates(offered, total)
 
 
 class Budget(_Paced):

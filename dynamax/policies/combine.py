@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Self, final
 
 import torch
@@ -45,6 +45,11 @@ class _Combined(TerminationPolicy):
         """Check every policy."""
         for policy in self.policies:
             policy.validate(depths)
+
+    def check_gates(self, offered: Mapping[int, Collection[str]], total: int) -> None:
+        """Check all policies."""
+        for policy in self.policies:
+            policy.check_gates(offered, total)
 
 
 class AnyOf(_Combined):
@@ -145,3 +150,7 @@ class OnlyAt(TerminationPolicy):
                 f"these, or add an exit at {missing[0]}."
             )
         self.policy.validate(self._asked)
+
+    def check_gates(self, offered: Mapping[int, Collection[str]], total: int) -> None:
+        """Check the inner policy at the depths here."""
+        self.policy.check_gates({depth: names for depth, names in offered.items() if depth in self._asked}, total)

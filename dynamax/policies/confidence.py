@@ -6,12 +6,13 @@ Those that read the lens cost the output matrix at every exit; ``GateConfidence`
 from __future__ import annotations
 
 import math
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor
 
 from dynamax.errors import UserError
-from dynamax.policies.base import CountPolicy, ScorePolicy
+from dynamax.policies.base import CountPolicy, ScorePolicy, check_gate
 from dynamax.types import Evidence
 
 
@@ -104,6 +105,10 @@ class GateConfidence(ScorePolicy):
         self.gate = gate
         self.gates = None if gate is None else (gate,)
         self.made_of = self.gates or ()
+
+    def check_gates(self, offered: Mapping[int, Collection[str]], total: int) -> None:
+        """Refuse exits without the gate."""
+        check_gate(self.gate, offered, total)
 
     def score(self, evidence: Evidence) -> Tensor:
         """The gate's confidence, ``score_B``."""

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from dynamax.policies.base import ScorePolicy
+from dynamax.policies.base import ScorePolicy, check_gate
 from dynamax.types import Evidence
 
 
@@ -50,6 +50,10 @@ class JEIGate(ScorePolicy):
         self.gate = gate
         self.gates = None if gate is None else (gate,)
         self.made_of = self.gates or ()
+
+    def check_gates(self, offered: Mapping[int, Collection[str]], total: int) -> None:
+        """Refuse exits without the gate."""
+        check_gate(self.gate, offered, total)
 
     def score(self, evidence: Evidence) -> Tensor:
         """The conditional probability of leaving here, ``h_B``."""

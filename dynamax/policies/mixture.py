@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -142,6 +142,10 @@ class BetaMixture(ScorePolicy):
                 f"at {missing} too. Fit them, or ask the policy at its own depths alone (OnlyAt)."
             )
         self.policy.validate(depths)
+
+    def check_gates(self, offered: Mapping[int, Collection[str]], total: int) -> None:
+        """Check the inner policy."""
+        self.policy.check_gates(offered, total)
 
 
 def log_beta(a: float, b: float) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Self
 
 import torch
@@ -133,3 +133,7 @@ class Decaying(TerminationPolicy):
     def validate(self, depths: Sequence[int]) -> None:
         """Check the inner policy."""
         self.policy.validate(depths)
+
+    def check_gates(self, offered: Mapping[int, Collection[str]], total: int) -> None:
+        """Check the inner policy."""
+        self.policy.check_gates(offered, total)

@@ -75,6 +75,37 @@ TOKENIZERS = {
 }
 
 
+@pytest.mark.parametrize("length", ["words", [], {}])
+def test_a_setting_of_the_wrong_kind_is_told_when_it_is_read(length, tmp_path):
+    path = model_folder(tmp_path) / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "model_max_length": length}))
+    with pytest.raises(UserError, match="cannot be read .*tokenizer"):
+        Folder(str(tmp_path)).tokenizer()
+
+
+NO_FILES = {
+    "a link to nowhere": lambda path: path.symlink_to("/nowhere/at/all"),
+    "no file": lambda path: path.mkdir(),
+}
+READS = {
+    "generation_config.json": "generation_config",
+    "chat_template.jinja": "tokenizer",
+    "tokenizer_config.json": "tokenizer",
+    "model.safetensors": "load",
+}
+
+
+@pytest.mark.parametrize("what", NO_FILES)
+@pytest.mark.parametrize("name", READS)
+def test_what_has_a_file_s_name_and_is_none(name, what, tmp_path):
+    """Left out, it would be passed over: a model would answer without its template, or go on behind its end."""
+    path = model_folder(tmp_path) / name
+    path.unlink(missing_ok=True)
+    NO_FILES[what](path)
+    with pytest.raises(UserError, match=f"{name} is {what}"):
+        getattr(Folder(str(tmp_path)), READS[name])()
+
+
 @pytest.mark.parametrize("damage", TOKENIZERS)
 def test_a_damaged_tokenizer_is_named(damage, tmp_path):
     model_folder(tmp_path)

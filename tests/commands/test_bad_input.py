@@ -37,9 +37,9 @@ CASES = {
     "option of a text": ([*FIT, "--data.text.lenght", "9"], ["data.text has no option lenght", "Did you mean length"]),
     "option of the trainer": (
         [*FIT, "--trainer.max_epoch", "9"],
-        ["--trainer.max_epoch", "Did you mean trainer.max_ep"],
+        ["--trainer.max_epoch", "Did you mean --trainer.max_ep"],
     ),
-    "type": ([*FIT, "--trainer.max_epochs", "four"], ["trainer.max_epochs was given four", "int"]),
+    "type": ([*FIT, "--trainer.max_epochs", "four"], ["trainer.max_epochs was given four", "a whole number"]),
     "decoder of generate": (
         ["generate", "Who?", "--decoder", "Lossless"],
         ["decoder names the class Lossless", "Full"],
@@ -50,7 +50,7 @@ CASES = {
     ),
     "type of generate": (
         ["generate", "Who?", "--max_new_tokens", "many"],
-        ["max_new_tokens was given many; wanted: int. Change it."],
+        ["max_new_tokens was given many; wanted: a whole number or null. Change it."],
     ),
     "module of a gate": (
         [*FIT, "--model.exits={2: {gates: [{class_path: nobodys.EMAGate, init_args: {decay: 0.5}}]}}"],
@@ -71,10 +71,13 @@ CASES = {
     ),
     "model folder": (
         [*FIT, "--model.backbone=parts"],
-        ["model.backbone was given the folder parts", "--model.backbone Folder --model.backbone.path parts"],
+        ["parts has no config.json"],
     ),
     "no path": ([*FIT, f"--model.backbone=/{'x' * 300}"], ["which is not there"]),
-    "model folder of generate": (["generate", "Who?", "--backbone=./parts"], ["--backbone Folder --backbone.path ./p"]),
+    "model folder of generate": (
+        ["generate", "Who?", "--backbone=./parts", "--exits={2: {}}"],
+        ["parts has no config.json"],
+    ),
     "nothing given": (["fit"], ["start from a whole run: -c configs/demo/fit.yaml"]),
     "no prompt": (["generate"], ["no prompt", 'dynamax generate "']),
     "part missing": (["fit", "--model", "HeadsModule"], ["backbone, exits"]),
@@ -172,3 +175,58 @@ def test_a_full_disk(run: Run, capsys: pytest.CaptureFixture[str], monkeypatch: 
     monkeypatch.setattr("dynamax.heads.saved.write_atomically", full)
     assert run(*FIT) == 1
     assert "The disk is full" in capsys.readouterr().err
+
+
+HEADS = ("--exits", "{2: {}}")
+HINTS = {
+    "dashes": (["generate", "Hi", "--max-new-tokens", "3"], "Did you mean --max_new_tokens?"),
+    "a beginning": (["generate", "Hi", "--stop", "x"], "Did you mean --stop_strings?"),
+    "another beginning": (["generate", "Hi", "--temper", "1"], "Did you mean --temperature?"),
+    "another word": (["generate", "Hi", "--model", "tiny"], "Did you mean --backbone?"),
+    "one more word": (["generate", "Hi", "--max_tokens", "3"], "Did you mean --max_new_tokens?"),
+    "a slip": (["generate", "Hi", "--thresholt", "0.4"], "Did you mean --threshold"),
+    "a second prompt": (["generate", "Hi", "And?"], "one value too many"),
+    "no value": (["generate", "Hi", "--device"], "--device was given no value"),
+    "no value of a file": (["generate", "Hi", "-c"], "--config was given no value"),
+    "help of no class": (["generate", "Hi", "--policy.help"], "wanted: one of AllOf"),
+    "help of no data": (["fit", "--data.help"], "HiddenStates"),
+    "help of no model": (["fit", "--model.help"], "HeadsModule"),
+    "help of another class": (["generate", "Hi", "--policy.help", "Nope"], "the class Nope, which is not known"),
+    "no model of split": (["split"], "There is no model. Write which behind the command"),
+    "no model of calibrate": (["calibrate"], "the options --policy and --epsilon"),
+    "an empty model": (["split", "", *HEADS], "The name of the model is empty"),
+    "a model of spaces": (["suitability", "  "], "The name of the model is empty"),
+    "a command cut short": (["serve"], "Did you mean serve edge or serve cloud?"),
+}
+
+
+@pytest.mark.parametrize("case", HINTS)
+def test_the_hint_is_what_was_meant(run: Run, capsys: pytest.CaptureFixture[str], case: str) -> None:
+    arguments, told = HINTS[case]
+    assert run(*arguments) == 2
+    assert told in capsys.readouterr().err
+
+
+GAP = "{2: {gates: [LinearGate]}, 4: {}}"
+ASKS = "{class_path: GateConfidence, init_args: {threshold: 0.0, gate: LinearGate}}"
+POLICIES = {
+    "itself": ASKS,
+    "any of": f"{{class_path: AnyOf, init_args: {{policies: [{ASKS}]}}}}",
+    "decaying": f"{{class_path: Decaying, init_args: {{policy: {ASKS}, temperature: 1.0, horizon: 64}}}}",
+    "JEI": "{class_path: JEIGate, init_args: {gate: LinearGate}}",
+    "unnamed": "{class_path: GateConfidence, init_args: {threshold: 0.0, gate: null}}",
+}
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_gate_that_one_exit_lacks_is_missed_although_all_tokens_leave_before(refused: Refused, policy: str) -> None:
+    given = ["--backbone=parts/backbone.yaml", f"--exits={GAP}", f"--policy={POLICIES[policy]}"]
+    refused(["generate", "Hi", *given], ["asks exit 4 for the gate", "its gates are: none"])
+    sweep = f"--model.policies=[{{policy: {POLICIES[policy]}}}]"
+    refused(["predict", "-c", "test.yaml", "--model.heads=null", f"--model.exits={GAP}", sweep], ["asks exit 4"])
+
+
+def test_a_gate_is_not_missed_at_exits_that_are_not_asked(run: Run) -> None:
+    policy = f"{{class_path: OnlyAt, init_args: {{depths: [2], policy: {ASKS}}}}}"
+    given = ["--backbone=parts/backbone.yaml", f"--exits={GAP}", f"--policy={policy}", "--max_new_tokens=2"]
+    assert run("generate", "Hi", *given) == 0

@@ -195,6 +195,15 @@ DAMAGED = {
     "empty": (b"", ["mine.yaml holds nothing"]),
     "comments alone": (b"# later\n", ["mine.yaml holds nothing"]),
     "two documents": (b"a: 1\n---\nb: 2\n", ["mine.yaml, line 2", "not YAML"]),
+    "a list that holds itself": (b"a: &a [*a]\n", ["mine.yaml", "holds itself"]),
+    "lists too deep": (b"a: " + b"[" * 3000 + b"]" * 3000, ["mine.yaml", "too deep"]),
+    "a tag of Python": (b"a: !!python/object:os.system [ls]\n", ["mine.yaml, line 1", "constructor"]),
+    "a tag that is wrong": (b"a: !!float word\n", ["mine.yaml", "tag"]),
+    "a truth that is none": (b"a: !!bool word\n", ["mine.yaml", "tag"]),
+    "a number as an option": (b"2: {}\n", ["mine.yaml, line 1", "no name of an option"]),
+    "nothing as a key": (b"model: {~: 1}\n", ["mine.yaml", "line 1", "wanted: text or a number"]),
+    "a mapping as a key": (b"? {a: b}\n: c\n", ["mine.yaml", "a list or a mapping as a key"]),
+    "UTF-16": ("a: 1".encode("utf-16"), ["mine.yaml, line 1", "UTF-8"]),
     "a key twice": (b"model: A\nmodel: B\n", ["mine.yaml", "The key model stands twice", "line 1"]),
 }
 
@@ -294,3 +303,36 @@ def test_only_what_is_named_is_imported() -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines() == ["MaxProb", "[]"]
+
+
+WRONG = {
+    "model: 3": "model was given 3; wanted: LightningModule",
+    "model: {class_path: 3}": "model was given {'class_path': 3}; wanted",
+    "model: {class_path: HeadsModule, init_args: 3}": "model was given",
+    "model: {init_args: {exits: [1]}}": "model.exits was given [1]; wanted: a mapping",
+    "model: {init_args: {exits: {a: {}}}}": "model.exits was given {'a': {}}; wanted: a mapping (a whole number",
+    "model: {init_args: {exits: {2: {gates: {a: b}}}}}": "model.exits.gates was given {'a': 'b'}; wanted: a list",
+    "model: {init_args: {phases: {lenses: {objective: 3}}}}": "model.phases.objective was given 3; wanted: Objective",
+    "model: {init_args: {phases: 3}}": "model.phases was given 3; wanted: a mapping (text: Phase",
+    "data: {init_args: {folder: 3}}": "data.folder was given 3; wanted: text",
+    "trainer: 3": "trainer was given 3; wanted: its options",
+    "trainer: [a]": "trainer was given ['a']; wanted: its options",
+    "trainer: {callbacks: 3}": "trainer.callbacks was given 3; wanted: a list",
+    "trainer: {precision: 7}": "trainer.precision was given 7; wanted: 64, 32, 16",
+    "seed_everything: [1]": "seed_everything was given [1]; wanted: true or false or a whole number",
+}
+
+
+@pytest.mark.parametrize("content", WRONG)
+def test_a_value_of_the_wrong_kind_is_told_without_words_of_python(refused: Refused, place: Path, content: str) -> None:
+    (place / "mine.yaml").write_text(content)
+    refused(["fit", "-c", "fit.yaml", "-c", "mine.yaml"], [WRONG[content]])
+
+
+@pytest.mark.parametrize("option", ["--exits=2", "--exits=words", "--promise=words", "--edge=2", "--backbone=[]"])
+def test_no_type_of_python_is_in_a_message(
+    run: Callable[..., int], capsys: pytest.CaptureFixture[str], option: str
+) -> None:
+    assert run("generate", "Who?", option) == 2
+    told = capsys.readouterr().err
+    assert not any(leak in told for leak in ("dict[", "<class", "NoneType", "dynamax.", "Subtypes", "Union")), told

@@ -1,0 +1,57 @@
+"""What an option takes, in words: annotations of Python say little to those who do not write it."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import types
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Literal, Union, get_args, get_origin
+
+from dynamax.paths import ReadPath
+
+PLAIN: dict[Any, str] = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "text",
+    ReadPath: "a path",
+    type(None): "null",
+    dict: "a mapping",
+    list: "a list",
+    Any: "any value",
+}
+
+
+def in_words(kind: Any) -> str:  # noqa: ANN401 - an annotation
+    """What an annotation means.
+
+    >>> in_words(int | None), in_words(dict[int, str])
+    ('a whole number or null', 'a mapping (a whole number: text)')
+    """
+    if kind in PLAIN:
+        return PLAIN[kind]
+    origin, parts = get_origin(kind), get_args(kind)
+    if origin in (Union, types.UnionType):
+        return " or ".join(dict.fromkeys(in_words(each) for each in parts if each is not int or float not in parts))
+    if origin is Literal:
+        return ", ".join(map(repr, parts))
+    if origin is tuple:
+        return f"a list of {len(parts)} entries ({', '.join(map(in_words, parts))})"
+    if origin in (list, Sequence, Iterable):
+        return f"a list, each entry {in_words(parts[0])}" if parts else "a list"
+    if origin is Callable and parts:  # what makes a part
+        return in_words(parts[-1])
+    if origin in (dict, Mapping):
+        return f"a mapping ({in_words(parts[0])}: {in_words(parts[1])})"
+    if dataclasses.is_dataclass(kind):
+        return f"{kind.__name__}, which is {', '.join(each.name for each in dataclasses.fields(kind))}"
+    if inspect.isclass(kind):
+        return f"{kind.__name__} (the name of a class, or class_path and init_args)"
+    return "another value"
+
+
+def is_only_options(kinds: Sequence[Any]) -> bool:
+    """Whether a value is a group of options, and never the name of a class."""
+    named = [kind for kind in kinds if kind is not type(None)]
+    return bool(named) and all(dataclasses.is_dataclass(kind) for kind in named)
