@@ -35,8 +35,8 @@ def file_of(path: str | Path) -> Path:
             f"is one of these."
         )
     if not file.is_file():
-        what = "is a folder" if file.is_dir() else "does not exist"
-        raise UserError(f"{file.absolute()} {what}. Give the path of an existing file ({known}).")
+        what = f"{file.resolve()} is a folder" if file.is_dir() else f"There is no file {file.resolve()}"
+        raise UserError(f"{what}. Give the path of an existing file ({known}).")
     if file.stat().st_size == 0:
         raise UserError(f"{path} is empty. Give a file with at least one row of text.")
     return file
