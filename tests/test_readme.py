@@ -49,7 +49,8 @@ def test_commands_are_known_and_their_files_there(line: str) -> None:
 
 def test_the_file_of_ones_own_lies_over_the_demo(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (text,) = [body for kind, body in BLOCKS if kind == "yaml" and body.startswith("# mine.yaml")]
-    (tmp_path / "mine.yaml").write_text(text.replace("configs/", f"{ROOT}/configs/"))
+    (tmp_path / "mine.yaml").write_text(text)
+    (tmp_path / "my-model").mkdir()
     built: list[DynamaxCLI] = []
     monkeypatch.setattr(DynamaxCLI, "_run_subcommand", lambda self, _: built.append(self))
     monkeypatch.chdir(ROOT)
@@ -58,12 +59,12 @@ def test_the_file_of_ones_own_lies_over_the_demo(monkeypatch: pytest.MonkeyPatch
     assert ended.value.code == 0
     model, trainer = built[0].model, built[0].trainer
     assert isinstance(model, HeadsModule)
-    assert vars(model.backbone)["name"] == "Qwen/Qwen3-0.6B"
+    assert vars(model.backbone)["path"] == str(tmp_path / "my-model")
     assert [each.folder for each in trainer.callbacks if isinstance(each, HeadsCheckpoint)] == [Path("runs/mine/heads")]
 
 
 def words_of_a_run() -> list[str]:
-    written = ("mine.yaml", "calibrated.yaml")  # by the reader, and by another command
+    written = ("mine.yaml", "my-model", "calibrated.yaml")  # by the reader, and by another command
     runs = [line for line in LINES if line.startswith(("dynamax fit ", "dynamax test "))]
     return [line for line in runs if not any(name in line for name in written)]
 

@@ -20,6 +20,8 @@ WANTED = "Wanted here: "
 WIDEST = 300
 """Characters of one of its lines."""
 CUTOFF = 0.7
+MODELS = ("backbone", "writer", "teacher")
+"""Keys under which a model may stand by its path."""
 FILE = re.compile(r"\.(yaml|yml|json)$|/")
 DEMOS = {"fit": "fit", "cache": "fit", "validate": "fit", "test": "test", "predict": "test"}
 
@@ -65,6 +67,11 @@ def _no_class(where: str, given: str, known: Known, lines: Sequence[str]) -> str
             f"one on the command line from the current folder. Correct the path."
         )
     hint = near(given, names, CUTOFF)
+    if key in MODELS:
+        return (
+            f"{where} is {shown(given)}: there is no folder of that name, and no class.{hint} Wanted: a model folder, a "
+            f"GGUF file, OWNER/NAME on the Hub, or a class: {', '.join(names)}."
+        )
     return f"{where} names the class {shown(given)}, which is not known.{hint} Known: {', '.join(names)}."
 
 
@@ -116,7 +123,7 @@ def _no_value(where: str, given: str, known: Known, lines: Sequence[str]) -> str
 
 def _missing(where: str, given: str, known: Known, lines: Sequence[str]) -> str:
     command, _, name = given.rpartition(".")
-    if name == "prompt":
+    if name == "prompts":
         return 'There is no prompt. Write what to answer: dynamax generate "What is the capital of France?"'
     if given.split(", ")[0] == "model":
         rest = given.partition(", ")[2].replace(", ", " and --")
