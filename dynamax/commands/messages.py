@@ -69,8 +69,8 @@ def _no_class(where: str, given: str, known: Known, lines: Sequence[str]) -> str
     hint = near(given, names, CUTOFF)
     if key in MODELS:
         return (
-            f"{where} is {shown(given)}: there is no folder of that name, and no class.{hint} Wanted: a model folder, a "
-            f"GGUF file, OWNER/NAME on the Hub, or a class: {', '.join(names)}."
+            f"{where} is {shown(given)}: there is no folder of that name, and no class.{hint} Wanted: a model folder, "
+            f"a GGUF file, OWNER/NAME on the Hub, or a class: {', '.join(names)}."
         )
     return f"{where} names the class {shown(given)}, which is not known.{hint} Known: {', '.join(names)}."
 
