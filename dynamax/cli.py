@@ -71,6 +71,10 @@ TERMINATED = 128 + signal.SIGTERM
 """Exit code of a command that SIGTERM stopped, as shells give it."""
 
 
+HELP = ([], ["-h"], ["--help"])
+"""What asks a group of commands for its pages."""
+
+
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run one command and exit.
 
@@ -160,14 +164,25 @@ def _dispatch(options: list[str], texts: list[str]) -> None:
             if command.begins:
                 tell(f"dynamax {first}: {command.begins}")
             import_module(command.module).main([*options, *texts])
-        elif options[asked + 1 :] == ["all"] and first not in ("list", "info", "report"):
-            import_module(command.module).main([*first.split(), "--help"])
         else:
-            print(import_module("dynamax.commands.help").page(first, command.purpose))
+            _help(first, command, options[asked + 1 :])
+    elif (group := [name for name in COMMANDS if name.startswith(f"{first} ")]) and options[1:] in HELP:
+        print("\n\n".join(import_module("dynamax.commands.help").page(name, COMMANDS[name].purpose) for name in group))
     elif first.startswith("-"):
         raise UserError(f"{first} stands before a command. Write the command first: dynamax fit {first} ...")
     else:
         raise UserError(f"There is no command {first!r}.{near(first, COMMANDS)} Commands: {', '.join(COMMANDS)}.")
+
+
+def _help(name: str, command: Command, asked: list[str]) -> None:
+    """The page of a command; behind ``--help all`` every option, behind ``--help trainer`` those of the Trainer."""
+    pages = import_module("dynamax.commands.help")
+    if asked == ["all"] and name not in ("list", "info", "report"):
+        import_module(command.module).main([*name.split(), "--help"])
+    elif asked == ["trainer"] and name in pages.PARTS:
+        print(pages.trainer(name))
+    else:
+        print(pages.page(name, command.purpose))
 
 
 def overview() -> str:

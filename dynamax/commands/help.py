@@ -165,7 +165,7 @@ def page(command: str, purpose: str) -> str:
         training = TRAINING if command in ("fit", "train", "tune", "distill") else []
         lines += [
             "",
-            "Options of Lightning's Trainer that are needed most",
+            f"Options of Lightning's Trainer that are needed most; all: dynamax {command} --help trainer",
             *_entries("--trainer.", [*training, *TRAINER]),
         ]
         own = [Option("seed_everything", "0", "Seed of all that is random.")]
@@ -182,6 +182,19 @@ def page(command: str, purpose: str) -> str:
             f"  dynamax {command} --help all",
         ]
     return "\n".join(lines)
+
+
+def trainer(command: str) -> str:
+    """All options of Lightning's Trainer, as its docstring tells them, a sentence each."""
+    known = options("lightning.pytorch.trainer.trainer", "Trainer")
+    found = [each._replace(text=sentence(each.text)) for each in known]
+    return "\n".join([f"Lightning's Trainer, as dynamax {command} takes it", *_entries("--trainer.", found)])
+
+
+def sentence(text: str) -> str:
+    """The first sentence of a text, without marks of reStructuredText."""
+    plain = re.sub(r":\w+:`~?([^`]*)`", r"\1", text).replace("`", "")
+    return re.split(r"(?<=[.])\s", f"{plain} ")[0].strip()
 
 
 def _entries(prefix: str, found: list[Option]) -> list[str]:
@@ -232,7 +245,8 @@ def options(module: str, name: str) -> list[Option]:
     if isinstance(node, ast.ClassDef):
         function = next(each for each in node.body if isinstance(each, ast.FunctionDef) and each.name == "__init__")
     assert isinstance(function, ast.FunctionDef)
-    section = re.search(r"^Args:\n(.*?)(?=^\S|\Z)", ast.get_docstring(node) or "", re.DOTALL | re.MULTILINE)
+    told = [ast.get_docstring(each) or "" for each in (node, function)]  # Lightning has it in the constructor
+    section = re.search(r"^Args:\n(.*?)(?=^\S|\Z)", next((each for each in told if "Args:" in each), ""), re.S | re.M)
     entries = re.findall(r"^    (\w+): (.*?)(?=^    \w+: |\Z)", section.group(1) if section else "", re.DOTALL | re.M)
     texts = {entry: " ".join(text.split()).replace("``", "") for entry, text in entries}
     given = function.args

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 import pytest
+from lightning.pytorch import Trainer
 
 from dynamax.cli import COMMANDS
 from dynamax.commands.generate import generate
@@ -120,3 +121,23 @@ def test_list_tells_name_line_and_origin(run: Run, capsys: pytest.CaptureFixture
 def test_an_unknown_kind_is_told_with_near_ones(refused: Refused) -> None:
     refused(["list", "head"], ["list was given head", "sources, families", "Did you mean heads?"])
     refused(["list", "heads", "tasks"], ["list was given heads tasks", "at most one"])
+
+
+def test_all_options_of_the_trainer_have_a_page(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("fit", "--help", "trainer") == 0
+    shown = capsys.readouterr().out
+    names = [name for name in inspect.signature(Trainer.__init__).parameters if name != "self"]
+    assert all(f"  --trainer.{name}" in shown for name in names)
+    assert "`" not in shown
+    assert ":param" not in shown
+    assert len(shown.splitlines()) < 3 * len(names)
+
+
+def test_a_group_of_commands_shows_each(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    for asked in ([], ["--help"], ["-h"]):
+        assert run("serve", *asked) == 0
+        shown = capsys.readouterr().out
+        assert "usage: dynamax serve cloud" in shown
+        assert "usage: dynamax serve edge" in shown
+    assert run("serve", "clod") == 2
+    assert "serve cloud" in capsys.readouterr().err
