@@ -131,17 +131,17 @@ def counted_costs(backbone: Backbone, tokens_BT: Tensor, bound: float) -> float:
         ran = multiply_adds(lambda cache=cache, x=one_BTD, span=span: backbone.run(x, span, cache))
         cache = run_into(backbone, index, h_BTD[:, :FIRST])
         wrote = multiply_adds(lambda cache=cache, x=one_BTD, index=index: backbone.write(x, index, cache))
-        for name, said, found in (
-            ("running it", cost.active + cost.scores * seen, ran),
-            ("writing its state", cost.write if backbone.state_kinds(index) else 0, wrote),
-        ):
+        attending = cost.scores * seen
+        whole = attending if cost.write >= cost.active else 0  # the whole block runs
+        written = cost.write + whole if backbone.state_kinds(index) else 0
+        for name, said, found in (("running it", cost.active + attending, ran), ("writing its state", written, wrote)):
             if not said * 0.99 <= found <= (said + cost.scan) * 1.01:
+                more = f" and up to {cost.scan} of a scan" if cost.scan else ""
                 raise refuse(
                     backbone,
                     index,
                     f"{name} takes {found} multiply-adds for one position behind {FIRST}, but block_cost counts "
-                    f"{said}{f' and up to {cost.scan}' if cost.scan else ''}. Mend block_cost (of a row: "
-                    f"expert_share, attention_cost, uses_parameter, mixer).",
+                    f"{said}{more}. Mend block_cost (of a row: expert_share, attention_cost, uses_parameter, mixer).",
                 )
     return 0.0
 

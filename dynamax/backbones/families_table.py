@@ -79,7 +79,7 @@ FIELDS = {
 }
 """What a field says that is not Llama's."""
 
-TURNS = {
+TURNS: dict[Any, str] = {
     attention.turned_in_part: "rotary in part",
     attention.turned_in_pairs: "rotary in part, by neighbouring channels",
     attention.turned_where_used: "blocks without positions",

@@ -74,8 +74,17 @@ def tied_to_the_output_matrix(name, folder):
     rewrite(folder, swap)
 
 
-@pytest.mark.parametrize("write", [untied, tied, said_to_be_tied, tied_to_the_output_matrix])
-@pytest.mark.parametrize("name", SAVED)
+TIES = ("llama", "gpt2", "gemma3_text", "opt", "cohere", "bloom", "mamba2", "jamba", "zamba2", "falcon_h1", "lfm2")
+"""Families of which each way to tie and to store two matrices is tried; of the others, the plainest two."""
+
+
+@pytest.mark.parametrize(
+    ("name", "write"),
+    [
+        *((name, write) for name in SAVED for write in (untied, tied)),
+        *((name, write) for name in TIES for write in (said_to_be_tied, tied_to_the_output_matrix)),
+    ],
+)
 @torch.no_grad()
 def test_whole_and_top_say_what_transformers_says(name, write, tmp_path):
     write(name, tmp_path)

@@ -78,10 +78,10 @@ def test_no_folder(tmp_path):
 
 
 def test_an_unknown_family_is_told_before_weights_are_read(tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "opt"}))
-    with pytest.raises(ValueError, match="'opt' is not in the family table"):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "jais2"}))
+    with pytest.raises(ValueError, match="'jais2' is not in the family table"):
         Folder(str(tmp_path)).load()
-    with pytest.raises(ValueError, match="'opt' is not in the family table"):
+    with pytest.raises(ValueError, match="'jais2' is not in the family table"):
         Folder(str(tmp_path)).output_stage()
 
 

@@ -66,8 +66,8 @@ def test_a_wrong_row_is_found(fault, monkeypatch):
     model = tiny(name)
     row = families.FAMILIES[model.config.model_type]
     monkeypatch.setitem(families.FAMILIES, model.config.model_type, dataclasses.replace(row, **change))
-    backbone = HFBackbone(model)
-    with pytest.raises((ValueError, RuntimeError, TypeError)):
+    with pytest.raises((ValueError, RuntimeError, TypeError)):  # noqa: PT012 - some faults are seen at once
+        backbone = HFBackbone(model)
         check_backbone(backbone, backbone.reference)
 
 
