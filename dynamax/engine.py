@@ -291,8 +291,8 @@ class Engine:
             policy: When to leave; left out, the top is read.
 
         Raises:
-            UserError: If the tokens of both together do not begin with those of the context; if a lens runs the last
-                block, or the policy goes by earlier steps, so that one pass does not tell what decoding would do.
+            UserError: If the continuation has no tokens; if a lens runs the last block, or the policy goes by earlier
+                steps, so that one pass does not tell what decoding would do.
         """
         if policy is not None and self.exits is not None and not self.decoder(policy).teacher_forced:
             raise UserError(
@@ -309,16 +309,20 @@ class Engine:
     def encode_pair(self, context: str, continuation: str) -> tuple[Tensor, int]:
         """Context and continuation as one text, ``tokens_1T``, and where the continuation's tokens begin.
 
+        Where a token would span both, the continuation is encoded alone, so that it has tokens of its own.
+
         Raises:
-            UserError: If the tokens of both together do not begin with those of the context.
+            UserError: If the continuation has no tokens.
         """
         start_1T = self.encode(context, chat=False)
         whole_1T, start = self.encode(context + continuation, chat=False), start_1T.shape[1]
-        if whole_1T.shape[1] <= start or not whole_1T[:, :start].equal(start_1T):
+        if not whole_1T[:, :start].equal(start_1T):
+            assert self.tokenizer is not None, "the context has been encoded"
+            alone = self.tokenizer(continuation, add_special_tokens=False)["input_ids"]
+            whole_1T = torch.cat([start_1T, torch.tensor([alone], dtype=torch.long, device=self.device)], 1)
+        if whole_1T.shape[1] <= start:
             raise UserError(
-                f"the tokens of the prompt with {continuation!r:.80} are not those of the prompt and at least one "
-                f"more, so the continuation has no likelihood of its own. Begin it with a space, and end "
-                f"the prompt without one."
+                f"{continuation!r:.80} has no tokens behind the prompt, so it has no likelihood. Leave it out."
             )
         return whole_1T, start
 

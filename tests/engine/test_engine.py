@@ -447,10 +447,24 @@ def test_loglikelihood_at_an_exit_is_that_of_the_exits_logits(tiny: Engine) -> N
     assert found.depths == [6, 2, 2, 2]
 
 
-def test_a_continuation_that_runs_into_its_context_is_refused() -> None:
+@pytest.mark.parametrize(("context", "continuation"), [("The capi", "tal"), ("What is th", "e sea?")])
+def test_a_continuation_that_runs_into_its_context_is_encoded_alone(context: str, continuation: str) -> None:
     engine = dynamax.load(ASSETS / "llama", device="cpu")
-    with pytest.raises(UserError, match="Begin it with a space"):
-        engine.loglikelihood("The capi", "tal")
+    assert engine.tokenizer is not None
+    parts = [engine.tokenizer(text)["input_ids"] for text in (context, continuation)]
+    assert engine.tokenizer(context + continuation)["input_ids"] != sum(parts, []), "a token spans both"
+    model = AutoModelForCausalLM.from_pretrained(ASSETS / "llama", dtype=torch.float32)
+    log_TV = model(torch.tensor([sum(parts, [])])).logits[0].detach().log_softmax(-1)
+    start = len(parts[0])
+    wanted = sum(float(log_TV[start + place - 1, token]) for place, token in enumerate(parts[1]))
+    found = engine.loglikelihood(context, continuation)
+    assert found.nats == pytest.approx(wanted, rel=1e-5)
+    assert found.tokens == len(parts[1])
+
+
+def test_a_continuation_without_tokens_is_refused() -> None:
+    with pytest.raises(UserError, match="'' has no tokens behind the prompt"):
+        dynamax.load(ASSETS / "llama", device="cpu").loglikelihood("The capi", "")
 
 
 @pytest.mark.parametrize("depth", [2, 4])
