@@ -7,7 +7,7 @@ BIN ?= $(VENV)/bin/
 PY ?= $(BIN)python
 READY ?= $(VENV)/.ready
 
-.PHONY: setup demo demo-mamba test check bench cross gpu clean
+.PHONY: setup demo demo-mamba test fuzz check bench cross gpu clean
 
 setup: $(READY)
 
@@ -33,6 +33,10 @@ demo-mamba: $(READY)
 
 test: $(READY)
 	$(PY) -m pytest
+
+# Whatever can be typed, for FUZZ_MINUTES; a fault is printed as KIND:SEED, and had again by FUZZ_CASE=KIND:SEED.
+fuzz: $(READY)
+	FUZZ_MINUTES=$(or $(FUZZ_MINUTES),10) FUZZ_CASE=$(FUZZ_CASE) FUZZ_START=$(or $(FUZZ_START),1000) $(PY) -m tests.fuzz
 
 check: $(READY)
 	$(BIN)ruff format --check .
