@@ -7,7 +7,7 @@ BIN ?= $(VENV)/bin/
 PY ?= $(BIN)python
 READY ?= $(VENV)/.ready
 
-.PHONY: setup demo demo-mamba test quick check bench cross gpu clean
+.PHONY: setup demo demo-mamba test quick fuzz check bench cross gpu clean
 
 setup: $(READY)
 
@@ -38,6 +38,10 @@ test: $(READY)
 # One case of each test and no slow one, for while one works.
 quick: $(READY)
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --maxprocesses 4 --quick
+
+# Whatever can be typed, for FUZZ_MINUTES; a fault is printed as KIND:SEED, and had again by FUZZ_CASE=KIND:SEED.
+fuzz: $(READY)
+	FUZZ_MINUTES=$(or $(FUZZ_MINUTES),10) FUZZ_CASE=$(FUZZ_CASE) FUZZ_START=$(or $(FUZZ_START),1000) $(PY) -m tests.fuzz
 
 check: $(READY)
 	$(BIN)ruff format --check .

@@ -32,6 +32,8 @@ from dynamax.errors import UserError
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+KINDS = {type(None): "null", bool: "a truth value", int: "a number", float: "a number", str: "a text", list: "a list"}
+"""What JSON may hold in place of an object."""
 
 
 @final
@@ -111,7 +113,7 @@ def reading(folder: Path, *patterns: str) -> Iterator[None]:
         fault = fault_in(folder, patterns)
         if fault is None:
             files = [path.name for pattern in patterns for path in sorted(folder.glob(pattern))]
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            reason = re.sub(r"<class '([\w.]+)'>", r"\1", str(error).strip() or type(error).__name__).splitlines()[0]
             fault = f"{folder} cannot be read ({', '.join(files[:4]) or patterns[0]}): {reason:.300}"
         raise UserError(f"{fault.rstrip('.')}. Fetch the file again, or write the folder anew.") from error
     finally:
@@ -141,7 +143,7 @@ def fault_in(folder: Path, patterns: Collection[str]) -> str | None:
             elif path.suffix == ".json":
                 content = json.loads(path.read_bytes())
                 if not isinstance(content, dict):
-                    return f"{path} holds a {type(content).__name__}; an object of names and values is wanted"
+                    return f"{path} holds {KINDS[type(content)]}; an object of names and values is wanted"
                 if path.name == "config.json" and not isinstance(content.get("model_type"), str):
                     return f"{path} names no model_type, so it is no model's configuration"
         except SafetensorError as error:

@@ -44,9 +44,8 @@ def in_words(kind: Any) -> str:  # noqa: ANN401 - an annotation
         return in_words(parts[-1])
     if origin in (dict, Mapping):
         return f"a mapping ({in_words(parts[0])}: {in_words(parts[1])})"
-    if dataclasses.is_dataclass(kind):
-        fields = ", ".join(each.name for each in dataclasses.fields(kind))
-        return f"{getattr(kind, '__name__', kind)}, which is {fields}"
+    if inspect.isclass(kind) and dataclasses.is_dataclass(kind):
+        return f"{kind.__name__}, which is {', '.join(each.name for each in dataclasses.fields(kind))}"
     if inspect.isclass(kind):
         return f"{kind.__name__} (the name of a class, or class_path and init_args)"
     return "another value"

@@ -46,8 +46,9 @@ class Decoder(ABC):
     ) -> None:
         if exits is not None and policy is not None:
             policy.validate(exits.depths)
-            policy.check_gates({depth: exits.gates(depth) for depth in exits.depths}, backbone.spec.depth)
+            offered = {depth: exits.gates(depth) for depth in exits.depths}
             exits = exits.select_gates(policy.gates, depths=policy.depths)
+            policy.check_gates(offered, backbone.spec.depth)
             if self.drafts and exits.depths[-1] == backbone.spec.depth:
                 raise UserError(
                     f"{type(self).__name__} was given exits of which one is at depth {backbone.spec.depth}, the top. A "

@@ -111,10 +111,10 @@ def test_a_trainer_that_leaves_the_gates_no_epoch_is_refused_before_the_store_is
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        (["--model.phases.gates.learning_rate", ".nan"], "learning_rate was given nan; wanted: a number"),
+        (["--model.phases.gates.learning_rate", ".nan"], "learning_rate was given .nan; wanted: a number"),
         (["--model.phases.lenses.learning_rate", ".inf"], "The phase lenses was given"),
         (["--model.phases.lenses.prompts", "[0.5, 0.1]"], "The phase lenses was given"),
-        (["--model.weight_decay", ".nan"], "weight_decay was given nan; wanted: a number"),
+        (["--model.weight_decay", ".nan"], "weight_decay was given .nan; wanted: a number"),
         (["--model.phases.lenses.objective.top", "40"], "The objective of the phase lenses, LensDistillation, reads"),
         (["--trainer.max_steps", "1"], "Training ends before every phase had its turn"),
         (["--trainer.gradient_clip_val", "nan"], "gradient_clip_val"),
