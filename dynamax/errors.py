@@ -13,6 +13,8 @@ PATH_FAULTS = frozenset(
     )
 )
 """What is wrong with a path, in the system's numbers."""
+NO_PATH = ("Symlink loop from", "embedded null byte", "embedded null character")
+"""What Python says of a path that the system is not even asked about."""
 LONGEST = 160
 """Characters of a value that is shown in a message."""
 
@@ -56,6 +58,8 @@ def around_us(error: BaseException) -> tuple[int, str] | None:
     if isinstance(error, OSError) and error.errno in PATH_FAULTS and error.filename is not None:
         names = " and ".join(str(each) for each in (error.filename, error.filename2) if each is not None)
         return 2, f"{names} cannot be used: {error.strerror}. Correct the path, or move away what lies there."
+    if type(error) in (RuntimeError, ValueError) and reason.startswith(NO_PATH):  # of pathlib and open
+        return 2, f"A path cannot be used: {shown(reason)}. Correct it."
     if isinstance(error, ModuleNotFoundError) and (error.name or "").partition(".")[0] not in OURS:
         return 2, f"A package is not installed: {shown(reason)} Install it, or do without what needs it."
     return None

@@ -182,6 +182,11 @@ FAULTS = {
     "a folder in the way": (lambda place: (place / "folder").mkdir() or (place / "folder").write_text(""), "folder"),
     "a name too long": (lambda place: (place / ("x" * 400)).write_text(""), "File name too long"),
     "nothing there": (lambda place: (place / "none").read_text(), "none cannot be used: No such file"),
+    "a loop of links that is followed": (
+        lambda place: (place / "loop").symlink_to("loop") or (place / "loop").resolve(strict=True),
+        "loop",
+    ),
+    "no character of a path": (lambda place: (place / "a\0b").read_text(), "embedded null byte"),
     "a loop of links": (lambda place: (place / "loop").symlink_to("loop") or (place / "loop").read_text(), "loop"),
 }
 

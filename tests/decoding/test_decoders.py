@@ -189,7 +189,7 @@ def test_what_a_gate_reads_is_charged_and_what_nobody_reads_is_not(house) -> Non
     backbone, _ = house
     never = GateConfidence(1.0, gate="Sure")
     bank = ExitBank({2: Exit(), 3: Exit(gates=[Sure]), 5: Exit(gates=[Sure])}, backbone.site).double()
-    with pytest.raises(ValueError, match="asked exit 2 for the gate Sure"):
+    with pytest.raises(ValueError, match="asks exit 2 for the gate Sure"):
         list(EarlyExit(backbone, bank, never).decode(prompt(6), max_new_tokens=2))
     bank = ExitBank({2: Exit(gates=[Sure]), 3: Exit(gates=[Sure])}, backbone.site).double()
     steps = list(EarlyExit(backbone, bank, never).decode(prompt(6), max_new_tokens=3))

@@ -88,8 +88,8 @@ def printed(found: Outcome, arguments: Sequence[str], place: Path) -> list[str]:
     if not isinstance(content, dict):
         return [f"the printed configuration is {content!r}"]
     said = arguments[-1] if "--" in arguments[:-1] else arguments[1]
-    if arguments[0] == "generate" and content["prompt"] != said:
-        return [f"the prompt {said!r} became {content['prompt']!r}"]
+    if arguments[0] == "generate" and content["prompts"] != [said]:
+        return [f"the prompt {said!r} became {content['prompts']!r}"]
     return []
 
 
