@@ -195,7 +195,7 @@ HINTS = {
     "no model of calibrate": (["calibrate"], "the options --policy and --epsilon"),
     "an empty model": (["split", "", *HEADS], "The name of the model is empty"),
     "a model of spaces": (["suitability", "  "], "The name of the model is empty"),
-    "a command cut short": (["serve"], "Did you mean serve edge or serve cloud?"),
+    "a command cut short": (["serv"], "Did you mean serve "),
 }
 
 

@@ -138,7 +138,7 @@ POLICY = ["--policy", "MaxProb", "--policy.threshold", "0.9"]
         (["serve", "edge", *FOLDER, "--edge.cloud", "h:1", *POLICY, "--compile", "true"], "compile stood beside edge"),
         (["serve", "edge", *FOLDER, "--edge.cloud", "h:1", *POLICY, "--address", "0.0.0.0:80"], "wants no token"),
         (["serve", "edge", *FOLDER, "--edge.cloud", "h:1", *POLICY, "--waiting", "-2"], "waiting is -2"),
-        (["serve", "edge", *FOLDER, "--edge.cloud", "h:1", *POLICY, "--edge.deadline", ".nan"], "deadline is nan"),
+        (["serve", "edge", *FOLDER, "--edge.cloud", "h:1", *POLICY, "--edge.deadline", ".nan"], "was given .nan"),
         (["generate", PROMPT, *FOLDER, *POLICY], "asks a cloud, and none was given"),
         (["generate", PROMPT, *FOLDER, *POLICY, "--edge.cloud", "h"], "HOST:PORT is wanted"),
         (["generate", PROMPT, *FOLDER, *POLICY, "--edge.cloud", "h:1", "--edge.wire", "int2"], "one of float32"),
