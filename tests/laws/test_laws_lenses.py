@@ -45,6 +45,7 @@ class Noting(Wandering):
 
 def bank_of(backbone: object, lens: type[Lens], *gates: type[Gate]) -> ExitBank:
     exits = dict.fromkeys((2, 3, 5), Exit(lens, list(gates)))
+    torch.manual_seed(1)  # of the heads' weights
     return loud(ExitBank(exits, backbone.site).double().requires_grad_(False))  # type: ignore[attr-defined]
 
 
