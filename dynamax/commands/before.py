@@ -6,7 +6,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from zipfile import is_zipfile
 
+import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, Trainer
 
@@ -44,6 +46,23 @@ def check_numbers(options: Any) -> None:  # noqa: ANN401 - a namespace of jsonar
         raise UserError(f"trainer.val_check_interval was given {every}; wanted: more than 0. Change it.")
     if not isinstance(seed, bool) and not 0 <= seed <= SEEDS:
         raise UserError(f"seed_everything was given {seed}; wanted: a whole number from 0 to {SEEDS}. Change it.")
+
+
+def check_checkpoint(path: str | Path) -> None:
+    """Refuse (UserError) a file that is no checkpoint of the trainer, or is damaged."""
+    reason = "it is of another format"
+    try:
+        content = torch.load(path, map_location="meta", mmap=True, weights_only=True) if is_zipfile(path) else None
+        if isinstance(content, dict) and {"state_dict", "loops"} <= set(content):
+            return
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0]
+        if "Weights only load failed" in reason and is_zipfile(path):
+            return  # it holds an object of somebody's: Lightning judges
+    raise UserError(
+        f"{path} is no checkpoint of the trainer: {shown(reason)}. Name a file that trainer.enable_checkpointing or "
+        f"ModelCheckpoint wrote, after --ckpt_path. Folders of heads are given as model.heads."
+    )
 
 
 @contextmanager

@@ -19,7 +19,13 @@ from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
 from dynamax.commands.answers import AnswersPrinter
-from dynamax.commands.before import check_numbers, check_outputs, lightning_explained, trainer_explained
+from dynamax.commands.before import (
+    check_checkpoint,
+    check_numbers,
+    check_outputs,
+    lightning_explained,
+    trainer_explained,
+)
 from dynamax.commands.parsing import Rules, prepare
 from dynamax.data.hidden import HiddenStates
 from dynamax.data.language import LanguageData
@@ -141,8 +147,10 @@ class DynamaxCLI(LightningCLI):
         options = self.config[self.config.subcommand]
         check_numbers(options)
         path = options.get("ckpt_path")
-        if path and not re.fullmatch(CHECKPOINTS, str(path)) and not Path(path).is_file():
-            raise UserError(f"There is no checkpoint {path}. Correct the path after --ckpt_path.")
+        if path and not re.fullmatch(CHECKPOINTS, str(path)):
+            if not Path(path).is_file():
+                raise UserError(f"There is no checkpoint {path}. Correct the path after --ckpt_path.")
+            check_checkpoint(path)
 
     def _run_subcommand(self, subcommand: str) -> None:
         began = time.time()

@@ -32,7 +32,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from dynamax.errors import UserError
+from dynamax.errors import UserError, shown
 from dynamax.files import write_atomically
 
 FORMAT = 1
@@ -161,8 +161,11 @@ class Manifest:
             known = content["format"]
             manifest = Manifest(content["inputs"], content["versions"], shards, content["whole"])
         except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+            reason = f"it lacks {error}" if isinstance(error, KeyError) else shown(error, 80)
+            if isinstance(error, TypeError):
+                reason = "it is not as it was written"
             raise UserError(
-                f"{file} is damaged ({error!r}). Remove the folder {folder}; the next run fills it again."
+                f"{file} is damaged ({reason}). Remove the folder {folder}; the next run fills it again."
             ) from error
         if known != FORMAT:
             raise UserError(

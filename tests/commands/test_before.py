@@ -7,6 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import torch
 
 Run = Callable[..., int]
 Refused = Callable[[Sequence[str], Sequence[str]], None]
@@ -114,6 +115,17 @@ def test_what_lies_where_the_cache_should_be(
     monkeypatch.setenv("DYNAMAX_CACHE", str(place / "cache"))
     (place / "model.gguf").write_bytes(b"GGUF")
     refused([*FIT, "--model.backbone=model.gguf"], ["DYNAMAX_CACHE"])
+
+
+@pytest.mark.parametrize("content", [b"", b"trainer: {}", b"PK\x03\x04 cut", b"\x80\x02}q\x00."])
+def test_a_file_that_is_no_checkpoint(refused: Refused, place: Path, content: bytes) -> None:
+    (place / "odd.ckpt").write_bytes(content)
+    refused([*FIT, "--ckpt_path", "odd.ckpt"], ["odd.ckpt is no checkpoint of the trainer", "model.heads"])
+
+
+def test_weights_alone_are_no_checkpoint(refused: Refused, place: Path) -> None:
+    torch.save({"weight": torch.zeros(2)}, place / "odd.ckpt")
+    refused(["validate", *FIT[1:], "--ckpt_path", "odd.ckpt"], ["is no checkpoint of the trainer"])
 
 
 def test_data_left_out(refused: Refused) -> None:

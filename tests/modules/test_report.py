@@ -135,7 +135,10 @@ def test_infinite_scores_are_none() -> None:
 def test_a_folder_that_cannot_be_made_is_told_before_the_sweep(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     (tmp_path / "out" / "report.json").mkdir(parents=True)
-    for folder, wanted in (("file/out", "is no folder"), ("out", "report.json, but that is a folder")):
+    for folder, wanted in (
+        ("file/out", "no folder. Change its option folder"),
+        ("out", "report.json, but that is a folder"),
+    ):
         with pytest.raises(ValueError, match=wanted):
             ran(module(Folder("not looked at")), questions(), ExitFrontier(str(tmp_path / folder)))
 
