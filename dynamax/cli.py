@@ -181,6 +181,12 @@ def _help(name: str, command: Command, asked: list[str]) -> None:
         import_module(command.module).main([*name.split(), "--help"])
     elif asked == ["trainer"] and name in pages.PARTS:
         print(pages.trainer(name))
+    elif asked and asked != ["all"] and not asked[0].startswith("-"):
+        known = ["all", *(["trainer"] if name in pages.PARTS else [])]
+        raise UserError(
+            f"There is no help on {asked[0]!r}. Behind --help may stand nothing, or {' or '.join(known)}; "
+            f"--OPTION.help NAME shows the options of a part."
+        )
     else:
         print(pages.page(name, command.purpose))
 

@@ -28,6 +28,9 @@ Chat = Sequence[Mapping[str, str]]
 DAY = date(2024, 7, 26)
 """The date of prompts whose answers are kept or scored: they are the same whenever it is done."""
 
+SURROGATE = re.compile("[\ud800-\udfff]")
+"""Half a character, which no tokenizer takes."""
+
 MAX_NEW_TOKENS = 64
 """Where nobody says otherwise."""
 SAMPLING = ("temperature", "top_k", "top_p", "seed")
@@ -250,7 +253,7 @@ def encode(
         )
     if not prompt:
         raise UserError("The prompt is empty. Give at least one character.")
-    if any(re.search("[\ud800-\udfff]", turn["content"]) for turn in turns):
+    if any(SURROGATE.search(turn["content"]) for turn in turns):
         raise UserError(f"The prompt {prompt!r:.80} is not valid Unicode: part of a character is missing. Correct it.")
     if isinstance(prompt, str) and not (bool(tokenizer.chat_template) if chat is None else chat):
         ids = _begun(tokenizer, prompt)
@@ -270,6 +273,8 @@ def encode(
                 f"The model's chat template refuses this conversation: {error}. Give the turns that it wants, or plain "
                 f"text with chat set to false."
             ) from error
+        if SURROGATE.search(str(text)):
+            raise UserError("The model's chat template writes part of a character, which is no Unicode. Correct it.")
         ids = tokenizer(str(text), add_special_tokens=False)["input_ids"]
     if not ids:
         raise UserError(f"The tokenizer makes no tokens of the prompt {prompt!r:.80}. Give another prompt.")

@@ -55,6 +55,13 @@ def gap(got: list[Tensor], wanted: list[Tensor]) -> float:
     return max(errors, default=0.0)
 
 
+def judged(error: float, bound: float, backbone: Backbone, index: int, what: str, remedy: str) -> float:
+    """The error of one block, if it is within the bound."""
+    if not error <= bound:
+        raise refuse(backbone, index, f"{what} by {error:.1e} of the norm ({bound:.1e} is allowed). {remedy}")
+    return error
+
+
 def refuse(backbone: Backbone, index: int, what: str) -> UserError:
     """The error of one block."""
     return UserError(f"{backbone.spec.family}, block {index}: {what}")
@@ -69,15 +76,9 @@ def written_state(backbone: Backbone, tokens_BT: Tensor, bound: float) -> float:
         cache = run_into(backbone, index, h_BTD[:, :FIRST])
         backbone.write(h_BTD[:, FIRST : FIRST + 2], index, cache)
         error = gap(held(cache), held(run_into(backbone, index, h_BTD[:, : FIRST + 2])))
-        if not error <= bound:
-            raise refuse(
-                backbone,
-                index,
-                f"the state that is written without running it differs from its own by {error:.1e} of its norm "
-                f"({bound:.1e} is allowed). Compare write_state (of a row: input_norm, keys_and_values, turn, write) "
-                f"with the block's forward.",
-            )
-        worst = max(worst, error)
+        what = "the state that is written without running it differs from its own"
+        remedy = "Compare write_state (of a row: input_norm, keys_and_values, turn, write) with the block's forward."
+        worst = max(worst, judged(error, bound, backbone, index, what, remedy))
     return worst
 
 
@@ -93,15 +94,9 @@ def shifted_keys(backbone: Backbone, tokens_BT: Tensor, bound: float) -> float:
             backbone.write(h_BTD[:, -2:], index, cache)
             found.append([x[:, :, before:] for x in held(cache)])
         error = gap(list(backbone.shift(found[0][0], found[0][1], index)), found[1])
-        if not error <= bound:
-            raise refuse(
-                backbone,
-                index,
-                f"keys that are shifted by one position differ from those written there by {error:.1e} of their norm "
-                f"({bound:.1e} is allowed). Compare shift (of a row: rotary, rotary_types, turn, turned) with what the "
-                f"block's attention turns.",
-            )
-        worst = max(worst, error)
+        what = "keys that are shifted by one position differ from those written there"
+        remedy = "Compare shift (of a row: rotary, rotary_types, turn, turned) with what the block's attention turns."
+        worst = max(worst, judged(error, bound, backbone, index, what, remedy))
     return worst
 
 

@@ -34,8 +34,6 @@ def show_edge(
     **options: Any,  # noqa: ANN401 - those of generation
 ) -> None:
     """Print an answer as it comes, each token coloured by the depth it left at; then where the tokens came from."""
-    if policy is None:
-        raise UserError("An edge needs a policy: when to trust an exit. Give one, such as --policy MaxProb.")
     engine, factory, link = open_edge(given, precision)
     assert engine.exits is not None and engine.tokenizer is not None, "an edge's folder has both"  # noqa: PT018
     try:

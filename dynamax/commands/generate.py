@@ -20,7 +20,7 @@ from dynamax.heads.bank import Exit
 from dynamax.heads.saved import RECORD
 from dynamax.paths import InputPath
 from dynamax.policies.base import TerminationPolicy
-from dynamax.serving.options import EdgeOptions, check_installed
+from dynamax.serving.options import EdgeOptions, check_edge, check_installed
 from dynamax.stream import Answer, Stream
 
 DEMO = "runs/demo/heads"
@@ -28,6 +28,7 @@ STDIN = "-"
 """The prompt that stands for standard input."""
 WITHOUT_HEADS = "--exits '{2: {}, 4: {}}' --policy MaxProb --policy.threshold 0.5"
 SHORT = {"--threshold": "--policy.threshold"}
+TRUTHS = ("true", "false")
 DEFAULTS = {"policy": {"class_path": "GateConfidence", "init_args": {"threshold": 0.8, "gate": "MambaGate"}}}
 
 
@@ -43,6 +44,8 @@ def main(arguments: Sequence[str]) -> None:
     for place in range(options.index("--") if "--" in options else len(options)):
         name, equals, value = options[place].partition("=")
         options[place] = SHORT.get(name, name) + equals + value
+        if options[place] == "--json" and options[place + 1 : place + 2] not in ([truth] for truth in TRUTHS):
+            options[place] = "--json=true"
     given = parser.read_arguments(options)
     given.prompts = prompts_in(given.prompts)
     built = parser.instantiate(given).as_dict()
@@ -131,7 +134,7 @@ def generate(
         device: Where to run; auto takes a GPU where there is one.
         promise: What dynamax calibrate promised of the policy; its file has both, and the promise is shown.
         edge: Answer with the blocks of an edge, and ask a cloud: --edge.folder runs/split/edge --edge.cloud HOST:PORT.
-            Its folder has model and heads. Its other options: --edge.help.
+            Its folder has model and heads.
         json: Print a line of JSON for each prompt: text, tokens, the depth each token left at, costs.
     """
     print("dynamax generate: loading the model", file=sys.stderr, flush=True)
@@ -146,28 +149,23 @@ def generate(
         "stop_strings": stop_strings,
     }
     if edge is not None:
-        taken = {"backbone": backbone, "heads": heads, "exits": exits, "decoder": decoder, "compile": compile or None}
-        taken |= {"promise": promise, "dtype": None if dtype == "float32" else dtype}
-        taken |= {"device": None if device in ("auto", "cpu") else device}
-        if refused := [name for name, value in taken.items() if value is not None]:
-            raise UserError(
-                f"{' and '.join(refused)} stood beside edge, whose folder and mode say what decodes. Leave it out."
-            )
+        check_edge(
+            policy,
+            backbone=backbone,
+            heads=heads,
+            exits=exits,
+            decoder=decoder,
+            promise=promise,
+            compile=compile or None,
+            dtype=None if dtype == "float32" else dtype,
+            device=None if device in ("auto", "cpu") else device,
+        )
         check_installed()
         from dynamax.commands.edge import show_edge  # gRPC is wanted here alone
 
         show_edge(edge, prompts, policy, precision=precision, chat=chat, as_json=json, **options)
         return
-    if exits is None:
-        folder = DEMO if heads is None else str(heads)
-        if not (Path(folder) / RECORD).is_file():
-            raise UserError(
-                f"There are no saved heads in {folder}. Wanted: a folder that fit wrote, --heads FOLDER. A model that "
-                f"was trained with exits needs no heads: {WITHOUT_HEADS}"
-            )
-        engine = load(backbone or folder, heads=folder, **numbers)
-    else:
-        engine = load(backbone or SmolLM2(), heads=None if heads is None else str(heads), exits=exits, **numbers)
+    engine = load_asked(backbone, None if heads is None else str(heads), exits, **numbers)
     if promise is not None:
         promise.check_model(engine.backbone.spec.fingerprint)
     for number, prompt in enumerate(prompts):
@@ -179,6 +177,28 @@ def generate(
             show(engine, stream)
     if promise is not None and not json:
         print(f"Promised: {promise.text}.")
+
+
+def load_asked(
+    backbone: Source | None,
+    heads: str | None,
+    exits: dict[int, Exit] | None,
+    **numbers: Any,  # noqa: ANN401 - of load
+) -> Engine:
+    """The model with its exits.
+
+    Raises:
+        UserError: If there are neither heads nor exits.
+    """
+    if exits is not None:
+        return load(backbone or SmolLM2(), heads=heads, exits=exits, **numbers)
+    folder = heads or DEMO
+    if not (Path(folder) / RECORD).is_file():
+        raise UserError(
+            f"There are no saved heads in {folder}. Wanted: a folder that fit wrote, --heads FOLDER. A model that was "
+            f"trained with exits needs no heads: {WITHOUT_HEADS}"
+        )
+    return load(backbone or folder, heads=folder, **numbers)
 
 
 def as_json(prompt: str, answer: Answer) -> str:

@@ -100,7 +100,8 @@ CONFIG = Option(
 PROMPT = Option(
     "PROMPT...",
     None,
-    "What to answer: any text, or several. - is standard input; a text that begins with - stands behind --.",
+    "What to answer: any text, or several. - is all of standard input, as one prompt; a text that begins with - "
+    "stands behind --.",
 )
 MODEL = Option(
     "MODEL",
@@ -110,6 +111,9 @@ MODEL = Option(
 RUN = Option("RUN...", None, "Folders that dynamax test wrote, each with a report.json.")
 PUBLISHED = Option("FOLDER", None, "Folder with config.json and aux_heads.pt, as DSSD publishes them.")
 PRINT = Option("--print_config", None, "Print all options that the run would use, as YAML, and stop.")
+EDGE = Part("edge", "dynamax.serving.options", "EdgeOptions")
+GROUPS = {"generate": EDGE, "serve edge": EDGE}
+"""Groups of options that a function has."""
 FUNCTIONS: dict[str, tuple[str, Option | None]] = {
     "generate": ("dynamax.commands.generate", PROMPT),
     "import-heads": ("dynamax.commands.import_heads", PUBLISHED),
@@ -158,6 +162,10 @@ def page(command: str, purpose: str) -> str:
         lines += _entries("", [] if first is None else [first])
         found = options(module, re.sub("[ -]", "_", command))
         lines += _entries("--", [each for each in found if not {each.name, f"{command}.{each.name}"} & {*HIDDEN}])
+    if command in GROUPS:
+        group = GROUPS[command]
+        found = options(group.module, group.name)
+        lines += ["", f"Options of --{group.prefix}", *_entries(f"--{group.prefix}.", found)]
     for part in PARTS.get(command, ()):
         found = [each for each in options(part.module, part.name) if part is not STORE or each.name not in LINKED]
         lines += ["", f"Options of --{part.prefix} {part.name}", *_entries(f"--{part.prefix}.", found)]
@@ -239,16 +247,21 @@ def definition(module: str, name: str) -> Definition:
 
 
 def options(module: str, name: str) -> list[Option]:
-    """The options of a class or a function, in order, with what the section ``Args`` of its docstring says."""
+    """The options of a class or a function, in order, with what its docstring says of them."""
     node = definition(module, name)
     function = node
     if isinstance(node, ast.ClassDef):
-        function = next(each for each in node.body if isinstance(each, ast.FunctionDef) and each.name == "__init__")
+        made = [each for each in node.body if isinstance(each, ast.FunctionDef) and each.name == "__init__"]
+        if not made:  # a dataclass
+            texts = _texts(ast.get_docstring(node) or "", "Attributes")
+            fields = [
+                each for each in node.body if isinstance(each, ast.AnnAssign) and isinstance(each.target, ast.Name)
+            ]
+            return [_option(ast.unparse(each.target), each.value, texts) for each in fields]
+        (function,) = made
     assert isinstance(function, ast.FunctionDef)
     told = [ast.get_docstring(each) or "" for each in (node, function)]  # Lightning has it in the constructor
-    section = re.search(r"^Args:\n(.*?)(?=^\S|\Z)", next((each for each in told if "Args:" in each), ""), re.S | re.M)
-    entries = re.findall(r"^    (\w+): (.*?)(?=^    \w+: |\Z)", section.group(1) if section else "", re.DOTALL | re.M)
-    texts = {entry: " ".join(text.split()).replace("``", "") for entry, text in entries}
+    texts = _texts(next((each for each in told if "Args:" in each), ""), "Args")
     given = function.args
     ordered = [*given.posonlyargs, *given.args]
     defaults: list[ast.expr | None] = [
@@ -257,7 +270,18 @@ def options(module: str, name: str) -> list[Option]:
         *given.kw_defaults,
     ]
     return [
-        Option(argument.arg, None if default is None else ast.unparse(default), texts.get(argument.arg, ""))
+        _option(argument.arg, default, texts)
         for argument, default in zip([*ordered, *given.kwonlyargs], defaults, strict=True)
         if argument.arg != "self"
     ]
+
+
+def _texts(docstring: str, heading: str) -> dict[str, str]:
+    """What a section of a docstring says, by name."""
+    section = re.search(rf"^{heading}:\n(.*?)(?=^\S|\Z)", docstring, re.DOTALL | re.MULTILINE)
+    entries = re.findall(r"^    (\w+): (.*?)(?=^    \w+: |\Z)", section.group(1) if section else "", re.DOTALL | re.M)
+    return {entry: " ".join(text.split()).replace("``", "") for entry, text in entries}
+
+
+def _option(name: str, default: ast.expr | None, texts: dict[str, str]) -> Option:
+    return Option(name, None if default is None else ast.unparse(default), texts.get(name, ""))

@@ -101,6 +101,13 @@ def _no_option(where: str, given: str, known: Known, lines: Sequence[str]) -> st
 
 def _unrecognized(where: str, given: str, known: Known, lines: Sequence[str]) -> str:
     option = given.split("=")[0].split()[0]
+    if option.endswith((".yaml", ".yml")):
+        return f"The file {shown(option)} stands without its option. Write -c {shown(option)}."
+    if option.endswith(".help") and option.count(".") == 1:
+        return (
+            f"There is no option {shown(option)} here. Options of a part inside another can be shown once the other is "
+            f"named: put -c FILE before it."
+        )
     if not option.startswith("-"):
         return f'{shown(given)!r} is one value too many. A value of several words stands in quotes: "...".'
     return f"There is no option {shown(option)}.{like(option.lstrip('-'), set(known.options()))} See --help."

@@ -173,7 +173,7 @@ class DynamaxCLI(LightningCLI):
         if command == "predict":
             return ["The answers that were printed are whole; run the same command again for all."]
         if isinstance(self.datamodule, HiddenStates | LanguageData | WrittenText):
-            lines.append(f"What lies in {self.datamodule.folder} is kept: the same command goes on behind it.")
+            lines.append(f"What is whole in {self.datamodule.folder} is kept: the same command goes on behind it.")
         if command == "cache":
             return lines
         saving = CALLBACKS.get("HeadsCheckpoint")
@@ -187,8 +187,12 @@ class DynamaxCLI(LightningCLI):
                 file = place / RECORD
                 if file.is_file() and file.stat().st_mtime >= began:
                     saved.append(f"{what} in {place}")
-            found = f"Saved were {' and '.join(saved)}" if saved else f"No heads had been saved to {folder} yet"
-            lines.append(f"{found}.")
+            if saved:
+                lines.append(f"Saved were {' and '.join(saved)}.")
+            elif (folder / RECORD).is_file():
+                lines.append(f"This run has saved no heads yet; those of an earlier run in {folder} are as they were.")
+            else:
+                lines.append(f"No heads had been saved to {folder} yet.")
         checkpoints = [each for each in present if isinstance(each, callbacks.ModelCheckpoint)]
         newest = next((path for each in checkpoints if (path := each.last_model_path or each.best_model_path)), None)
         if newest:

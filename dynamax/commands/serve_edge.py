@@ -16,7 +16,7 @@ from dynamax.errors import UserError
 from dynamax.heads.bank import Exit
 from dynamax.paths import InputPath
 from dynamax.policies.base import TerminationPolicy
-from dynamax.serving.options import EdgeOptions, check_installed, check_pair, host_and_port
+from dynamax.serving.options import EdgeOptions, check_edge, check_installed, check_pair, host_and_port
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -81,11 +81,8 @@ def serve_edge(
 
     if (edge is None) == (backbone is None):
         raise UserError("Give an edge (--edge.folder) or a whole model (--backbone): one of the two.")
-    if edge is not None and policy is None:
-        raise UserError("An edge needs a policy: when to trust an exit. Give one, such as --policy MaxProb.")
-    taken = {"heads": heads, "exits": exits, "decoder": decoder, "compile": compile or None}
-    if edge is not None and (given := [each for each, value in taken.items() if value is not None]):
-        raise UserError(f"{' and '.join(given)} stood beside edge, whose folder and mode say it. Leave it out.")
+    if edge is not None:
+        check_edge(policy, heads=heads, exits=exits, decoder=decoder, compile=compile or None)
     check_pair(certificate, key)
     host, port = host_and_port(address)
     known = [] if token_file is None else tokens_in(token_file)
@@ -108,10 +105,8 @@ def serve_edge(
         app = endpoint(answerer, known, link)
         if link is not None and (fault := link.fault()):
             print(f"dynamax: {fault}", file=sys.stderr)
-        print(
-            f"{called} answers at http{'s' if certificate else ''}://{address}/v1, a page to chat on is at /",
-            flush=True,
-        )
+        scheme = "http" if certificate is None else "https"
+        print(f"{called} answers at {scheme}://{address}/v1, a page to chat on is at /", flush=True)
         tls: dict[str, Any] = {} if certificate is None else {"ssl_certfile": str(certificate), "ssl_keyfile": str(key)}
         with suppress(KeyboardInterrupt):  # the way to end it
             uvicorn.Server(uvicorn.Config(app, log_level="warning", **tls)).run([listening])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import re
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from itertools import islice
@@ -14,6 +13,7 @@ import datasets
 from dynamax.data.text import Corpus, Document, Text, TextSource, windows
 from dynamax.engine import Engine
 from dynamax.errors import UserError, at_least
+from dynamax.generation import SURROGATE
 from dynamax.paths import InputPath
 from dynamax.rows import Row, SampleBy, file_of, rows_of
 
@@ -55,7 +55,7 @@ def text_of(row: Row, field: str, *, number: int, name: str) -> str:
             f"Row {number} of {name} holds {type(value).__name__} in the field {field!r}, and text is wanted: "
             f"{value!r:.80}. Name the field with the text (field: NAME)."
         )
-    if re.search("[\ud800-\udfff]", value):
+    if SURROGATE.search(value):
         raise UserError(
             f"Row {number} of {name} holds part of a character in the field {field!r}, which is no Unicode: "
             f"{value!r:.80}. Mend the row."

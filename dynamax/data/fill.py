@@ -113,11 +113,17 @@ def fill_store(
             filler.repair()
             if not writer.manifest.whole:
                 filler.extend(shard_bytes)
-        except KeyboardInterrupt:  # a shard that is not full is dropped, since it would end elsewhere
-            kept = f"{writer.manifest.next_group}" + (f" of {groups}" if groups is not None else "")
-            logger.warning("Stopped. %s groups of documents are kept; run the same command to go on.", kept)
+        except (KeyboardInterrupt, SystemExit):  # a shard that is not full is dropped, since it would end elsewhere
+            logger.warning("Stopped. %s", _kept(writer.manifest.next_group, groups))
             raise
     return Store(path)
+
+
+def _kept(done: int, groups: int | None) -> str:
+    if not done:
+        return "No documents are kept yet, fewer than fill a shard; run the same command to begin anew."
+    share = f"{done}" if groups is None else f"{done} of {groups}"
+    return f"{share} groups of documents are kept; run the same command to go on."
 
 
 def check_weights(path: Path, manifest: Manifest, weights: str | None) -> None:

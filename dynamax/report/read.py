@@ -142,8 +142,10 @@ def read_run(folder: Path) -> Run:
     file = folder.expanduser() / "report.json"
     if not file.is_file():
         what = "has no report.json" if folder.expanduser().is_dir() else "is no folder"
+        below = sorted(str(folder / each.parent.name) for each in file.parent.glob("*/report.json"))
+        hint = f" These have one: {', '.join(below[:4])}." if below else ""
         raise UserError(
-            f"{folder} was given, but it {what}. Wanted: the folder of a run of `dynamax test` with the callback "
+            f"{folder} was given, but it {what}.{hint} Wanted: the folder of a run of `dynamax test` with the callback "
             f"ExitFrontier, such as runs/demo."
         )
     try:

@@ -57,6 +57,19 @@ def check_pair(certificate: InputPath | None, key: InputPath | None) -> None:
             raise UserError(f"{file} cannot be read: {error}. Give a certificate and its key, as PEM.") from error
 
 
+def check_edge(policy: object, **beside: object) -> None:
+    """Refuse (UserError) an edge without a policy, and what stood beside it and is said by its folder and mode.
+
+    Args:
+        policy: When to trust an exit; None for none.
+        **beside: Options by name; None for one that was not given.
+    """
+    if policy is None:
+        raise UserError("An edge needs a policy: when to trust an exit. Give one, such as --policy MaxProb.")
+    if given := [name for name, value in beside.items() if value is not None]:
+        raise UserError(f"{' and '.join(given)} stood beside edge, whose folder and mode say it. Leave it out.")
+
+
 @dataclass(frozen=True)
 class EdgeOptions:
     """An edge, and the cloud that it asks.

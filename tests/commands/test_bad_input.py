@@ -185,6 +185,8 @@ HINTS = {
     "another word": (["generate", "Hi", "--model", "tiny"], "Did you mean --backbone?"),
     "one more word": (["generate", "Hi", "--max_tokens", "3"], "Did you mean --max_new_tokens?"),
     "a slip": (["generate", "Hi", "--thresholt", "0.4"], "Did you mean --threshold"),
+    "a file without its option": (["fit", "mine.yaml"], "Write -c mine.yaml"),
+    "help of a part inside another": (["fit", "--data.text.help", "LocalText"], "put -c FILE before it"),
     "no value": (["generate", "Hi", "--device"], "--device was given no value"),
     "no value of a file": (["generate", "Hi", "-c"], "--config was given no value"),
     "help of no class": (["generate", "Hi", "--policy.help"], "wanted: one of AllOf"),

@@ -30,7 +30,7 @@ def test_several_prompts_are_answered_one_after_the_other(capsys: pytest.Capture
 
 
 def test_a_line_of_json_for_each_prompt(capsys: pytest.CaptureFixture[str]) -> None:
-    lines = said(capsys, "What is the sea?", "Où est-il ?\n", *ASK, "--json", "true").splitlines()
+    lines = said(capsys, "What is the sea?", "Où est-il ?\n", *ASK, "--json").splitlines()
     answers = [json.loads(line) for line in lines]
     engine = dynamax.load("assets/llama", exits=[2], precision="auto", device="cpu")
     for prompt, answer in zip(("What is the sea?", "Où est-il ?\n"), answers, strict=True):

@@ -6,6 +6,7 @@ import inspect
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 
 import pytest
 from lightning.pytorch import Trainer
@@ -15,6 +16,7 @@ from dynamax.commands.generate import generate
 from dynamax.commands.help import PARTS, definition, options
 from dynamax.commands.measuring import bench
 from dynamax.registry import ALL, FAMILIES, HEADS
+from dynamax.serving.options import EdgeOptions
 
 Run = Callable[..., int]
 Refused = Callable[[Sequence[str], Sequence[str]], None]
@@ -141,3 +143,22 @@ def test_a_group_of_commands_shows_each(run: Run, capsys: pytest.CaptureFixture[
         assert "usage: dynamax serve edge" in shown
     assert run("serve", "clod") == 2
     assert "serve cloud" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [["generate"], ["serve", "edge"]])
+def test_options_of_an_edge_are_on_the_page(command: list[str], run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    found = options("dynamax.serving.options", "EdgeOptions")
+    assert [each.name for each in found] == [each.name for each in fields(EdgeOptions)]
+    assert run(*command, "--help") == 0
+    shown = capsys.readouterr().out
+    assert all(each.text and f"  --edge.{each.name} " in shown for each in found)
+
+
+@pytest.mark.parametrize(
+    "asked", [["fit", "--help", "data.text"], ["generate", "--help", "trainer"], ["list", "-h", "x"]]
+)
+def test_help_on_what_there_is_none_of_is_refused(
+    asked: list[str], run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(*asked) == 2
+    assert f"There is no help on {asked[-1]!r}" in capsys.readouterr().err

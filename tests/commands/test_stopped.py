@@ -11,8 +11,13 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+
+from callbacks import HeadsCheckpoint
+from dynamax.commands.runs import DynamaxCLI
 
 ROOT = Path(__file__).parents[2]
 WAIT = 120
@@ -88,7 +93,7 @@ def test_fit_that_is_stopped_tells_of_heads_and_store(place: Path, how: signal.S
         found, told = stopped(process, "validated", how)
     assert found == code
     assert f"stopped by {'SIGTERM' if code == 143 else 'Ctrl-C'}" in told
-    assert "What lies in store is kept" in told
+    assert "What is whole in store is kept" in told
     assert "the newest in heads/last" in told
     assert (place / "heads" / "last" / "heads.json").is_file()
 
@@ -124,3 +129,17 @@ def test_a_test_that_is_stopped_has_no_report(place: Path) -> None:
     assert found == 143
     assert "there is none of this run" in told
     assert not (place / "report" / "report.json").exists()
+
+
+def test_heads_of_an_earlier_run_are_told_from_those_of_this(tmp_path: Path) -> None:
+    checkpoint = HeadsCheckpoint(folder=str(tmp_path / "heads"))
+    stopped_run: Any = SimpleNamespace(
+        subcommand="fit", datamodule=None, trainer=SimpleNamespace(callbacks=[checkpoint])
+    )
+    assert DynamaxCLI._kept(stopped_run, time.time())[0] == f"No heads had been saved to {tmp_path / 'heads'} yet."
+    (tmp_path / "heads").mkdir()
+    (tmp_path / "heads" / "heads.json").write_text("{}")
+    (told, _) = DynamaxCLI._kept(stopped_run, time.time() + 60)
+    assert told == f"This run has saved no heads yet; those of an earlier run in {tmp_path / 'heads'} are as they were."
+    (told, _) = DynamaxCLI._kept(stopped_run, time.time() - 60)
+    assert told.startswith("Saved were the best heads so far")

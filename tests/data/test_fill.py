@@ -198,6 +198,14 @@ def test_what_an_interrupted_run_left_can_be_read(tmp_path, engine):
     store.verify()
 
 
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), SystemExit(143)], ids=["Ctrl-C", "SIGTERM"])
+def test_a_run_that_is_stopped_before_a_shard_is_full_says_that_nothing_is_kept(tmp_path, engine, caplog, error):
+    with pytest.raises(type(error)):
+        Crash(1, error=error).during(lambda: fill(tmp_path, engine))
+    (told,) = [record.getMessage() for record in caplog.records]
+    assert told.startswith("Stopped. No documents are kept yet")
+
+
 def test_an_interrupted_run_tells_what_is_kept_and_goes_on(tmp_path, engine, uninterrupted, caplog):
     with pytest.raises(KeyboardInterrupt):
         Crash(12, error=KeyboardInterrupt()).during(lambda: fill(tmp_path, engine))

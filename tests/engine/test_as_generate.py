@@ -16,6 +16,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 import dynamax
+from dynamax import UserError
 from dynamax.data.fill import tokenizer_hash
 from dynamax.data.generated import SelfGenerated
 from dynamax.generation import DAY
@@ -236,6 +237,12 @@ def test_the_end_of_the_tokenizer_counts_where_no_rule_names_one(plain: Callable
     tokenizer.eos_token = tokenizer.convert_ids_to_tokens(free[4])
     tokenizer.save_pretrained(folder)
     assert dynamax.load(folder, device="cpu").generate(PROMPT).tokens == free[:5]
+
+
+def test_a_template_that_writes_half_a_character_is_told(plain: Callable[[str], Path], tmp_path: Path) -> None:
+    folder = without_rules(Case(template="{{ '\\ud83d' }}"), plain("llama"), tmp_path / "m")
+    with pytest.raises(UserError, match="writes part of a character"):
+        dynamax.load(folder, device="cpu").generate(PROMPT)
 
 
 # -- the day, and what else shapes a prompt -----------------------------------------------------------------

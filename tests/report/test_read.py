@@ -159,3 +159,11 @@ def test_it_imports_nothing_heavy(tmp_path: Path) -> None:
     program += f"main(['report', {str(folder)!r}, '--out', {str(out)!r}])"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_a_folder_above_runs_names_them(tmp_path: Path) -> None:
+    for name in ("version_0", "version_1"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "report.json").write_text("{}")
+    with pytest.raises(UserError, match=r"has no report.json. These have one: \S*version_0, \S*version_1\."):
+        read_runs([tmp_path])
