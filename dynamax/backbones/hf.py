@@ -67,6 +67,7 @@ class HFBackbone(Backbone):
         self._costs: list[BlockCost] = []
         self._weight_bytes: float | None = None
         self._mixers = tuple(self.row.mixer(block) for block in self._blocks)
+        self._input_norms = tuple(self._input_norm(block) for block in self._blocks)
         self._check_rotary()
         self.additive_masks = config._attn_implementation == "eager"
         self.spec = Spec(
@@ -179,7 +180,8 @@ class HFBackbone(Backbone):
             self.row.write(block, h_BTD, index, self._options(index, plan, view), view, mixer)
             return
         u_BTD = self.row.residual_stream(self.model.config, h_BTD)
-        if (norm := self._input_norm(block)) is not None:
+        if (name := self._input_norms[index]) is not None:
+            norm = block.get_submodule(name)
             weight = norm._parameters.get("weight")
             u_BTD = norm(u_BTD if weight is None else u_BTD.to(weight.dtype))
         if mixer is not None:
@@ -189,13 +191,13 @@ class HFBackbone(Backbone):
             angles = plan.angles(self._rotary_types[index])
             view.update(*((k_BHTD, v_BHTD) if angles is None else self._turned(index, k_BHTD, v_BHTD, *angles)))
 
-    def _input_norm(self, block: nn.Module) -> nn.Module | None:
-        """The norm that the block's input passes before it is projected."""
+    def _input_norm(self, block: nn.Module) -> str | None:
+        """Name of the norm that the block's input passes before it is projected."""
         names = self.row.input_norm
-        if names is None:
-            return None
+        if names is None or isinstance(names, str):
+            return names
         held = dict(block.named_children())
-        return next(held[name] for name in ((names,) if isinstance(names, str) else names) if name in held)
+        return next((name for name in names if name in held), None)  # a block that is left out of a part holds nothing
 
     def _turned(
         self, index: int, k_BHTD: Tensor, v_BHTD: Tensor, cos_BTR: Tensor, sin_BTR: Tensor

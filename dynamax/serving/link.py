@@ -9,7 +9,6 @@ import math
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +19,8 @@ from torch import Tensor
 from dynamax.backbones.parts import Part
 from dynamax.errors import UserError
 from dynamax.serving.connection import Connection
+from dynamax.serving.sent import WORTH, Sent, Traffic
 from dynamax.serving.wire import CHUNK, VERSION, packed, unpacked, wire_format
-
-FLYING = 32
-"""Most messages under way at a time."""
-
-WORTH = 4096
-"""Bytes that are worth a message of their own; fewer wait for more, or go with the next ask."""
 
 PAUSE = 0.02
 """Seconds before a call that failed is made again; twice as long each time, up to a second."""
@@ -34,70 +28,6 @@ PAUSE = 0.02
 
 class CloudDown(UserError):
     """The cloud did not answer in time."""
-
-
-@dataclass
-class Traffic:
-    """What an answer sent and waited for.
-
-    Attributes:
-        sent: Bytes of hidden states.
-        positions: Positions sent, those sent again included.
-        asked: Tokens asked for.
-        waited: Seconds that tokens were waited for.
-        cloud: Seconds of them that the cloud's passes took, by its own account.
-        again: How often the cloud had lost the answer, and was sent it again.
-    """
-
-    sent: int = 0
-    positions: int = 0
-    asked: int = 0
-    waited: float = 0.0
-    cloud: float = 0.0
-    again: int = 0
-
-
-@dataclass(eq=False)
-class _Sent:
-    """What has been handed over of an answer.
-
-    Attributes:
-        wanted: Positions that prompt and answer may have.
-        worth: Positions that are worth a message of their own.
-        rows: All positions, each ``[W]``.
-        handed: How many of them have gone, or are on their way.
-        flying: Messages under way.
-        session: Its name in the cloud; None before it is opened, and once the cloud has lost it.
-        turn: How often the cloud took positions back.
-        received: How many positions the cloud has, as far as it has said so.
-        lost: Whether some message did not arrive; then the next ask sends again what is not received.
-        fault: Why the answer cannot go on.
-    """
-
-    wanted: int = 0
-    worth: int = 1
-    rows: list[Tensor] = field(default_factory=list)
-    handed: int = 0
-    flying: int = 0
-    session: str | None = None
-    turn: int = 0
-    received: int = 0
-    lost: bool = False
-    fault: UserError | None = None
-
-    @property
-    def left(self) -> int:
-        """Positions that have not gone yet."""
-        return len(self.rows) - self.handed
-
-    @property
-    def ready(self) -> bool:
-        """Whether to open the session, or to send: a full message, or one of some worth while none is under way."""
-        if self.lost or self.fault is not None:
-            return False
-        unopened = self.session is None and self.wanted > 0
-        full = self.left >= CHUNK and self.flying < FLYING
-        return unopened or full or (self.left >= self.worth and not self.flying)
 
 
 class Link:
@@ -142,7 +72,7 @@ class Link:
         self._worth = min(CHUNK, math.ceil(WORTH / self._format.size(1, part.width)))
         self._tls = root is not None
         self._connection = Connection(address, token=token, root=root)
-        self._sent = _Sent()
+        self._sent = Sent()
         self._closing: Any = None
         self._changed, self._opening = threading.Condition(), threading.Lock()
         self._closed = False
@@ -159,7 +89,7 @@ class Link:
         """
         self.end()
         with self._changed:
-            self._sent, self.traffic = _Sent(wanted, self._worth), Traffic()
+            self._sent, self.traffic = Sent(wanted, self._worth), Traffic()
             self._changed.notify_all()
 
     @property
@@ -169,7 +99,7 @@ class Link:
 
     def end(self) -> None:
         """The answer is done: the cloud may forget it."""
-        sent, self._sent = self._sent, _Sent()
+        sent, self._sent = self._sent, Sent()
         if sent.session is not None:
             self._close(sent.session)
 
@@ -258,7 +188,7 @@ class Link:
     def _close(self, session: str) -> None:
         self._closing = self._connection.future("close", packed({"session": session}), 1.0)
 
-    def _session(self, sent: _Sent, until: float) -> str:
+    def _session(self, sent: Sent, until: float) -> str:
         """The name of the session; opened if need be. A TimeoutError if another thread is at it for too long."""
         if not self._opening.acquire(timeout=max(0.001, until - time.monotonic())):
             raise TimeoutError
@@ -281,7 +211,7 @@ class Link:
         finally:
             self._opening.release()
 
-    def _ask(self, sent: _Sent, drafts: Sequence[int], until: float) -> dict[str, Any]:
+    def _ask(self, sent: Sent, drafts: Sequence[int], until: float) -> dict[str, Any]:
         """One try. Positions that have not gone yet go with it."""
         session = self._session(sent, until)
         if sent.fault is not None:
@@ -303,7 +233,7 @@ class Link:
                 self._changed.notify_all()
             raise
 
-    def _taken(self, sent: _Sent, session: str) -> tuple[dict[str, Any], bytes]:
+    def _taken(self, sent: Sent, session: str) -> tuple[dict[str, Any], bytes]:
         """The next message of states: its header and its body; of nothing, if all have gone, or the session has."""
         with self._changed:
             turn, first = sent.turn, sent.handed
@@ -316,19 +246,19 @@ class Link:
         self.traffic.positions += len(rows)
         return {"turn": turn, "first": first, "count": len(rows), "format": self._name}, body
 
-    def _send_again(self, sent: _Sent, first: int, turn: int) -> None:
+    def _send_again(self, sent: Sent, first: int, turn: int) -> None:
         """Send positions from ``first`` on once more."""
         with self._changed:
             sent.turn, sent.received, sent.handed, sent.lost = turn, first, first, False
             self._changed.notify_all()
 
-    def _take_back(self, sent: _Sent, count: int, turn: int) -> None:
+    def _take_back(self, sent: Sent, count: int, turn: int) -> None:
         """Forget all positions from ``count`` on, as the cloud has."""
         with self._changed:
             sent.turn, sent.received, sent.handed = turn, count, count
             del sent.rows[count:]
 
-    def _sort(self, error: grpc.RpcError, sent: _Sent) -> None:
+    def _sort(self, error: grpc.RpcError, sent: Sent) -> None:
         """Return if the call may be made again; else say what the cloud refuses."""
         code, told = error.code(), error.details() or ""
         if code is grpc.StatusCode.NOT_FOUND:  # the cloud was restarted, or needed the room
@@ -364,7 +294,7 @@ class Link:
             except Exception as error:  # noqa: BLE001 - nobody waits for this thread
                 sent.fault = UserError(f"States cannot be sent to the cloud at {self.address}: {error!r:.200}.")
 
-    def _send_one(self, sent: _Sent) -> None:
+    def _send_one(self, sent: Sent) -> None:
         """Send one message, without waiting for the answer; what does not arrive is noticed by the next ask."""
         session = self._session(sent, time.monotonic() + self.timeout)
         if sent is not self._sent:  # the answer is over
@@ -379,7 +309,7 @@ class Link:
         call = self._connection.future("send", packed(header, body), self.timeout)
         call.add_done_callback(lambda done: self._arrived(sent, session, states["turn"], done))
 
-    def _arrived(self, sent: _Sent, session: str, turn: int, call: Any) -> None:  # noqa: ANN401 - grpc's future
+    def _arrived(self, sent: Sent, session: str, turn: int, call: Any) -> None:  # noqa: ANN401 - grpc's future
         """Take note of what the cloud has; what a message of an earlier session or turn says is of no use."""
         with self._changed:
             sent.flying -= 1
