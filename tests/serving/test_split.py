@@ -49,7 +49,7 @@ def test_the_parts_one_behind_the_other_are_the_whole(name: str, write, tmp_path
     h_1TD = lower.run(lower.embed(TOKENS_1T), Span(0, 1))
     got_1TV = upper.unembed(upper.run(h_1TD, Span(1, whole.spec.depth)))
     experts = whole.row.expert_share(whole.model.config) < 1  # a weight at another address may be summed otherwise
-    torch.testing.assert_close(got_1TV, wanted_1TV, rtol=0, atol=2e-6 if experts else 0)
+    torch.testing.assert_close(got_1TV, wanted_1TV, rtol=0, atol=5e-5 if experts else 0)
     assert lower.spec == upper.spec == whole.spec  # heads and states of one go with the other
     assert ExitBank.load(edge / "heads", lower.site).depths == (1, 2)
     with pytest.raises(UserError, match="was not loaded"):
