@@ -30,7 +30,7 @@ from typing import Any
 from dynamax.errors import UserError
 from dynamax.files import write_atomically
 
-PARTS = {"laws": 2.0, "shapes": 5.0, "frontier": 2.0, "siblings": 3.5}
+PARTS = {"laws": 3.2, "shapes": 5.0, "frontier": 2.0, "siblings": 2.3}
 """Minutes of each part, most worth first; the last has what the others leave, too."""
 REHEARSAL = {"laws": 1.6, "shapes": 0.8, "frontier": 0.7, "siblings": 0.7}
 NAMED = {"tune": 8.0}

@@ -9,9 +9,20 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from dynamax.backbones.families import family as family_of
+from dynamax.backbones.family_spec import FamilySpec
 from tests.variants import FAMILIES, RECURRENT, WINDOW, Variant
 
-__all__ = ["FAMILIES", "RECURRENT", "WINDOW", "Variant", "redraw", "tiny"]
+__all__ = ["EXPERTS", "FAMILIES", "RECURRENT", "WINDOW", "Variant", "redraw", "tiny"]
+
+
+def _has_experts(name: str) -> bool:
+    row = family_of(FAMILIES[name].model_type)
+    return row.expert_share is not FamilySpec().expert_share and name != "granitemoehybrid-dense"
+
+
+EXPERTS = [name for name in FAMILIES if _has_experts(name)]
+"""Variants whose blocks choose experts by the values of tensors: their steps cannot be captured."""
 
 
 def tiny(

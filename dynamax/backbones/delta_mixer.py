@@ -58,6 +58,7 @@ class GatedDeltaMixer(Mixer):
         q, k, v = F.silu(mixed_BTC).split([m.key_dim, m.key_dim, m.value_dim], -1)
         q, k = (x.unflatten(-1, (-1, m.head_k_dim)) for x in (q, k))
         v_BTHV = v.unflatten(-1, (-1, m.head_v_dim))
+        q, k = (x.repeat_interleave(m.num_v_heads // m.num_k_heads, 2) for x in (q, k))
         if rows_BTC.shape[1] >= CHUNKED_FROM:
             place: Any = sys.modules[type(m).__module__]
             y_BTHV, last = place.torch_chunk_gated_delta_rule(
@@ -69,8 +70,7 @@ class GatedDeltaMixer(Mixer):
                 use_qk_l2norm_in_kernel=True,
             )
             return y_BTHV, passed(rows_BTC, before, window, (last,))
-        repeats = m.num_v_heads // m.num_k_heads
-        q, k = (unit(at_least_float32(x)).repeat_interleave(repeats, 2) for x in (q, k))
+        q, k = (unit(at_least_float32(x)) for x in (q, k))
         v_BTHV = at_least_float32(v_BTHV)
         if state_BHKV is None:
             state_BHKV = q.new_zeros(len(q), m.num_v_heads, m.head_k_dim, m.head_v_dim)

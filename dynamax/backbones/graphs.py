@@ -74,7 +74,7 @@ class Graphs(Recorder):
                 with torch.cuda.graph(graph, pool=self._pool):
                     made = run()
         except RuntimeError as error:
-            raise NotCapturableError(str(error).strip().partition("\n")[0]) from error
+            raise NotCapturableError(str(error).strip().partition("\n")[0].rstrip(".")) from error
 
         def replay() -> T:
             graph.replay()

@@ -59,7 +59,8 @@ class HFBackbone(Backbone):
         config = model.config
         blocks = model.base_model.get_submodule(self.row.blocks)
         self._blocks = tuple(blocks.children())  # a tuple is not registered a second time
-        self.register_buffer("_slopes", self.row.slopes(config), persistent=False)
+        slopes = self.row.slopes(config)
+        self.register_buffer("_slopes", slopes if slopes is None else slopes.to(model.device), persistent=False)
         self._windows = self.row.windows(config)
         self._rotary_types = self.row.rotary_types(config)
         self._state_kinds = self.row.state_kinds(config)

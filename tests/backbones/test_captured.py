@@ -21,8 +21,6 @@ from benchmarks.gpu_graphs import Operators
 from dynamax.backbones import graphs
 from dynamax.backbones.base import Backbone
 from dynamax.backbones.captured import CapturedSpans
-from dynamax.backbones.families import FamilySpec
-from dynamax.backbones.families import family as family_of
 from dynamax.backbones.graphs import NotCapturableError, Watch
 from dynamax.backbones.hf import HFBackbone
 from dynamax.backbones.packed import pack
@@ -41,19 +39,10 @@ from tests.float64 import upcast64
 from tests.laws.house import DEPTH, Dice, Listener, exits, padded, prompt
 from tests.laws.house import fresh_pair as pair
 from tests.states import same, state
-from tests.tiny import FAMILIES, tiny
-
-
-def row_of(name: str) -> FamilySpec:
-    """The row of a variant's model type."""
-    return family_of(FAMILIES[name].model_type)
-
+from tests.tiny import EXPERTS, FAMILIES, tiny
 
 DEPTHS = (2, 3, 5)
 LIMIT = 14
-EXPERTS = [name for name in FAMILIES if row_of(name).expert_share is not FamilySpec().expert_share]
-EXPERTS.remove("granitemoehybrid-dense")
-"""Their experts, on a CPU, are chosen by Python."""
 ALIKE = {
     *("apertus", "arcee", "gemma", "glm4", "gpt_bigcode-keys", "granite", "helium", "ministral", "ministral3"),
     *("mistral-nowindow", "nanochat", "nemotron", "olmo", "olmo3", "qwen2", "seed_oss", "starcoder2"),

@@ -19,10 +19,11 @@ from dynamax.decoding.speculative import SelfSpeculative
 from tests.devices import DEVICE, missing
 from tests.folders import model_folder
 from tests.gpu.test_laws_gpu import EveryThird, backbone_of, bank_of, same_tokens, text
-from tests.tiny import FAMILIES, tiny
+from tests.tiny import EXPERTS, FAMILIES, tiny
 
 pytestmark = [pytest.mark.gpu, missing]
-EXPERTS = ("mixtral", "jamba", "granitemoehybrid", "nemotron_h")
+REFUSED = ("falcon", "falcon-one-key")
+"""They pick keys by a list of numbers, which transformers copies to the device in every step: no graph can do that."""
 DEPTHS = (2, 3, 5)
 MAKES: list[Callable[[HFBackbone], Decoder]] = [
     Full,
@@ -35,7 +36,7 @@ def said(decoder: Decoder) -> list[int]:
     return [int(step.token_B) for step in decoder.decode(text(9), max_new_tokens=24)]
 
 
-@pytest.mark.parametrize("family", [family for family in FAMILIES if family not in EXPERTS])
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family not in {*EXPERTS, *REFUSED}])
 def test_captured_steps_say_what_others_say(family: str) -> None:
     torch.backends.cuda.matmul.allow_tf32 = False
     backbone = backbone_of(family, torch.float32)
