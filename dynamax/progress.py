@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from contextlib import suppress
+from os import get_terminal_size
 from time import monotonic
 from typing import Any, final
 
@@ -11,10 +13,20 @@ from tqdm import tqdm
 PAUSE = 10.0
 """Seconds between two lines of a bar where nobody watches a terminal, such as in a log."""
 
+COLUMNS, ROWS = 80, 24
+"""Of a terminal that does not say its own."""
+
 
 def on_terminal() -> bool:
     """Whether somebody watches stderr."""
     return sys.stderr.isatty()
+
+
+def _columns() -> int:
+    """How wide stderr is; 0 if it does not say."""
+    with suppress(OSError):
+        return get_terminal_size(sys.stderr.fileno()).columns
+    return 0
 
 
 @final
@@ -29,7 +41,8 @@ class Bar(tqdm):
     def __init__(self, *, pause: float = PAUSE, **options: Any) -> None:  # noqa: ANN401
         self._live, self._pause = on_terminal(), pause
         self._line, self._told = "", float("-inf")
-        super().__init__(**{"file": sys.stderr, "dynamic_ncols": self._live, **options})
+        width = {} if not self._live else {"dynamic_ncols": True} if _columns() else {"ncols": COLUMNS, "nrows": ROWS}
+        super().__init__(**{"file": sys.stderr, **width, **options})
 
     def display(self, msg: str | None = None, pos: int | None = None) -> None:
         """Show the bar's state; without a terminal, if enough time has gone by."""

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from dynamax.backbones.check import Reference, check_backbone
 from dynamax.backbones.sources import Source
-from dynamax.errors import UserError
+from dynamax.errors import UserError, shown
 from dynamax.heads.bank import Exit, ExitBank
 from dynamax.heads.base import ExitHead, Gate, Lens
 from dynamax.policies.base import TerminationPolicy
@@ -52,6 +52,7 @@ def check_source(source: Source, *, dtype: str = "float32", blocks: int = 1) -> 
     Raises:
         UserError: If the two are of different models, or give different logits.
     """
+    wanted_kind("check_source", source, isinstance(source, Source), "a source, such as Folder(PATH)")
     whole, top = source.load(dtype=dtype), source.output_stage(dtype=dtype, blocks=blocks)
     demand(source, whole.spec == top.spec, f"loads {whole.spec}, but its output stage is of {top.spec}")
     depth = whole.spec.depth - blocks
@@ -68,6 +69,12 @@ def check_source(source: Source, *, dtype: str = "float32", blocks: int = 1) -> 
             f"has another {what} at the top: its output stage gives other logits than the whole model ({error:.1e})"
         )
         demand(source, error < 1e-5, f"{message}; load both by the same rules, and keep each block's index")
+
+
+def wanted_kind(check: str, given: object, holds: bool, wanted: str) -> None:
+    """Refuse (UserError) what a check is not for, unless ``holds``."""
+    if not holds:
+        raise UserError(f"{check} was given {shown(repr(given))}; wanted: {wanted}. Pass one.")
 
 
 def demand(part: object, holds: bool, message: str) -> None:
@@ -145,10 +152,11 @@ def check_head(head_class: type[ExitHead], **options: object) -> None:
         >>> from dynamax.heads import MambaGate
         >>> check_head(MambaGate, d_state=16)
     """
+    holds = isinstance(head_class, type) and issubclass(head_class, Lens | Gate)
+    wanted_kind("check_head", head_class, holds, "a class that is derived from Lens or Gate")
     site = toy_site()
     head = head_class(site, **options)
     stir(head)
-    demand(head, isinstance(head, Lens | Gate), "is neither a Lens nor a Gate; derive it from one of them")
     flops, least = head.flops(), 1 if isinstance(head, Gate) else 0
     demand(head, type(flops) is int and flops >= least, f"flops() gave {flops!r}, not a whole number from {least} on")
     _check_values(head)
@@ -293,6 +301,7 @@ def check_policy(
         >>> from dynamax.policies import MaxProb
         >>> check_policy(MaxProb(0.5))
     """
+    wanted_kind("check_policy", policy, isinstance(policy, TerminationPolicy), "a policy, such as MaxProb(0.5)")
     worlds = [_world(len(depths), seed) for seed in range(WORLDS)]
     policy.validate(depths)
     read = False

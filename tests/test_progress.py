@@ -50,3 +50,14 @@ def test_a_terminal_gets_a_bar(
     assert shown.err.count("\r") > 2
     assert "group 1" in shown.err
     assert "2/2" in shown.err
+
+
+@pytest.mark.parametrize("columns", [0, 50])
+def test_a_terminal_without_a_width_gets_a_bar(
+    columns: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(progress, "on_terminal", lambda: True)
+    monkeypatch.setattr(progress, "_columns", lambda: columns)
+    with Bar(desc="store", total=2) as bar:
+        bar.update(2)
+    assert "2/2" in capsys.readouterr().err

@@ -64,6 +64,11 @@ class Source(ABC):
                 source._given[name] = str(Path(str(value)).expanduser().absolute()) if is_path else value
         return source
 
+    def __str__(self) -> str:
+        """The path or the name that was given; a source without one goes by its class."""
+        named = (self._given.get(option) for option in (*self.paths, "name"))
+        return next((str(value) for value in named if value is not None), type(self).__name__)
+
     @property
     def recipe(self) -> dict[str, Any]:
         """Class (name of its entry point, else ``module.Class``) and options: what ``source_from`` takes, as JSON.

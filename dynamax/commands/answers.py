@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import sys
 from typing import TextIO
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+
+from dynamax.progress import Bar
 
 
 class AnswersPrinter(Callback):
@@ -27,5 +30,6 @@ class AnswersPrinter(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Write one line."""
-        print(json.dumps(outputs), file=self.stream, flush=True)
+        """Write one line; on a terminal the bar makes room for it."""
+        with Bar.external_write_mode(file=sys.stderr):
+            print(json.dumps(outputs), file=self.stream, flush=True)

@@ -6,7 +6,7 @@ import dataclasses
 import inspect
 import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from dynamax.paths import ReadPath
 
@@ -49,6 +49,19 @@ def in_words(kind: Any) -> str:  # noqa: ANN401 - an annotation
     if inspect.isclass(kind):
         return f"{kind.__name__} (the name of a class, or class_path and init_args)"
     return "another value"
+
+
+def option_in_words(kinds: Sequence[Any], name: str) -> str | None:
+    """What one option of a group takes; None if no kind is a group that has it."""
+    groups = [kind for kind in kinds if dataclasses.is_dataclass(kind)]
+    taken = [hints[name] for hints in map(get_type_hints, groups) if name in hints]
+    return in_words(taken[0]) if taken else None
+
+
+def options_within(kind: Any) -> set[str]:  # noqa: ANN401 - an annotation
+    """Names of the options of all groups that a value of a kind may hold."""
+    own = {each.name for each in dataclasses.fields(kind)} if dataclasses.is_dataclass(kind) else set()
+    return own.union(*map(options_within, get_args(kind)))
 
 
 def is_only_options(kinds: Sequence[Any]) -> bool:

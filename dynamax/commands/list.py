@@ -10,6 +10,8 @@ from dynamax.errors import UserError
 from dynamax.registry import ALL, FAMILIES, Registry, near
 
 OURS = ("dynamax", "callbacks")
+OTHER_WORDS = {"gates": "heads", "lenses": "heads", "exits": "heads", "models": "families", "backbones": "sources"}
+"""What others call a kind."""
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -19,7 +21,8 @@ def main(arguments: Sequence[str]) -> None:
     unknown = [word for word in wanted if word not in kinds]
     if unknown or len(wanted) > 1:
         given = " ".join(unknown or wanted)
-        hint = near(unknown[0], kinds) if unknown else ""
+        meant = OTHER_WORDS.get(unknown[0]) if unknown else None
+        hint = f" Did you mean {meant}?" if meant else near(unknown[0], kinds) if unknown else ""
         raise UserError(f"dynamax list was given {given}; wanted: at most one of {', '.join(kinds)}.{hint}")
     for registry in [kinds[word] for word in wanted] or ALL:
         rows = []

@@ -22,7 +22,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from dynamax import registry as registered
 from dynamax.commands.backbones import SOURCE, as_source
-from dynamax.commands.kinds import in_words, is_only_options
+from dynamax.commands.kinds import in_words, is_only_options, option_in_words, options_within
 from dynamax.commands.messages import WANTED, Known, explain, is_specific
 from dynamax.commands.yaml_files import check_files, load_value
 from dynamax.errors import UserError, shown
@@ -128,8 +128,17 @@ class Rules:
         classes = filter(inspect.isclass, chain(named, *self.classes.values()))
         return {
             *(option.lstrip("-") for action in actions for option in action.option_strings),
-            *(name for each in classes for name in inspect.signature(each).parameters),
+            *chain(*map(_options_of, classes)),
         }
+
+
+def _options_of(kind: type) -> set[str]:
+    """Names of the options of a class, and of the groups that they hold."""
+    found = set(inspect.signature(kind).parameters)
+    with suppress(NameError, TypeError):  # annotations that only a type checker can read
+        parameters = inspect.signature(kind, eval_str=True).parameters.values()
+        found = found.union(*(options_within(each.annotation) for each in parameters))
+    return found
 
 
 class Parser(Rules, ArgumentParser):
@@ -201,7 +210,7 @@ class _Rule:
     def __init__(self, check: Callable[..., Any], option: str, kind: Any) -> None:  # noqa: ANN401 - an annotation
         self._check = check
         self.option = option
-        kinds = list(get_args(kind)) if get_origin(kind) in (Union, types.UnionType) else [kind]
+        self.kinds = kinds = list(get_args(kind)) if get_origin(kind) in (Union, types.UnionType) else [kind]
         self.may_be_none = type(None) in kinds
         self.is_path = ReadPath in kinds
         lists = [each for each in kinds if get_origin(each) in SEQUENCES and set(get_args(each)) - {...} == {str}]
@@ -254,5 +263,11 @@ class _Rule:
         return found
 
     def _refusal(self, value: Any) -> TypeError:  # noqa: ANN401
-        given = getattr(value, "val", value)  # of an option of a part, as jsonargparse holds it
-        return TypeError(f'Parser key "{self.option}":\n  {WANTED}{self.wanted}. Got value: {shown(given)}')
+        given, part = getattr(value, "val", value), getattr(value, "key", None)  # --edge.deadline is a part of edge
+        place, wanted = self.option if part is None else f"{self.option}.{part}", self.wanted
+        if part is not None:
+            words = option_in_words(self.kinds, part)
+            if words is None:
+                return TypeError(f"Parser key \"{self.option}\":\n  Option '{part}' is none of its own")
+            wanted = words
+        return TypeError(f'Parser key "{place}":\n  {WANTED}{wanted}. Got value: {shown(given)}')

@@ -138,7 +138,7 @@ class HiddenStates(LightningDataModule):
     def fill(self) -> Store:
         """Load the backbone, complete the store, and release the backbone."""
         device, readout = chosen(self.device), None
-        rank_zero_info(f"Loading {type(self.backbone).__name__} to fill the store in {self.folder}")
+        rank_zero_info(f"Loading {self.backbone} to fill the store in {self.folder}")
         engine = load(self.backbone, dtype=self.compute, precision=self.precision, device=device)
         if self.compute != "float32" or engine.precision is not None:
             top = self.backbone.output_stage(dtype="float32", device=device)

@@ -166,7 +166,7 @@ class DecodingModule(LightningModule):
     def configure_model(self) -> None:
         """Load backbone and heads, once; a policy that does not fit them is refused now."""
         if "engine" not in vars(self):
-            rank_zero_info(f"Loading {type(self.source).__name__}, and its exits")
+            rank_zero_info(f"Loading {self.source}, and its exits")
             attached = self._trainer is not None  # then it is loaded where it will run: graphs could not move there
             engine = load(
                 self.source,

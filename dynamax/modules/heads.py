@@ -146,7 +146,7 @@ class HeadsModule(LightningModule):
     def _output_stage(self) -> Backbone:
         """The backbone's last block, final norm and output matrix, loaded once."""
         if not self._stage:
-            rank_zero_info(f"Loading the output stage of {type(self.backbone).__name__}")
+            rank_zero_info(f"Loading the output stage of {self.backbone}")
             self._stage = (self.backbone.output_stage().eval().requires_grad_(False),)
         return self._stage[0]
 

@@ -197,6 +197,20 @@ HINTS = {
     "no model of calibrate": (["calibrate"], "the options --policy and --epsilon"),
     "an empty model": (["split", "", *HEADS], "The name of the model is empty"),
     "a model of spaces": (["suitability", "  "], "The name of the model is empty"),
+    "a kind by another name": (["list", "gates"], "Did you mean heads?"),
+    "an option of an exit": ([*FIT, "--model.exits={2: {gate: LinearGate}}"], "Did you mean gates or rate?"),
+    "a number of a group": (
+        ["generate", "Hi", "--edge.folder", "x", "--edge.deadline", ".nan"],
+        "edge.deadline was given .nan; wanted: a number or null",
+    ),
+    "a word of a group": (
+        ["generate", "Hi", "--edge.folder", "x", "--edge.mode", "drafts"],
+        "'drafting', 'standalone'",
+    ),
+    "no option of a group": (
+        ["generate", "Hi", "--edge.folder", "x", "--edge.modes", "drafting"],
+        "edge has no option modes. Did you mean mode",
+    ),
     "a command cut short": (["serv"], "Did you mean serve "),
 }
 

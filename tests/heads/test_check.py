@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from dynamax.errors import UserError
 from dynamax.heads import (
     AttentionGate,
     AttentionLens,
@@ -24,7 +25,7 @@ from dynamax.heads import (
     UntiedLens,
 )
 from dynamax.heads.base import ExitHead
-from dynamax.testing import check_head, toy_evidence
+from dynamax.testing import check_head, check_policy, check_source, toy_evidence
 
 
 @pytest.mark.parametrize(
@@ -195,10 +196,12 @@ def test_a_lens_of_the_wrong_size_is_found():
         check_head(type("Short", (Lens,), members))
 
 
-def test_a_head_of_neither_kind_is_refused():
-    members = {"__init__": lambda self, site: ExitHead.__init__(self), "flops": lambda self: 1}
-    with pytest.raises(ValueError, match="neither a Lens nor a Gate"):
-        check_head(type("Stray", (ExitHead,), members))
+@pytest.mark.parametrize("given", [type("Stray", (ExitHead,), {}), "LinearGate", LinearGate, 3], ids=str)
+@pytest.mark.parametrize("check", [check_head, check_policy, check_source])
+def test_what_a_check_is_not_for_is_refused(check, given):
+    if (check, given) != (check_head, LinearGate):
+        with pytest.raises(UserError, match=rf"{check.__name__} was given .*; wanted: "):
+            check(given)
 
 
 class Trusting(Gate):
