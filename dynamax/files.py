@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from dynamax.errors import UserError, shown
 
@@ -43,6 +45,22 @@ def check_folder(folder: str | Path, what: str, option: str) -> None:
         )
     if not os.access(there, os.W_OK | os.X_OK):
         raise UserError(f"{what} goes to {folder}, but {there} cannot be written to. Change {option}.")
+
+
+def read_mapping(file: Path) -> dict[str, Any]:
+    """The names and values in a JSON file.
+
+    Raises:
+        OSError: If it cannot be read.
+        ValueError: If it holds anything else, with what is wrong in words.
+    """
+    try:
+        content = json.loads(file.read_text("utf-8"))
+    except RecursionError:
+        raise ValueError("its lists or mappings lie too deep in one another") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"it holds {shown(json.dumps(content), 40)}, and not names with values")
+    return content
 
 
 def write_atomically(file: Path, content: bytes) -> None:

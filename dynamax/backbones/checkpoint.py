@@ -148,6 +148,8 @@ def fault_in(folder: Path, patterns: Collection[str]) -> str | None:
                     return f"{path} names no model_type, so it is no model's configuration"
         except SafetensorError as error:
             return f"{path} is damaged or was not fetched to its end ({error})"
+        except RecursionError:
+            return f"{path} has lists or mappings that lie too deep in one another"
         except ValueError as error:
             return f"{path} is not valid JSON ({error})"
     return None

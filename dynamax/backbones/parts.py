@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dynamax.errors import UserError
-from dynamax.files import write_atomically
+from dynamax.files import read_mapping, write_atomically
 from dynamax.types import Span
 
 RECORD, FORMAT = "part.json", 1
@@ -57,7 +57,7 @@ def part_in(folder: Path) -> Part | None:
     if not file.is_file():
         return None
     try:
-        return _checked(json.loads(file.read_text("utf-8")))
+        return _checked(read_mapping(file))
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise UserError(
             f"{file} cannot be read: {error!r:.200}. Copy the folder again, or split the model again."

@@ -23,7 +23,7 @@ from dynamax.backbones.packed import pack
 from dynamax.compiling import Compiler, NotCompilableError
 from dynamax.device import processor
 from dynamax.errors import UserError
-from dynamax.files import cache_folder, write_atomically
+from dynamax.files import cache_folder, read_mapping, write_atomically
 from dynamax.kernels.operators import Float16Operator, load_operators
 from dynamax.kernels.products import BFloat16, Columns, Float16, Int4, Int8, Product, Rows
 from dynamax.kernels.torchao import Int8Torchao
@@ -288,7 +288,9 @@ def measured(kinds: Sequence[type[Product]], weights: Sequence[Tensor]) -> dict[
     digest = hashlib.sha256(json.dumps([key, sorted(kind.__name__ for kind in kinds)]).encode()).hexdigest()[:16]
     file = cache_folder() / "precision" / f"{digest}.json"
     with suppress(OSError, ValueError):
-        return json.loads(file.read_text())
+        known = read_mapping(file)
+        if all(type(known.get(kind.__name__)) is float for kind in kinds):
+            return known
     times, quiet = timed({kind.__name__: [kind(weight_OI) for weight_OI in weights] for kind in kinds})
     if quiet:
         file.parent.mkdir(parents=True, exist_ok=True)

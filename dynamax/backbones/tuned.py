@@ -6,7 +6,6 @@ The adapter's files are those of PEFT, which reads them too; here they are read 
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 from pathlib import Path
 from typing import Any, final
@@ -22,6 +21,7 @@ from dynamax.backbones.checkpoint import fingerprint_of
 from dynamax.backbones.hf import HFBackbone
 from dynamax.backbones.sources import Source, source_from
 from dynamax.errors import UserError
+from dynamax.files import read_mapping
 from dynamax.paths import InputPath
 
 TUNED, ADAPTER, WEIGHTS = "tuning.json", "adapter_config.json", "adapter_model.safetensors"
@@ -100,7 +100,7 @@ def read_record(folder: Path) -> dict[str, Any]:
     if not file.is_file():
         raise UserError(f"{folder} has no {TUNED}. Give a folder that dynamax tune wrote.")
     try:
-        record = json.loads(file.read_text("utf-8"))
+        record = read_mapping(file)
         if {"base", "base_fingerprint", "adapter_sha256"} <= set(record) and {"class", "options"} <= set(
             record["base"]
         ):
@@ -120,15 +120,16 @@ def read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str
     """
     record = read_record(folder)
     try:
-        content = (folder / WEIGHTS).read_bytes()
-        if hashlib.sha256(content).hexdigest() != record["adapter_sha256"]:
-            raise UserError(
-                f"{folder / WEIGHTS} is not the file that {TUNED} describes: it is damaged, or one of the two was "
-                f"replaced. Copy the folder again."
-            )
-        config, tensors = json.loads((folder / ADAPTER).read_text("utf-8")), load_file(folder / WEIGHTS)
-    except (OSError, SafetensorError, json.JSONDecodeError) as error:
+        known = hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest() == record["adapter_sha256"]
+        read = (read_mapping(folder / ADAPTER), load_file(folder / WEIGHTS)) if known else None
+    except (OSError, SafetensorError, ValueError) as error:
         raise UserError(f"The adapter in {folder} cannot be read: {error}. Copy the folder again.") from error
+    if read is None:
+        raise UserError(
+            f"{folder / WEIGHTS} is not the file that {TUNED} describes: it is damaged, or one of the two was "
+            f"replaced. Copy the folder again."
+        )
+    config, tensors = read
     if other := {
         name: config.get(name) for name, plain in PLAIN.items() if config.get(name, plain) not in (plain, None)
     }:

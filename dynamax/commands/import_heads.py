@@ -8,7 +8,6 @@ blocks behind which heads stand, counted from 0; ``aux_heads.pt`` has ``N.norm.w
 
 from __future__ import annotations
 
-import json
 import math
 import pickle
 from collections.abc import Callable, Sequence
@@ -23,7 +22,7 @@ from dynamax.backbones.hf import HFBackbone
 from dynamax.backbones.sources import Source
 from dynamax.commands.parsing import Parser, prepare
 from dynamax.errors import UserError
-from dynamax.files import check_folder
+from dynamax.files import check_folder, read_mapping
 from dynamax.heads import Exit, ExitBank, UntiedLens
 from dynamax.paths import InputPath
 from dynamax.types import Site, Spec
@@ -140,7 +139,7 @@ def dssd_thresholds(folder: Path, depths: Sequence[int], vocab: int) -> dict[str
 
 def _json(file: Path) -> dict[str, Any]:
     try:
-        return json.loads(file.read_text("utf-8"))
+        return read_mapping(file)
     except (OSError, ValueError) as error:
         raise UserError(
             f"{file} cannot be read: {error}. Give a folder with {CONFIG} and {WEIGHTS}, such as a download of "

@@ -14,6 +14,7 @@ from dynamax.data.store import fingerprint
 from dynamax.data.text import Corpus, Text
 from dynamax.device import chosen
 from dynamax.engine import Engine, load
+from dynamax.errors import UserError
 from dynamax.files import write_atomically
 from dynamax.progress import Bar
 
@@ -75,8 +76,23 @@ class Answers(Corpus):
                     texts = [_text(engine, answered) for answered in batch]
                     write_atomically(file, json.dumps(texts).encode())
         for file in files:
-            for text, origin in json.loads(file.read_text("utf-8")):
-                yield Text(text, origin)
+            yield from read_texts(file)
+
+
+def read_texts(file: Path) -> list[Text]:
+    """The texts of one batch.
+
+    Raises:
+        UserError: If the file is damaged.
+    """
+    try:
+        found = [Text(text, origin) for text, origin in json.loads(file.read_text("utf-8"))]
+        if all(isinstance(each, str) for pair in found for each in pair):
+            return found
+        fault: object = "it holds other things than texts"
+    except (ValueError, TypeError, RecursionError) as error:
+        fault = error
+    raise UserError(f"{file} is damaged: {fault}. Remove it; the next run writes it again.")
 
 
 def _text(engine: Engine, answered: Answered) -> Text:

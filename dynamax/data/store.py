@@ -33,7 +33,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from dynamax.errors import UserError, shown
-from dynamax.files import write_atomically
+from dynamax.files import read_mapping, write_atomically
 
 FORMAT = 1
 NAME = "manifest.json"
@@ -156,11 +156,11 @@ class Manifest:
         if not file.is_file():
             raise UserError(f"{folder} holds no {NAME}, so it is no store. Fill one with `dynamax cache` or `fit`.")
         try:
-            content = json.loads(file.read_text("utf-8"))
+            content = read_mapping(file)
             shards = [Shard(**shard) for shard in content["shards"]]
             known = content["format"]
             manifest = Manifest(content["inputs"], content["versions"], shards, content["whole"])
-        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError) as error:
             reason = f"it lacks {error}" if isinstance(error, KeyError) else shown(error, 80)
             if isinstance(error, TypeError):
                 reason = "it is not as it was written"

@@ -16,12 +16,13 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from dynamax.backbones.loading import read_tokenizer
 from dynamax.data.store import fingerprint
 from dynamax.data.text import Corpus, held_out, origin_hash
-from dynamax.errors import UserError
-from dynamax.files import whole_folder
+from dynamax.errors import UserError, shown
+from dynamax.files import read_mapping, whole_folder
 
 FORMAT = 1
 END = "<|endoftext|>"
@@ -49,16 +50,25 @@ class Streams:
     Attributes:
         inputs: What the streams were made from; see ``LanguageData``.
         tokenizer: The tokenizer they were encoded with.
+
+    Raises:
+        UserError: If a file is missing or damaged.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.inputs: dict[str, Any] = json.loads((folder / NAME).read_text("utf-8"))
-        self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        count = len(self.inputs["corpora"])
-        self._streams = {
-            part: [np.load(folder / f"{part}-{i}.npy", mmap_mode="r") for i in range(count)] for part in PARTS
-        }
+        try:
+            self.inputs = read_mapping(folder / NAME)
+            count = len(self.inputs["corpora"])
+            self._streams = {
+                part: [np.load(folder / f"{part}-{i}.npy", mmap_mode="r") for i in range(count)] for part in PARTS
+            }
+        except (OSError, ValueError, KeyError, TypeError, EOFError) as error:
+            raise UserError(
+                f"The streams in {folder} are damaged: {shown(repr(error))}. Remove the folder; the next run makes it "
+                f"again."
+            ) from error
+        self.tokenizer = read_tokenizer(folder)
 
     @property
     def fingerprint(self) -> str:

@@ -21,7 +21,7 @@ import safetensors.torch
 from torch import Tensor
 
 from dynamax.errors import UserError
-from dynamax.files import write_atomically
+from dynamax.files import read_mapping, write_atomically
 from dynamax.heads.base import ExitHead
 from dynamax.heads.inputs import GateInput
 from dynamax.registry import GATE_INPUTS, HEADS
@@ -181,7 +181,7 @@ def read_record(folder: Path) -> dict[str, Any]:
                 f"{WEIGHTS} and {RECORD}. Give that folder, or run fit."
             )
     try:
-        return json.loads((folder / RECORD).read_text("utf-8"))
+        return read_mapping(folder / RECORD)
     except (OSError, ValueError) as error:
         raise damaged(folder, error) from error
 

@@ -11,6 +11,7 @@ import json
 import os
 import tempfile
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from dynamax.data.language import LanguageData
 from dynamax.decoding.sampling import Greedy, Sampled, Sampler
 from dynamax.engine import load
 from dynamax.errors import UserError
+from dynamax.files import read_mapping
 from dynamax.metrics.environment import environment
 from dynamax.metrics.language import DepthScores
 from dynamax.modules.checks import all_finite
@@ -142,8 +144,9 @@ def put(fresh: Path, folder: Path, before: Path, name: str) -> None:
     if not folder.exists():
         os.replace(fresh, folder)
         return
-    report = folder / name
-    known = json.loads(report.read_text("utf-8")).get("files", ()) if report.is_file() else ()
+    known: list[str] = []
+    with suppress(OSError, ValueError, TypeError):  # no report, or a damaged one: then all that is there stays
+        known = [str(each) for each in read_mapping(folder / name).get("files", ())]
     others = sorted({path.name for path in folder.iterdir()} - {path.name for path in fresh.iterdir()} - set(known))
     os.replace(folder, before)
     os.replace(fresh, folder)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from dynamax.errors import UserError
+from dynamax.files import read_mapping
 
 VERSIONS = (2, 3)
 """Schema versions of ``report.json`` that can be read; the last is what ``dynamax test`` writes."""
@@ -149,10 +149,10 @@ def read_run(folder: Path) -> Run:
             f"ExitFrontier, such as runs/demo."
         )
     try:
-        report = json.loads(file.read_text("utf-8"))
-    except ValueError as error:  # of JSON, or of UTF-8
+        report = read_mapping(file)
+    except ValueError as error:
         raise UserError(f"{file} is damaged: {error}. Run `dynamax test` again.") from error
-    version = report.get("schema_version") if isinstance(report, dict) else None
+    version = report.get("schema_version")
     if version not in VERSIONS:
         raise UserError(
             f"{file} has the schema version {version}; this release reads {' and '.join(map(str, VERSIONS))}. Run "

@@ -39,6 +39,7 @@ DAMAGE = {
     "a configuration that is a list": ("config.json", content(b"[1, 2]"), "config.json holds a list"),
     "a configuration that is a string": ("config.json", content(b'"llama"'), "config.json holds a text"),
     "a configuration that is null": ("config.json", content(b"null"), "config.json holds null"),
+    "a configuration that is too deep": ("config.json", content(b"[" * 100_000), "config.json .* too deep"),
     "a configuration of nothing": ("config.json", content(b"{}"), "config.json names no model_type"),
     "a model type that is a number": ("config.json", content(b'{"model_type": 3}'), "config.json names no model_type"),
     "a configuration that is a pointer": ("config.json", content(POINTER), "is a pointer of Git LFS"),

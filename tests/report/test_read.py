@@ -27,7 +27,7 @@ def broken(change: Callable[[dict[str, Any]], object]) -> str:
 DAMAGED = {
     "cut off": (json.dumps(report())[:-40], "report.json is damaged: "),
     "empty": ("", "report.json is damaged: "),
-    "a list": ("[]", "the schema version None; this release reads 2 and 3"),
+    "a list": ("[]", "holds \\[\\], and not names with values"),
     "version 1": (json.dumps(report(schema_version=1)), "the schema version 1; this release reads 2 and 3"),
     "version 4": (json.dumps(report(schema_version=4)), "the schema version 4; this release reads 2 and 3"),
     "field": (broken(lambda whole: whole["frontier"][1].pop("speed_up")), r"frontier\[1\].speed_up is missing"),
