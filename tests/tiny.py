@@ -11,9 +11,9 @@ from transformers.pytorch_utils import Conv1D
 
 from dynamax.backbones.families import family as family_of
 from dynamax.backbones.family_spec import FamilySpec
-from tests.variants import FAMILIES, RECURRENT, WINDOW, Variant
+from tests.variants import DISTINCT, FAMILIES, RECURRENT, WINDOW, Variant
 
-__all__ = ["EXPERTS", "FAMILIES", "RECURRENT", "WINDOW", "Variant", "redraw", "tiny"]
+__all__ = ["DISTINCT", "EXPERTS", "FAMILIES", "RECURRENT", "WINDOW", "Variant", "redraw", "tiny"]
 
 
 def _has_experts(name: str) -> bool:

@@ -247,3 +247,12 @@ TRANSFORMERS: dict[str, Variant] = {
 
 FAMILIES = {**TRANSFORMERS, **RECURRENT}
 """Variants by name; every row of the family table is among them."""
+
+ALIKE = {
+    *("apertus", "arcee", "gemma", "glm4", "gpt_bigcode-keys", "granite", "helium", "ministral", "ministral3"),
+    *("mistral-nowindow", "nanochat", "nemotron", "olmo", "olmo3", "qwen2", "seed_oss", "starcoder2"),
+    *("starcoder2-nowindow", "stablelm-parallel"),
+}
+"""Variants whose blocks call nothing that those of others do not."""
+DISTINCT = [name for name in FAMILIES if name not in ALIKE]
+"""The others: what holds of these in the machinery around blocks holds of all."""

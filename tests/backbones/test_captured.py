@@ -39,16 +39,10 @@ from tests.float64 import upcast64
 from tests.laws.house import DEPTH, Dice, Listener, exits, padded, prompt
 from tests.laws.house import fresh_pair as pair
 from tests.states import same, state
-from tests.tiny import EXPERTS, FAMILIES, tiny
+from tests.tiny import DISTINCT, EXPERTS, tiny
 
 DEPTHS = (2, 3, 5)
 LIMIT = 14
-ALIKE = {
-    *("apertus", "arcee", "gemma", "glm4", "gpt_bigcode-keys", "granite", "helium", "ministral", "ministral3"),
-    *("mistral-nowindow", "nanochat", "nemotron", "olmo", "olmo3", "qwen2", "seed_oss", "starcoder2"),
-    *("starcoder2-nowindow", "stablelm-parallel"),
-}
-"""Families whose blocks call nothing that others do not."""
 CLOSE = {"rtol": 0, "atol": 1e-9}
 Make = Callable[[HFBackbone], Decoder]
 
@@ -100,7 +94,7 @@ MAKES: dict[str, Make] = {
 }
 
 
-@pytest.mark.parametrize("family", [family for family in FAMILIES if family not in {*EXPERTS, *ALIKE}])
+@pytest.mark.parametrize("family", [family for family in DISTINCT if family not in EXPERTS])
 def test_decoders_say_what_they_say_without(family: str) -> None:
     """Answers one after the other: each finds what the one before left in the places."""
     _, backbone = pair(family)

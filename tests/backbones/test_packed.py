@@ -16,7 +16,7 @@ from dynamax.recording import MOST_POSITIONS
 from dynamax.testing import check_backbone
 from dynamax.types import Span
 from tests.float64 import upcast64
-from tests.tiny import FAMILIES, tiny
+from tests.tiny import DISTINCT, tiny
 
 X86 = pytest.mark.skipif("fbgemm" not in torch.backends.quantized.supported_engines, reason="FBGEMM is on x86 alone")
 
@@ -38,7 +38,7 @@ def steps(backbone: HFBackbone, count: int, *, rows: int = 1, prompt: int = 5, l
         return [backbone.unembed(backbone.run(backbone.embed(chunk, cache), span, cache)) for chunk in chunks]
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", DISTINCT)
 @pytest.mark.parametrize("kind", [Rows, Columns])
 def test_contract(name: str, kind: type[Product]) -> None:
     """In float64, against an unpacked copy run by transformers' own forward.

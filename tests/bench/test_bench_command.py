@@ -81,10 +81,9 @@ def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
     return one
 
 
-@pytest.mark.parametrize("model", ["llama", "mamba2"])
-def test_table_report_and_picture(model: str, bench: Bench, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_table_report_and_picture(bench: Bench, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     files = ("--out", "new/report.json", "--plot", "new/bars.png")
-    assert bench(str(ASSETS / model), *EXITS, *SMALL, "--max-new-tokens", "4", *files) == 0
+    assert bench(str(ASSETS / "llama"), *EXITS, *SMALL, "--max-new-tokens", "4", *files) == 0
     shown = capsys.readouterr()
     report = json.loads((tmp_path / "new" / "report.json").read_text())
     validate(report, SCHEMA)
@@ -100,11 +99,20 @@ def test_table_report_and_picture(model: str, bench: Bench, capsys: pytest.Captu
     for package in ("economize", "ctranslate2", "llama-cpp-python"):
         assert any(f"pip install {package}" in reason for reason in absent.values())
         assert f"pip install {package}" in shown.out
-    assert ("transformers-lookup" in found) == (model == "llama")
+    assert "transformers-lookup" in found
     lines = shown.out.splitlines()
     assert all(any(line.startswith(f"{name} ") for line in lines) for name in found)
     assert max(len(line) for line in lines if line.startswith(tuple(found))) <= 100
     assert "loading dynamax-full" in shown.err
+
+
+def test_a_recurrent_model_is_measured_too(bench: Bench, tmp_path: Path) -> None:
+    few = ("--contenders", "dynamax-full,dynamax-lossless,transformers", "--max-new-tokens", "4")
+    assert bench(str(ASSETS / "mamba2"), *EXITS, *SMALL, *few, "--out", "report.json") == 0
+    report = json.loads((tmp_path / "report.json").read_text())
+    validate(report, SCHEMA)
+    assert [each["equal_share"] for each in report["contenders"]] == [1.0] * 3
+    assert bench(str(ASSETS / "mamba2"), "--contenders", "transformers-lookup", *SMALL) == 2
 
 
 def test_answers_end_at_the_models_end_tokens(bench: Bench, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from dynamax.backbones.hf import HFBackbone
 from dynamax.backbones.plan import StepPlan
 from dynamax.testing import check_backbone
 from tests.float64 import upcast64
-from tests.tiny import FAMILIES, RECURRENT, tiny
+from tests.tiny import FAMILIES, tiny
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -24,8 +24,8 @@ def test_contract(name):
     assert set(errors) >= {"one pass", "uneven chunks", "single steps", "debts", "left padding"}
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("name", ["llama", "mistral-eager", "mixtral", "gemma2", "gpt2", *RECURRENT])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["llama", "mixtral", "gemma2", "mamba", "mamba2", "falcon_h1", "lfm2", "qwen3_next"])
 def test_tolerances_suit_each_dtype(name, dtype):
     backbone = HFBackbone(tiny(name, dtype=dtype))
     check_backbone(backbone, backbone.reference)

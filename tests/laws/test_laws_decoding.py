@@ -25,9 +25,9 @@ from dynamax.policies.schedule import AtDepth, Never
 from dynamax.types import Span
 from tests.float64 import upcast64
 from tests.laws.house import DEPTH, Dice, Listener, exits, fresh_pair, generate, padded, pair, prompt
-from tests.tiny import FAMILIES, RECURRENT
+from tests.tiny import DISTINCT, FAMILIES, RECURRENT
 
-LIMIT = 16
+LIMIT = 12
 ATTENTION = ("llama", "mistral", "gpt2", "phi3", "gpt_neox")
 
 
@@ -106,7 +106,7 @@ def drafting(backbone: HFBackbone, source: DraftSource, *, with_exits: bool, lim
     return decoder
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", DISTINCT)
 def test_drafts_of_sources_change_no_token(family: str) -> None:
     with upcast64():
         model, backbone = pair(family)
@@ -182,7 +182,7 @@ def test_rows_kept_back_by_another_keep_their_drafts() -> None:
     assert token_B.tolist() == [1, 2]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", DISTINCT)
 def test_a_split_gives_the_same_tokens(family: str) -> None:
     with upcast64():
         model, backbone = pair(family)

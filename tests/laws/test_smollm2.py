@@ -15,8 +15,8 @@ from dynamax.policies.confidence import MaxProb
 from dynamax.policies.schedule import AtDepth, Never
 from tests.laws.house import generate
 
-PROMPTS, TOKENS = 24, 48
-GENERATED = 6
+PROMPTS, TOKENS = 8, 48
+GENERATED = 3
 """Prompts that transformers answers token by token."""
 
 

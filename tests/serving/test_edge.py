@@ -14,10 +14,13 @@ from dynamax.serving.link import CloudDown
 from tests.serving.house import CUT, KINDS, cloud, edge_part, link, prompt, tokens, whole
 
 QUESTIONS = ["What is the capital of France?", "Who wrote Hamlet?", "Name a fruit."]
+PARTED = pytest.mark.parametrize(
+    ("kind", "start"), [("llama", 2), ("llama", 4), ("mamba2", 2), ("granite", 4)], ids=str
+)
+"""Models, and after how many blocks each is split."""
 
 
-@pytest.mark.parametrize("start", [2, 4])
-@pytest.mark.parametrize("kind", KINDS)
+@PARTED
 def test_never_leaving_gives_the_whole_models_tokens(kind: str, start: int) -> None:
     backbone, exits, _ = edge_part(kind, start)
     with cloud(kind, start) as server, link(kind, server.port, start) as connection:
@@ -32,8 +35,7 @@ def test_never_leaving_gives_the_whole_models_tokens(kind: str, start: int) -> N
             assert connection.traffic.asked == len(wanted)
 
 
-@pytest.mark.parametrize("start", [2, 4])
-@pytest.mark.parametrize("kind", KINDS)
+@PARTED
 @pytest.mark.parametrize("policy", [MaxProb(0.5), MaxProb(0.9), CandidateProb(0.5)], ids=lambda each: each.label)
 def test_collaborating_gives_the_tokens_of_early_exit(kind: str, start: int, policy: MaxProb) -> None:
     backbone, exits, _ = edge_part(kind, start)
@@ -46,8 +48,7 @@ def test_collaborating_gives_the_tokens_of_early_exit(kind: str, start: int, pol
             assert edge.origins == [CLOUD if depth == 8 else EXIT for depth in depths]
 
 
-@pytest.mark.parametrize("start", [2, 4])
-@pytest.mark.parametrize("kind", KINDS)
+@PARTED
 @pytest.mark.parametrize("threshold", [0.0, 0.5, 0.9])
 def test_drafting_gives_the_whole_models_tokens(kind: str, start: int, threshold: float) -> None:
     backbone, exits, _ = edge_part(kind, start)
