@@ -33,11 +33,11 @@ demo-mamba: $(READY)
 
 # Everything, in as many processes as there are cores, four at most; tests use a thread each.
 test: $(READY)
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --maxprocesses 4
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --maxprocesses 4 --dist worksteal
 
 # One case of each test and no slow one, for while one works.
 quick: $(READY)
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --maxprocesses 4 --quick
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --maxprocesses 4 --dist worksteal --quick
 
 # Whatever can be typed, for FUZZ_MINUTES; a fault is printed as KIND:SEED, and had again by FUZZ_CASE=KIND:SEED.
 fuzz: $(READY)

@@ -26,6 +26,12 @@ SMALLER = {
         "documents=96": "documents=24",
         "max_epochs=12": "max_epochs=8",
     },
+    "02_write_your_own_head": {
+        "questions=48": "questions=20",
+        "documents=48": "documents=20",
+        "max_epochs=12": "max_epochs=6",
+    },
+    "03_exits_in_mamba": {"questions=128": "questions=40", "documents=128": "documents=40"},
     "05_gates_and_heads_together": {
         "steps=1000": "steps=150",
         "run.warm(400)": "run.warm(60)",

@@ -42,7 +42,7 @@ from tests.states import same, state
 from tests.tiny import DISTINCT, EXPERTS, tiny
 
 DEPTHS = (2, 3, 5)
-LIMIT = 14
+LIMIT = 10
 CLOSE = {"rtol": 0, "atol": 1e-9}
 Make = Callable[[HFBackbone], Decoder]
 

@@ -51,7 +51,7 @@ def bank_of(backbone: HFBackbone, *gates: type) -> ExitBank:
 
 
 def limit(place: int) -> int:
-    return 6 + 2 * place
+    return 4 + 2 * place
 
 
 def alone(decoder: Decoder, place: int) -> list[Step]:
