@@ -32,6 +32,7 @@ def test_a_model_is_small_and_has_a_card(folder: Path) -> None:
     assert report["files"] == sorted(path.name for path in folder.iterdir())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("folder", ASSETS, ids=lambda folder: str(folder.relative_to(ROOT / "assets")))
 def test_a_model_decodes_as_transformers_does(folder: Path) -> None:
     """Laws 1 and 2 on trained weights."""

@@ -53,6 +53,7 @@ def decoded(backbone: HFBackbone, tokens_1T: Tensor) -> Tensor:
     return torch.cat([backbone.unembed(backbone.run(backbone.embed(chunk, cache), span, cache)) for chunk in chunks], 1)
 
 
+@pytest.mark.slow
 @needs_compiler
 @pytest.mark.parametrize(
     ("name", "most"), [("llama", 2), ("gemma2", 2), ("mamba2", 2), ("falcon_h1", 2), ("mixtral", 2), ("nemotron_h", 6)]
@@ -73,6 +74,7 @@ def test_steps_and_chunks_in_turn(name: str, most: int) -> None:
     assert COMPILED <= len(compiler.pieces) <= most * COMPILED, "all blocks of a kind share their pieces"
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_what_is_not_compiled_at_first_never_is() -> None:
     """Batches and longer chunks run as they were recorded, and nobody waits for a compiler."""
@@ -135,6 +137,7 @@ def test_without_a_precision() -> None:
         dynamax.load(LLAMA, compile=True, device="cpu")
 
 
+@pytest.mark.slow
 @needs_compiler
 @needs_fbgemm
 def test_exits_and_drafts_over_compiled_steps() -> None:
@@ -150,6 +153,7 @@ def test_exits_and_drafts_over_compiled_steps() -> None:
     assert tokens[True, dynamax.SelfSpeculative] == tokens[False, dynamax.SelfSpeculative]
 
 
+@pytest.mark.slow
 @needs_compiler
 @needs_fbgemm
 def test_experts_with_float16_weights() -> None:
@@ -289,6 +293,7 @@ def test_a_piece_may_not_change_what_it_is_given() -> None:
         schedule(program, set())
 
 
+@pytest.mark.slow
 def test_nothing_is_warned_about_while_compiling_well() -> None:
     if shutil.which("g++") is None:
         pytest.skip("there is no C++ compiler")

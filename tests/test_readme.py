@@ -47,6 +47,7 @@ def test_commands_are_known_and_their_files_there(line: str) -> None:
             assert (ROOT / word).is_file()
 
 
+@pytest.mark.slow
 def test_the_file_of_ones_own_lies_over_the_demo(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (text,) = [body for kind, body in BLOCKS if kind == "yaml" and body.startswith("# mine.yaml")]
     (tmp_path / "mine.yaml").write_text(text)

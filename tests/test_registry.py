@@ -32,6 +32,7 @@ def installed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     return one
 
 
+@pytest.mark.slow
 def test_nothing_is_imported_before_a_name_is_asked_for() -> None:
     program = (
         "import sys; from dynamax.registry import ALL, POLICIES; [each.names() for each in ALL];"

@@ -17,7 +17,7 @@ from typing import Any, ClassVar, Union, get_args, get_origin
 
 import jsonargparse._typehints as typehints
 import yaml
-from jsonargparse import ArgumentError, ArgumentParser, set_loader
+from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_loader
 from transformers.utils.logging import disable_progress_bar
 
 from dynamax import registry as registered
@@ -196,6 +196,14 @@ def _same_class(one: str, other: str) -> bool:
 # -- options ----------------------------------------------------------------------------------------
 
 
+def _plain(value: Any) -> Any:  # noqa: ANN401 - whatever an option was given
+    """A value as it was written: what jsonargparse made of a mapping, as a mapping again, without what is not set."""
+    if not isinstance(value, Namespace):
+        return value
+    held = value.init_args if "init_args" in value else value
+    return {name: _plain(each) for name, each in vars(held).items() if each is not None}
+
+
 class _Rule:
     """How a value given for one option is read, and what it does to an earlier one.
 
@@ -263,7 +271,7 @@ class _Rule:
         return found
 
     def _refusal(self, value: Any) -> TypeError:  # noqa: ANN401
-        given, part = getattr(value, "val", value), getattr(value, "key", None)  # --edge.deadline is a part of edge
+        given, part = _plain(getattr(value, "val", value)), getattr(value, "key", None)  # edge.deadline is part of edge
         place, wanted = self.option if part is None else f"{self.option}.{part}", self.wanted
         if part is not None:
             words = option_in_words(self.kinds, part)

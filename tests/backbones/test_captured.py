@@ -94,6 +94,7 @@ MAKES: dict[str, Make] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", [family for family in DISTINCT if family not in EXPERTS])
 def test_decoders_say_what_they_say_without(family: str) -> None:
     """Answers one after the other: each finds what the one before left in the places."""
@@ -124,6 +125,7 @@ def test_experts_chosen_by_python_are_refused(family: str) -> None:
     assert backbone.captured is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "gemma3_text", "mamba2", "bamba"])
 def test_runs_take_turns(family: str) -> None:
     """Each moves the other's state out; two drafting runs among them, whose snapshots are held meanwhile."""
@@ -217,6 +219,7 @@ def test_what_does_not_suit_runs_as_it_did() -> None:
             assert blocks_replayed(captured) < blocks_called(steps)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "gemma2", "mamba2", "falcon_h1"])
 def test_packed_models_can_be_captured(family: str) -> None:
     """Whose other small steps are recorded."""
@@ -238,6 +241,7 @@ def test_batches_can_be_captured() -> None:
     assert (choice.graphs, backbone.captured.replays[0, 6, 1]) == (1, 2 + LIMIT - 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("decoder", [None, partial(dynamax.SelfSpeculative, draft_limit=3)])
 def test_an_engine_answers_as_without(decoder: object, tmp_path: Path) -> None:
     """Answers of one engine before and after; several prompts together, too."""

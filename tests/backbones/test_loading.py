@@ -327,6 +327,7 @@ def test_nothing_of_a_models_sizes_is_passed_over():
     assert not {"hidden_size", "layer_types", "sliding_window", "rope_parameters", "num_experts_per_tok"} & NO_EFFECT
 
 
+@pytest.mark.slow
 def test_threads_may_load_at_the_same_time(tmp_path):
     """transformers alone cannot: afterwards the process could tie no matrices."""
     tied("llama", tmp_path)
@@ -335,6 +336,7 @@ def test_threads_may_load_at_the_same_time(tmp_path):
     assert {backbone.spec.fingerprint for backbone in loaded} == {Folder(str(tmp_path)).load().spec.fingerprint}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", [None, "float32"])
 def test_a_model_is_loaded_where_it_is_told_whatever_torchs_default_device_is(precision: str | None) -> None:
     """Lightning's default is the GPU while a model is configured; here a device that holds nothing stands for it."""

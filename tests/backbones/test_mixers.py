@@ -67,6 +67,7 @@ def small_steps(family: str) -> PreTrainedModel:
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["zamba2", "nemotron_h"])
 def test_chunks_clamp_what_steps_do_not(family: str) -> None:
     sizes = [9] + [1] * 11
@@ -161,6 +162,7 @@ for family in ("mamba", "mamba2", "granitemoehybrid"):
 """
 
 
+@pytest.mark.slow
 def test_with_mamba_ssm_importable_cpu_tensors_meet_no_kernel(tmp_path: Path) -> None:
     for name, text in FAKE.items():
         path = tmp_path / name

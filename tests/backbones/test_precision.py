@@ -225,6 +225,7 @@ def test_half_packed_is_never_left(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not kinds_in(model)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/maps").is_file(), reason="needs Linux, which lists mapped files")
 def test_a_packed_model_keeps_no_file_in_memory(tmp_path: Path) -> None:
     folder = model_folder(tmp_path / "model")

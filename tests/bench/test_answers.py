@@ -119,6 +119,7 @@ def test_agreement_is_what_an_independent_count_finds() -> None:
     assert identical == same >= 1
 
 
+@pytest.mark.slow
 def test_rows_compare_with_the_reference() -> None:
     right = {1: [[5], [6], [0]], 2: [[7], [8], [9]]}
     half = {1: [[5], [4], [4]], 2: [[7], [8], [9]]}
@@ -130,6 +131,7 @@ def test_rows_compare_with_the_reference() -> None:
     assert rows(found, "nobody")[0].equal_share is None
 
 
+@pytest.mark.slow
 def test_contenders_take_turns_and_the_first_changes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Runner, "_loading", lambda *_: "together")
     log: list[str] = []
@@ -140,6 +142,7 @@ def test_contenders_take_turns_and_the_first_changes(monkeypatch: pytest.MonkeyP
     assert log[6:18] == ["a1", "b1", "c1", "b2", "c2", "a2", "c1", "a1", "b1", "a2", "b2", "c2"]
 
 
+@pytest.mark.slow
 def test_where_memory_is_short_each_is_loaded_alone() -> None:
     log: list[str] = []
     made = {Scripted(name, {1: [[5]]}, log): False for name in "ab"}
@@ -148,6 +151,7 @@ def test_where_memory_is_short_each_is_loaded_alone() -> None:
     assert log == ["load a", "a1", "a1", "a1", "unload a", "load b", "b1", "b1", "b1", "unload b"]
 
 
+@pytest.mark.slow
 def test_what_fails_is_absent_with_the_reason_or_an_error_if_it_was_named() -> None:
     fine, broken = Scripted("fine", {1: [[5]]}), Broken("broken", {})
     found = Runner({fine: False, broken: False}, [[1]], rounds=1, sizes=None).run()
@@ -159,11 +163,13 @@ def test_what_fails_is_absent_with_the_reason_or_an_error_if_it_was_named() -> N
         Runner({broken: False}, [[1]], rounds=1, sizes=None).run()
 
 
+@pytest.mark.slow
 def test_a_bug_of_our_own_is_not_hidden() -> None:
     with pytest.raises(KeyError):
         Runner({Scripted("ours", {}): False}, [[1]], rounds=1, sizes=None).run()
 
 
+@pytest.mark.slow
 def test_a_contender_that_says_nothing_is_absent() -> None:
     fine, silent = Scripted("fine", {1: [[5]]}), Scripted("silent", {1: []})
     found = Runner({fine: False, silent: False}, [[1]], rounds=1, sizes=None).run()

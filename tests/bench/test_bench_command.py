@@ -81,6 +81,7 @@ def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
     return one
 
 
+@pytest.mark.slow
 def test_table_report_and_picture(bench: Bench, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     files = ("--out", "new/report.json", "--plot", "new/bars.png")
     assert bench(str(ASSETS / "llama"), *EXITS, *SMALL, "--max-new-tokens", "4", *files) == 0
@@ -106,6 +107,7 @@ def test_table_report_and_picture(bench: Bench, capsys: pytest.CaptureFixture[st
     assert "loading dynamax-full" in shown.err
 
 
+@pytest.mark.slow
 def test_a_recurrent_model_is_measured_too(bench: Bench, tmp_path: Path) -> None:
     few = ("--contenders", "dynamax-full,dynamax-lossless,transformers", "--max-new-tokens", "4")
     assert bench(str(ASSETS / "mamba2"), *EXITS, *SMALL, *few, "--out", "report.json") == 0
@@ -115,6 +117,7 @@ def test_a_recurrent_model_is_measured_too(bench: Bench, tmp_path: Path) -> None
     assert bench(str(ASSETS / "mamba2"), "--contenders", "transformers-lookup", *SMALL) == 2
 
 
+@pytest.mark.slow
 def test_answers_end_at_the_models_end_tokens(bench: Bench, tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text("Where does the sun rise?\n\nWho wrote it?\n")
     given = ("--prompts", "prompts.txt", "--max-new-tokens", "8", "--contenders", "dynamax-full,transformers")
@@ -135,6 +138,7 @@ def test_answers_end_at_the_models_end_tokens(bench: Bench, tmp_path: Path) -> N
         assert each["identical"] == 2
 
 
+@pytest.mark.slow
 def test_a_folder_of_heads_names_its_model_and_has_a_policy(bench: Bench, tmp_path: Path) -> None:
     engine = dynamax.load(ASSETS / "llama", exits={4: Exit(gates=[MambaGate])}, device="cpu")
     assert engine.exits is not None
@@ -146,12 +150,14 @@ def test_a_folder_of_heads_names_its_model_and_has_a_policy(bench: Bench, tmp_pa
     assert report["contenders"][1]["identical"] == DEFAULT
 
 
+@pytest.mark.slow
 def test_without_the_reference_nothing_is_compared(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
     given = ("--contenders", "dynamax-full", "--max-new-tokens", "2")
     assert bench(str(ASSETS / "llama"), *SMALL, *given) == 0
     assert "Nothing to compare answers with: name transformers" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_where_memory_is_short_the_report_says_so(
     bench: Bench, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -60,6 +60,7 @@ def said(name: str, given: Subject) -> list[int]:
     return answer.tokens
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", ["llama", "mamba2"])
 def test_lossless_contenders_say_what_the_model_says_and_stop_where_it_stops(model: str) -> None:
     whole = spoken(model, 8)
@@ -173,6 +174,7 @@ def test_the_floor_of_an_unknown_format_is_that_of_float32(monkeypatch: pytest.M
         Floor("int3", [])
 
 
+@pytest.mark.slow
 def test_memory_that_is_taken_is_seen() -> None:
     growth = Growth()
     held = np.ones(64 << 20, dtype=np.uint8)

@@ -23,6 +23,7 @@ def engine() -> dynamax.Engine:
     return dynamax.load(ROOT / "assets" / "llama", device="cpu")
 
 
+@pytest.mark.slow
 def test_every_precision_has_a_row(engine: dynamax.Engine) -> None:
     found = list(qualities(engine, passages(), 300))
     assert [row.precision for row in found] == [None, *PRECISIONS]
@@ -37,6 +38,7 @@ def test_every_precision_has_a_row(engine: dynamax.Engine) -> None:
     assert all(type(module).__name__ != "Float16" for module in engine.backbone.modules())
 
 
+@pytest.mark.slow
 @X86
 def test_figures_are_those_of_the_logits(engine: dynamax.Engine) -> None:
     """The last window is shorter than the others."""
@@ -57,6 +59,7 @@ def test_a_text_that_is_too_short(engine: dynamax.Engine) -> None:
         list(qualities(engine, "Hello.", 300))
 
 
+@pytest.mark.slow
 def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     info.main(["info", "--precision", str(ROOT / "assets" / "mamba2")])
     printed = capsys.readouterr().out
@@ -64,6 +67,7 @@ def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert "as loaded" in printed
 
 
+@pytest.mark.slow
 def test_the_command_reads_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "text.txt"
     file.write_text("One two three four. " * 20)

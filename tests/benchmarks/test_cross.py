@@ -82,6 +82,7 @@ def between(said_EN: torch.Tensor) -> float:
     return float(inner[place : place + 2].mean())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gate", GATES)
 def test_a_gate_at_a_threshold_is_what_decoding_does(trained, gate):
     backbone, fitted, readings = trained
@@ -94,6 +95,7 @@ def test_a_gate_at_a_threshold_is_what_decoding_does(trained, gate):
     assert found == pytest.approx(found | wanted, rel=1e-9)
 
 
+@pytest.mark.slow
 def test_always_leaving_is_what_decoding_does(trained):
     backbone, fitted, readings = trained
     rows = fixed(readings, Ledger(backbone, fitted.bank, None))
@@ -170,6 +172,7 @@ def test_figures_of_a_backbone_are_whole(trained):
     assert part["positions"]["reporting"] < part["positions"]["all"]
 
 
+@pytest.mark.slow
 def test_the_command_measures_each_backbone_once(tmp_path, monkeypatch, capsys):
     known = {
         f"{place}{name}": entrant(tmp_path / f"{place}x", name, lens)

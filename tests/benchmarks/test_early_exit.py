@@ -46,6 +46,7 @@ def test_decoders_in_turn_are_the_decoders_alone(engine: Engine) -> None:
         assert row["second"][2] == [4, 6] * 4
 
 
+@pytest.mark.slow
 def test_every_part_is_measured_and_printed(engine: Engine) -> None:
     texts = answers(engine)
     with torch.inference_mode():
@@ -72,6 +73,7 @@ def scores(right: list[int], gate: list[float]) -> dict[str, torch.Tensor]:
     }
 
 
+@pytest.mark.slow
 def test_the_choice_is_what_saves_most_without_more_errors_than_are_wanted() -> None:
     gate = [index / 10 for index in range(10)]
     said = {8: scores([0, 0, 0, 0, 0, 0, 0, 1, 0, 1], gate), 9: scores([0, 0, 0, 0, 0, 0, 1, 1, 0, 1], gate)}

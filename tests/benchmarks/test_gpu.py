@@ -122,6 +122,7 @@ def test_missing_packages_and_devices_are_told(monkeypatch: pytest.MonkeyPatch, 
     assert "Not installed here: torch, transformers" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_random_weights_need_torch_and_transformers_alone() -> None:
     code = f"""
 import sys
@@ -196,6 +197,7 @@ box.end()
     assert found["table"] == "1 passed, 2 failed of 3\nskipped 1: not today"
 
 
+@pytest.mark.slow
 def test_shapes_are_rehearsed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in gpu_shapes.MODELS:
         known = models.CONTESTANTS[name]
@@ -263,6 +265,7 @@ def test_trained_heads_among_the_parts_are_used(tmp_path: Path, monkeypatch: pyt
         gpu_frontier.found(tmp_path)
 
 
+@pytest.mark.slow
 def test_siblings_are_rehearsed(tmp_path: Path) -> None:
     made = box(tmp_path, "siblings")
     gpu_siblings.run(made)

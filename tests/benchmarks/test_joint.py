@@ -36,6 +36,7 @@ def test_costs_of_images_are_counted() -> None:
     assert costs[-1] == pytest.approx((full + 6 * (head + 96)) / full)
 
 
+@pytest.mark.slow
 def test_images_run(capsys: pytest.CaptureFixture[str]) -> None:
     run = joint_images.contend(0, 3)
     assert set(run["curves"]) == set(joint_images.CONTENDERS)
@@ -74,6 +75,7 @@ def heads(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_the_frontier_runs(heads: Path) -> None:
     numbers = {"calibrate": 4, "questions": 4, "tokens": 12, "skip": 240, "questions_file": None}
     report = frontier.measured(argparse.Namespace(heads=[f"a={heads}"], **numbers))
@@ -89,6 +91,7 @@ def test_the_frontier_runs(heads: Path) -> None:
     assert "a: MaxProb" in frontier.table(report)
 
 
+@pytest.mark.slow
 def test_promises_run_and_keep_their_scores(heads: Path, tmp_path: Path) -> None:
     (tmp_path / "asked.txt").write_text("\n".join(f"What is {n} and {n}?" for n in range(24)))
     options = {"policy": "MaxProb", "epsilon": 0.2, "delta": 0.2, "splits": 3, "tokens": 12, "every": 1}

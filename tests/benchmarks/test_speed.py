@@ -40,6 +40,7 @@ def report(module: ModuleType, folder: Path, monkeypatch: pytest.MonkeyPatch, *g
     return json.loads(out.read_text())
 
 
+@pytest.mark.slow
 def test_decode_has_every_contender_and_its_floors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = report(decode, tmp_path, monkeypatch, "--prompts", "1", "--tokens", "4")
     assert list(found["ms"]) == [
@@ -76,6 +77,7 @@ def test_the_floor_of_a_mixture_is_that_of_the_experts_that_a_position_takes(mon
     assert sum(weight.numel() for weight in decode.matrices(backbone, 2)) == wanted
 
 
+@pytest.mark.slow
 @torch.inference_mode()
 @pytest.mark.parametrize(
     "name", ["granite-hybrid-small", "mixtral-small", "pythia-160m", "gemma3-small", "qwen3-small"]

@@ -37,6 +37,7 @@ def documents(engine: Engine) -> list[Document]:
     return [document for group in source.groups(engine) for document in group]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "policy",
     [MaxProb(0.4), GateConfidence(0.5), JEIGate(0.5), Saturation(0.9), CandidateProb(0.5)],
@@ -59,6 +60,7 @@ def test_scores_say_what_the_policy_does(engine: Engine, documents: list[Documen
     assert seen, "the case never leaves"
 
 
+@pytest.mark.slow
 def test_prices_are_those_of_decoding(engine: Engine, documents: list[Document]) -> None:
     policy = OnlyAt(MaxProb(0.3), [2, 6])
     (text,) = texts(engine, documents[:1])
@@ -75,6 +77,7 @@ def test_prices_are_those_of_decoding(engine: Engine, documents: list[Document])
     assert len(seen) > 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", [MaxProb(0.5), JEIGate(0.5), Saturation(0.9)], ids=lambda policy: policy.label)
 def test_the_search_judges_what_the_policy_does(engine: Engine, documents: list[Document], policy: ScorePolicy) -> None:
     """Also where a score depends on which other exits are asked."""
@@ -104,6 +107,7 @@ def test_one_sureness_gives_each_exit_its_threshold() -> None:
         assert all(after[depth] <= level for depth, level in before.items())
 
 
+@pytest.mark.slow
 def test_a_promise_on_texts_that_the_search_did_not_see(engine: Engine, documents: list[Document]) -> None:
     found = calibrate(engine, MaxProb(0.5), documents, epsilon=0.3, delta=0.2)
     assert isinstance(found.policy, OnlyAt)
@@ -120,6 +124,7 @@ def test_a_promise_on_texts_that_the_search_did_not_see(engine: Engine, document
     assert found.promise.blocks < 8
 
 
+@pytest.mark.slow
 def test_what_cannot_be_promised_is_said_and_never_leaves(engine: Engine, documents: list[Document]) -> None:
     found = calibrate(engine, MaxProb(0.5), documents, epsilon=0.1, delta=0.001)
     assert isinstance(found.policy, Never)

@@ -124,6 +124,7 @@ def documents(count: int, seed: int) -> list[Scores]:
     return found
 
 
+@pytest.mark.slow
 def test_reliability_is_fitted_on_some_and_measured_on_others(tmp_path: Path) -> None:
     fitted, measured = documents(40, 0), documents(30, 1)
     first, second = reliability(fitted, measured, (2, 4))

@@ -118,6 +118,7 @@ def found(engine: Engine, by_hand: tuple[list[Any], list[list[float]], list[floa
     return calibrate_task(engine, MaxProb(0.5), Letters(PROMPTS), **given), labels  # pyright: ignore[reportArgumentType]
 
 
+@pytest.mark.slow
 def test_losses_are_those_of_answers_scored_by_hand(
     by_hand: tuple[list[Any], list[list[float]], list[float]], found: tuple[Calibrated, list[str]]
 ) -> None:
@@ -139,6 +140,7 @@ def test_losses_are_those_of_answers_scored_by_hand(
     assert tests == [f"test {number} of {len(candidates)}" for number in range(1, place + 3)], "and one that failed"
 
 
+@pytest.mark.slow
 def test_what_test_finds_is_what_was_promised(found: tuple[Calibrated, list[str]]) -> None:
     calibrated, _ = found
     _, second = split(PROMPTS, PROMPTS, 0.5)
@@ -160,6 +162,7 @@ def module(calibrated: Calibrated, **options: Any) -> DecodingModule:
     return DecodingModule(source, [sweep], exits=exits, timed=1, **{"sampler": Greedy(), **options})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "task", "message"),
     [
@@ -178,6 +181,7 @@ def test_another_run_than_the_promise_is_about_is_refused(
         ran(module(found[0], **options), task)
 
 
+@pytest.mark.slow
 def test_the_frontier_runs_from_sure_to_cheap(engine: Engine) -> None:
     """By what the policies themselves decide."""
     documents = []
@@ -225,6 +229,7 @@ def test_no_frontier_where_nothing_costs_less(engine: Engine, monkeypatch: pytes
     assert (found.promise.loss, found.promise.blocks) == (0.0, 8.0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "binary"), [(Letters, False), (Half, True)])
 def test_scores_of_0_or_1_are_tested_as_such(
     engine: Engine, kind: type[Letters], binary: bool, monkeypatch: pytest.MonkeyPatch
@@ -244,6 +249,7 @@ def test_scores_of_0_or_1_are_tested_as_such(
     assert set(np.unique(lost_DC)) <= {0.0, 1.0} or not binary
 
 
+@pytest.mark.slow
 def test_where_nothing_holds_the_full_model_answers(engine: Engine) -> None:
     found = calibrate_task(engine, MaxProb(0.5), Letters(PROMPTS[:12]), epsilon=0.01, delta=0.01)
     assert isinstance(found.policy, Never)
@@ -252,6 +258,7 @@ def test_where_nothing_holds_the_full_model_answers(engine: Engine) -> None:
     assert "test documents" in found.promise.reason
 
 
+@pytest.mark.slow
 def test_a_policy_is_fitted_to_the_answers_that_are_searched(engine: Engine) -> None:
     policy = BetaMixture(0.5, policy=MaxProb(0.5))
     found = calibrate_task(engine, policy, Letters(PROMPTS), epsilon=0.5, method="naive")

@@ -124,6 +124,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+@pytest.mark.slow
 def test_heads_of_another_backbone_are_replaced_only_if_asked(tiny_source: Folder, tmp_path: Path) -> None:
     other = Folder(str(model_folder(tmp_path / "other", seed=1)))
     heads = tmp_path / "heads"
@@ -142,6 +143,7 @@ def test_heads_of_another_backbone_are_replaced_only_if_asked(tiny_source: Folde
     assert json.loads((heads / "heads.json").read_text())["fingerprint"] == own
 
 
+@pytest.mark.slow
 def test_heads_of_other_exits_are_replaced_only_if_asked(tiny_source: Folder, tmp_path: Path) -> None:
     heads = tmp_path / "heads"
     trained(tiny_source, tmp_path, [HeadsCheckpoint(str(heads))])
@@ -190,6 +192,7 @@ class SpoilWeights(Callback):
                 next(pl_module.parameters()).view(-1)[0] = torch.nan
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("validations", [2, 3])
 def test_heads_that_are_not_finite_are_never_saved(
     tiny_source: Folder, tmp_path: Path, capsys: pytest.CaptureFixture[str], validations: int
@@ -248,6 +251,7 @@ def test_a_figure_that_is_never_logged_is_told_with_those_that_are(tiny_source: 
     assert (tmp_path / "heads" / "last" / "heads.safetensors").is_file()
 
 
+@pytest.mark.slow
 def test_lenses_alone(tiny_source: Folder, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     checkpoint = HeadsCheckpoint(str(tmp_path / "heads"), monitor="val/agreement/2", mode="max")
     trained(tiny_source, tmp_path, [checkpoint, ExitAccuracy()], gates=False)
@@ -267,6 +271,7 @@ def test_accuracies_shown_are_those_logged(
     assert line.split()[2:] == wanted
 
 
+@pytest.mark.slow
 def test_a_decoding_module_has_no_heads_to_save(tiny_source: Folder, tmp_path: Path) -> None:
     _, module = evaluated(tiny_source, tmp_path, [])
     with pytest.raises(ValueError, match="watches the training of heads, but the model is DecodingModule"):

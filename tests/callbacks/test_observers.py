@@ -36,6 +36,7 @@ LOGGERS: dict[str, tuple[Callable[[Path], Logger], Callable[[Path], set[str]]]] 
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", LOGGERS)
 def test_a_watched_test_reaches_the_logger_and_the_terminal(
     tiny_source: Folder, tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str
@@ -62,6 +63,7 @@ def test_a_watched_test_reaches_the_logger_and_the_terminal(
     assert (Path(trainer.log_dir or "") / "report.json").is_file()
 
 
+@pytest.mark.slow
 def test_latency_is_of_every_policy_and_grows_with_depth(tiny_source: Folder, tmp_path: Path) -> None:
     watch = ExitLatency(warmup=0)
     _, module = evaluated(tiny_source, tmp_path, [watch])

@@ -125,6 +125,7 @@ def test_it_is_told_in_one_screen(refused: Refused, place: Path, case: str) -> N
     refused(*CASES[case])
 
 
+@pytest.mark.slow
 def test_a_wrong_option_in_the_file_of_a_part(run: Run, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (place / "parts/lens.yaml").write_text("class_path: LowRankLens\ninit_args: {ranc: 2}\n")
     (place / "parts/text.yaml").write_text("class_path: LocalText\ninit_args: {path: ../text.txt, lenght: 9}\n")
@@ -168,6 +169,7 @@ def test_no_network(
     assert "network" in message
 
 
+@pytest.mark.slow
 def test_a_full_disk(run: Run, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
@@ -233,6 +235,7 @@ POLICIES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", POLICIES)
 def test_a_gate_that_one_exit_lacks_is_missed_although_all_tokens_leave_before(refused: Refused, policy: str) -> None:
     given = ["--backbone=parts/backbone.yaml", f"--exits={GAP}", f"--policy={POLICIES[policy]}"]

@@ -78,6 +78,7 @@ WRITES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("obstacle", OBSTACLES)
 @pytest.mark.parametrize("folder", WRITES)
 def test_what_lies_where_a_folder_should_be(refused: Refused, place: Path, folder: str, obstacle: str) -> None:
@@ -89,6 +90,7 @@ def test_what_lies_where_a_folder_should_be(refused: Refused, place: Path, folde
     assert folder == "store" or not (place / "store").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["heads.json", "heads.safetensors", "last"])
 def test_what_lies_where_heads_should_be(refused: Refused, place: Path, name: str) -> None:
     way = place / "heads" / name
@@ -147,6 +149,7 @@ def beside(place: Path, tiny_folder: Path) -> Path:
     return place
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("given", ["models/tiny", "./models/tiny", "models/tiny/"])
 def test_a_backbone_is_named_by_its_folder(run: Run, beside: Path, given: str) -> None:
     assert run("cache", *FIT[1:], "--model.backbone", given) == 0
@@ -154,6 +157,7 @@ def test_a_backbone_is_named_by_its_folder(run: Run, beside: Path, given: str) -
     assert run("generate", "Hi", "--backbone", given, *more) == 0
 
 
+@pytest.mark.slow
 def test_in_a_file_a_backbone_s_folder_counts_from_that_file(run: Run, beside: Path) -> None:
     (beside / "parts" / "by_path.yaml").write_text("model: {init_args: {backbone: ../models/tiny}}\n")
     assert run("cache", *FIT[1:], "-c", "parts/by_path.yaml") == 0

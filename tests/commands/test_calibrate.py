@@ -50,6 +50,7 @@ def calibrate(run: Run, *options: str) -> int:
     return run("calibrate", str(LLAMA), *EXITS, *TEXT, *SCORE, *options)
 
 
+@pytest.mark.slow
 def test_what_is_written_is_tested_and_generated_with(
     run: Run, capfd: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
@@ -87,6 +88,7 @@ def test_what_is_written_is_tested_and_generated_with(
     assert "The promise is about the model" in capfd.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_task_s_score_is_promised_and_tested(run: Run, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert run("calibrate", str(LLAMA), *EXITS, *TASK, *SCORE, "--epsilon", "0.4", "--method", "ucb") == 0
     shown = capfd.readouterr().out
@@ -116,6 +118,7 @@ def test_a_task_s_score_is_promised_and_tested(run: Run, capfd: pytest.CaptureFi
     assert f"Promised: {promise.text}." in capfd.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_policy_that_must_be_fitted_is_fitted_to_the_searched_texts(
     run: Run, capfd: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
@@ -150,6 +153,7 @@ def test_a_policy_that_must_be_fitted_is_fitted_to_the_searched_texts(
     assert "BetaMixture was given no mixtures" in capfd.readouterr().err
 
 
+@pytest.mark.slow
 def test_nothing_can_be_promised(run: Run, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert calibrate(run, "--epsilon", "0.05", "--delta", "0.0001") == 0
     assert "Nothing can be promised: " in capfd.readouterr().out

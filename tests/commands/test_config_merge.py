@@ -45,6 +45,7 @@ def test_exits_of_a_later_file_begin_anew(given: Callable[..., dict[str, Any]], 
     assert exits(given("fit", "-c", "fit.yaml", "-c", "later.yaml")["model"]["init_args"]) == WANTED
 
 
+@pytest.mark.slow
 def test_exits_on_the_command_line_begin_anew(given: Callable[..., dict[str, Any]]) -> None:
     assert exits(given("fit", "-c", "fit.yaml", "--model.exits", EXITS)["model"]["init_args"]) == WANTED
     again = ["--model.exits={2: {gates: [{class_path: MambaGate, init_args: {d_state: 4}}]}}", "--model.exits"]
@@ -66,6 +67,7 @@ def test_exits_of_generate_begin_anew(given: Callable[..., dict[str, Any]], plac
     assert exits(given(*ask, "--exits", EXITS)) == WANTED
 
 
+@pytest.mark.slow
 def test_a_models_config_is_merged_unless_it_names_its_type(given: Callable[..., dict[str, Any]], place: Path) -> None:
     (place / "train.yaml").write_text(
         f"model: {{class_path: PretrainingModule, init_args: {{config: {CONFIG}, exits: [2], objective: LayerSkip}}}}"
@@ -87,6 +89,7 @@ def task(options: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     return found["class_path"].rpartition(".")[2], found.get("init_args", {})
 
 
+@pytest.mark.slow
 def test_another_class_begins_anew(given: Callable[..., dict[str, Any]], place: Path) -> None:
     """Its options are its own, whatever the earlier class had under the same names."""
     (place / "task.yaml").write_text(
@@ -124,6 +127,7 @@ def test_another_text_source_begins_anew(given: Callable[..., dict[str, Any]], p
     }
 
 
+@pytest.mark.slow
 def test_an_entry_of_a_list_begins_anew_where_it_names_another_class(given: Callable[..., dict[str, Any]]) -> None:
     earlier = "--model.policies=[{policy: {class_path: Margin, init_args: {threshold: 0.7, temperature: 3.0}}}]"
 

@@ -37,6 +37,7 @@ def prepared(place: Path) -> Path:
     return place
 
 
+@pytest.mark.slow
 def test_a_student_is_made_goes_on_and_has_heads_fitted_to_it(run: Run, prepared: Path) -> None:
     assert run(*ARGUMENTS, "--ckpt_path", "last") == 0  # there is none yet, and so it starts anew
     (metrics,) = (prepared / "logs").rglob("metrics.csv")

@@ -99,6 +99,7 @@ def test_a_precision_that_is_none_is_refused(run: Run, capsys: pytest.CaptureFix
     assert "one of auto, float32, float16, bfloat16, int8, int4 is wanted" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_sampling_depends_on_its_seed_alone(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     said = []
     for seed in ("1", "1", "2"):
@@ -129,6 +130,7 @@ def test_options_may_come_from_a_file(run: Run, place: Path, capsys: pytest.Capt
     assert "4 tokens in" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [["--temperature=0.9"], ["--top_k", "3"], ["--top_p", "0.9"]])
 def test_an_option_of_sampling_is_enough_to_sample(
     run: Run, capsys: pytest.CaptureFixture[str], options: list[str]
@@ -146,6 +148,7 @@ def test_a_seed_alone_is_refused(run: Run, capsys: pytest.CaptureFixture[str]) -
     assert "seed would change nothing" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_stop_string_ends_the_answer(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     ask = [*ASK, "--policy", "Never", "--max_new_tokens=40", "--temperature=3", "--seed=1"]
     assert run(*ask) == 0

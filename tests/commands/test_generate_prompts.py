@@ -22,6 +22,7 @@ def said(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     return capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_several_prompts_are_answered_one_after_the_other(capsys: pytest.CaptureFixture[str]) -> None:
     both = said(capsys, "What is the sea?", "Who is it?", *ASK)
     first, second = (said(capsys, prompt, *ASK).partition("\n\n")[0] for prompt in ("What is the sea?", "Who is it?"))
@@ -29,6 +30,7 @@ def test_several_prompts_are_answered_one_after_the_other(capsys: pytest.Capture
     assert f"\n> Who is it?\n{second}\n\n" in both
 
 
+@pytest.mark.slow
 def test_a_line_of_json_for_each_prompt(capsys: pytest.CaptureFixture[str]) -> None:
     lines = said(capsys, "What is the sea?", "Où est-il ?\n", *ASK, "--json").splitlines()
     answers = [json.loads(line) for line in lines]

@@ -54,6 +54,7 @@ def test_list_imports_as_little_as_can_be(arguments: list[str], allowed: set[str
     assert set(imported(*arguments)[1]) <= allowed
 
 
+@pytest.mark.slow
 def test_info_and_the_parser_of_generate_do_without_lightning() -> None:
     assert "lightning" not in imported("info")[1]
     program = "import sys; from dynamax.commands import parsing; parsing.prepare(); print('lightning' in sys.modules)"

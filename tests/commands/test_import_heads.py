@@ -59,6 +59,7 @@ def heads(place: Path) -> nn.ModuleList:
     return made
 
 
+@pytest.mark.slow
 def test_the_heads_say_what_theirs_say_and_decode_losslessly(
     heads: nn.ModuleList, run: Run, place: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -109,6 +110,7 @@ def test_an_untied_lens_is_charged_one_output_matrix(heads: nn.ModuleList, run: 
     assert untied.cost.cost.bytes == pytest.approx(tied.cost.cost.bytes + norm * untied.cost.tokens)
 
 
+@pytest.mark.slow
 def test_what_does_not_belong_together_is_refused(heads: nn.ModuleList, refused: Refused, place: Path) -> None:
     model_folder(place / "other", "qwen3", depth=6)
     refused([*ARGUMENTS[:5], "other", *ARGUMENTS[6:]], ["Qwen/Qwen3-0.6B", "(32, 257, 5)", "(32, 257, 6)"])

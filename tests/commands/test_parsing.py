@@ -153,6 +153,7 @@ def test_a_path_counts_from_the_file_that_names_it(parse, tmp_path: Path, monkey
     assert parse("Who?", "--heads", "~/heads").heads == "/home/someone/heads"
 
 
+@pytest.mark.slow
 def test_a_printed_configuration_holds_in_any_folder(run: Run, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("fit", "-c", "fit.yaml", "--model.heads", "old", "--print_config") == 0
     (place / "far" / "away").mkdir(parents=True)
@@ -164,6 +165,7 @@ def test_a_printed_configuration_holds_in_any_folder(run: Run, place: Path, caps
     assert printed["data"]["init_args"]["folder"] == "store", "what is written counts from the working directory"
 
 
+@pytest.mark.slow
 def test_a_part_s_paths_count_from_the_part_s_own_file(
     run: Run, place: Path, tiny_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -217,6 +219,7 @@ def test_a_damaged_file_is_told_with_the_place(refused: Refused, place: Path, ca
     refused(["generate", "Who?", "-cmine.yaml"], told)
 
 
+@pytest.mark.slow
 def test_a_damaged_part_is_told_with_the_place(refused: Refused, place: Path) -> None:
     for content, told in (DAMAGED[name] for name in ("unclosed", "colons", "tab", "Latin-1", "a key twice")):
         (place / "parts" / "exit.yaml").write_bytes(content)
@@ -241,6 +244,7 @@ def test_generate_answers_any_text(run: Run, capsys: pytest.CaptureFixture[str],
     assert "2 tokens in" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_generate_answers_text_that_looks_like_an_option(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     for text in ("--- hi", "--debug", "--help"):
         assert run("generate", *ASK, "--", text) == 0
@@ -268,6 +272,7 @@ def broken(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("broken")
 def test_a_broken_plug_in_stops_only_those_who_name_it(
     run: Run, refused: Refused, capsys: pytest.CaptureFixture[str]
@@ -289,6 +294,7 @@ def test_a_broken_plug_in_stops_only_those_who_name_it(
     refused(["fit", "-c", "fit.yaml", "--data.text", "Brokn"], ["Did you mean Broken"])
 
 
+@pytest.mark.slow
 def test_only_what_is_named_is_imported() -> None:
     program = (
         "import sys\n"
@@ -329,7 +335,19 @@ def test_a_value_of_the_wrong_kind_is_told_without_words_of_python(refused: Refu
     refused(["fit", "-c", "fit.yaml", "-c", "mine.yaml"], [WRONG[content]])
 
 
-@pytest.mark.parametrize("option", ["--exits=2", "--exits=words", "--promise=words", "--edge=2", "--backbone=[]"])
+@pytest.mark.parametrize(
+    "option",
+    [
+        "--exits=2",
+        "--exits=words",
+        "--promise=words",
+        "--promise={}",
+        "--promise={level: 3}",
+        "--edge={}",
+        "--edge=2",
+        "--backbone=[]",
+    ],
+)
 def test_no_type_of_python_is_in_a_message(
     run: Callable[..., int], capsys: pytest.CaptureFixture[str], option: str
 ) -> None:

@@ -39,6 +39,7 @@ LAYOUTS = {
 Run = Callable[..., int]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_checkpoint_trained_with_layerskip_is_decoded_losslessly(
     layout: str, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

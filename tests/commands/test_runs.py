@@ -39,6 +39,7 @@ def rows(place: Path) -> list[tuple[str, float | None]]:
     return [(row["policy"], row["threshold"]) for row in report["frontier"]]
 
 
+@pytest.mark.slow
 def test_fit_then_test_leaves_heads_report_and_picture(run: Run, fitted: Path) -> None:
     assert {path.name for path in (fitted / "heads").iterdir()} == {"heads.safetensors", "heads.json", "last"}
     assert run("test", "-c", "test.yaml") == 0
@@ -51,6 +52,7 @@ def test_fit_then_test_leaves_heads_report_and_picture(run: Run, fitted: Path) -
     assert (fitted / "report" / "frontier.png").stat().st_size > 10_000
 
 
+@pytest.mark.slow
 def test_report_makes_a_page_of_what_fit_and_test_left(
     run: Run, fitted: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -73,6 +75,7 @@ def test_report_makes_a_page_of_what_fit_and_test_left(
         assert f">{row['brier']:.3f}<" in page
 
 
+@pytest.mark.slow
 def test_a_second_fit_uses_the_store_that_is_there(run: Run, fitted: Path) -> None:
     (before,) = (fitted / "store").glob("*/shard-*")
     written = before.stat().st_mtime_ns
@@ -80,6 +83,7 @@ def test_a_second_fit_uses_the_store_that_is_there(run: Run, fitted: Path) -> No
     assert before.stat().st_mtime_ns == written
 
 
+@pytest.mark.slow
 def test_validate_scores_the_heads_that_fit_left(run: Run, fitted: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (log,) = (fitted / "logs").rglob("metrics.csv")
     with log.open() as file:
@@ -92,11 +96,13 @@ def test_validate_scores_the_heads_that_fit_left(run: Run, fitted: Path, capsys:
     assert line.split()[2:] == wanted
 
 
+@pytest.mark.slow
 def test_validate_refuses_fresh_heads(run: Run, fitted: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("validate", "-c", "fit.yaml") == 2
     assert "no trained heads" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_trainer_that_leaves_the_gates_no_epoch_is_refused_before_the_store_is_filled(
     run: Run, place: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -130,6 +136,7 @@ def test_what_cannot_end_well_is_refused_before_the_store_is_filled(
     assert not (place / "store").exists()
 
 
+@pytest.mark.slow
 def test_cache_does_not_fill_a_store_that_training_could_not_use(
     run: Run, place: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -138,6 +145,7 @@ def test_cache_does_not_fill_a_store_that_training_could_not_use(
     assert not (place / "store").exists()
 
 
+@pytest.mark.slow
 def test_heads_of_others_are_not_replaced_and_nothing_is_prepared(
     run: Run, fitted: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -152,6 +160,7 @@ def test_heads_of_others_are_not_replaced_and_nothing_is_prepared(
     assert contents() == before
 
 
+@pytest.mark.slow
 def test_phases_take_turns_from_yaml(run: Run, place: Path) -> None:
     (place / "turns.yaml").write_text(TURNS)
     assert run("fit", "-c", "fit.yaml", "-c", "turns.yaml", "--trainer.max_epochs", "4") == 0
@@ -165,6 +174,7 @@ def test_phases_take_turns_from_yaml(run: Run, place: Path) -> None:
     assert written["phases"]["gates"]["steps"] == 1
 
 
+@pytest.mark.slow
 def test_several_devices_are_refused_before_the_store_is_filled(
     run: Run, place: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -177,6 +187,7 @@ SEVERAL = {"ddp.yaml", "fsdp.yaml"}
 """For ``tune`` on several GPUs."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted({path.name for path in TRAINERS.glob("*.yaml")} - SEVERAL))
 def test_the_trainers_that_come_with_the_project_train_as_many_epochs_as_the_demo_needs(
     run: Run, place: Path, name: str
@@ -188,6 +199,7 @@ def test_the_trainers_that_come_with_the_project_train_as_many_epochs_as_the_dem
     assert not (place / "heads").exists()
 
 
+@pytest.mark.slow
 def test_control_c_while_training_is_130(run: Run, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def stopped(*_: object) -> None:
         raise KeyboardInterrupt
@@ -200,11 +212,13 @@ def test_control_c_while_training_is_130(run: Run, place: Path, monkeypatch: pyt
         signal.signal(signal.SIGINT, before)  # Lightning ignores further ones
 
 
+@pytest.mark.slow
 def test_a_trial_run_of_fit_leaves_no_heads(run: Run, place: Path) -> None:
     assert run("fit", "-c", "fit.yaml", "--trainer.fast_dev_run", "true") == 0
     assert not (place / "heads").exists()
 
 
+@pytest.mark.slow
 def test_what_the_command_line_says_wins(run: Run, fitted: Path) -> None:
     """Law 6: options over the later file, the later file over the earlier one."""
     policy = {"class_path": "AtDepth", "init_args": {"depth": 2}}
@@ -217,6 +231,7 @@ def test_what_the_command_line_says_wins(run: Run, fitted: Path) -> None:
     assert rows(fitted) == [("Full", None), ("MaxProb", 0.25), ("MaxProb", 0.75)]
 
 
+@pytest.mark.slow
 def test_the_saved_config_is_the_record_of_the_run(run: Run, fitted: Path) -> None:
     (record,) = (fitted / "logs").rglob("config.yaml")
     saved = yaml.safe_load(record.read_text())
@@ -228,6 +243,7 @@ def test_the_saved_config_is_the_record_of_the_run(run: Run, fitted: Path) -> No
 SHOWN = ["--trainer.enable_progress_bar", "true"]
 
 
+@pytest.mark.slow
 def test_test_tells_examples_done_and_what_runs_on_stderr_without_a_carriage_return(
     run: Run, fitted: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -242,6 +258,7 @@ def test_test_tells_examples_done_and_what_runs_on_stderr_without_a_carriage_ret
     assert "Testing" not in shown.out
 
 
+@pytest.mark.slow
 def test_fit_tells_few_lines_in_a_log(run: Run, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("fit", "-c", "fit.yaml", *SHOWN) == 0
     shown = capsys.readouterr()
@@ -250,6 +267,7 @@ def test_fit_tells_few_lines_in_a_log(run: Run, place: Path, capsys: pytest.Capt
     assert len(shown.err.splitlines()) < 20
 
 
+@pytest.mark.slow
 def test_a_bar_that_is_given_is_the_only_one(run: Run, fitted: Path, capsys: pytest.CaptureFixture[str]) -> None:
     capsys.readouterr()
     assert run("test", "-c", "test.yaml", *SHOWN, "--trainer.callbacks", "TQDMProgressBar") == 0
@@ -258,6 +276,7 @@ def test_a_bar_that_is_given_is_the_only_one(run: Run, fitted: Path, capsys: pyt
     assert "Testing" not in shown.err
 
 
+@pytest.mark.slow
 def test_predict_prints_a_line_of_json_for_each_example(
     run: Run, fitted: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -271,12 +290,14 @@ def test_predict_prints_a_line_of_json_for_each_example(
     assert all(len(answer["depths"]) == len(answer["tokens"]) <= 4 for answer in answers)
 
 
+@pytest.mark.slow
 def test_cache_fills_the_store_and_trains_nothing(run: Run, place: Path) -> None:
     assert run("cache", "-c", "fit.yaml") == 0
     assert len(list((place / "store").glob("*/shard-*"))) == 1
     assert not (place / "heads").exists()
 
 
+@pytest.mark.slow
 def test_print_config_is_whole_and_comes_back(run: Run, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("test", "-c", "test.yaml", "--print_config") == 0
     printed = capsys.readouterr().out

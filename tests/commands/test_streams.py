@@ -51,6 +51,7 @@ def test_whatever_the_streams_are(tmp_path: Path, case: str) -> None:
     assert b"Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_text_that_ascii_has_no_room_for_is_written_with_backslashes(place: Path) -> None:
     quoted = " ".join(f"'{each}'" for each in GENERATE)
     done = shell(place, f"dynamax {quoted}", **ASCII)
@@ -58,6 +59,7 @@ def test_text_that_ascii_has_no_room_for_is_written_with_backslashes(place: Path
     done.stdout.decode("ascii")
 
 
+@pytest.mark.slow
 def test_generate_to_a_closed_stdout_is_not_written_into_a_file(place: Path) -> None:
     """The first file that is opened would take the place of the closed descriptor."""
     quoted = " ".join(f"'{each}'" for each in GENERATE)
@@ -65,12 +67,14 @@ def test_generate_to_a_closed_stdout_is_not_written_into_a_file(place: Path) -> 
     assert (done.returncode, done.stdout) == (0, b"")
 
 
+@pytest.mark.slow
 def test_predict_writes_json_and_nothing_else(run: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:
     assert run(*PREDICT, POLICY, "--trainer.enable_progress_bar=true") == 0
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [set(row) for row in rows] == [{"id", "text", "tokens", "depths"}] * 2
 
 
+@pytest.mark.slow
 def test_a_reader_that_leaves_in_the_middle_of_the_answers(place: Path) -> None:
     quoted = " ".join(f"'{each}'" for each in (*PREDICT, POLICY, "--data.task.limit=200"))
     done = shell(place, f"dynamax {quoted} | head -1; exit ${{PIPESTATUS[0]}}")

@@ -13,6 +13,7 @@ Refused = Callable[[Sequence[str], Sequence[str]], None]
 LLAMA = Path("assets/llama").resolve()
 
 
+@pytest.mark.slow
 def test_a_model_is_judged_on_its_own_answers(run: Run, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     asked = ("suitability", str(LLAMA), "--documents", "12", "--every", "3", "--precision", "null", "--measure", "true")
     assert run(*asked, "--out", "found/it.json", "--plot", "found/it.png") == 0
@@ -32,6 +33,7 @@ def test_a_model_is_judged_on_its_own_answers(run: Run, capfd: pytest.CaptureFix
     assert (tmp_path / "found" / "it.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_texts_can_be_given(run: Run, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text(
         "\n".join(f"{index} cats and {index * 7} dogs are in house {index}." for index in range(30))
@@ -42,6 +44,7 @@ def test_texts_can_be_given(run: Run, capfd: pytest.CaptureFixture[str], tmp_pat
     assert "of the bytes" in capfd.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "named"),
     [

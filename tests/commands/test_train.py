@@ -44,6 +44,7 @@ def prepared(place: Path) -> Path:
     return place
 
 
+@pytest.mark.slow
 def test_a_model_is_trained_and_then_has_heads_fitted_to_it(run: Run, prepared: Path) -> None:
     assert run(*ARGUMENTS, "--ckpt_path", "last") == 0  # there is none yet, and so it starts anew
     assert {"config.json", "model.safetensors", "tokenizer.json", "README.md"} <= {
@@ -58,6 +59,7 @@ def test_a_model_is_trained_and_then_has_heads_fitted_to_it(run: Run, prepared: 
     assert run(*prompt, "--policy", "MaxProb", "--threshold", "0.1", "--max_new_tokens", "4") == 0
 
 
+@pytest.mark.slow
 def test_a_finished_run_goes_on_with_more_steps(run: Run, prepared: Path) -> None:
     assert run(*ARGUMENTS) == 0
     assert run("validate", *ARGUMENTS[1:], "--ckpt_path", "checkpoints/last.ckpt") == 0
@@ -65,6 +67,7 @@ def test_a_finished_run_goes_on_with_more_steps(run: Run, prepared: Path) -> Non
     assert '"steps": 8' in (prepared / "model" / "training.json").read_text()
 
 
+@pytest.mark.slow
 def test_a_later_file_changes_the_objective(run: Run, prepared: Path) -> None:
     (prepared / "plain.yaml").write_text(
         "model: {class_path: PretrainingModule, init_args: {objective: NextToken, export: plain}}"
@@ -107,6 +110,7 @@ def test_mistakes_are_told_in_one_screen(refused: Refused, prepared: Path, case:
     assert not (prepared / "model").exists()
 
 
+@pytest.mark.slow
 def test_blocks_too_long_are_told_before_texts_are_read(refused: Refused, prepared: Path) -> None:
     refused([*ARGUMENTS, "--data.length", "512"], ["Lower data.length"])
     assert not (prepared / "text").exists()

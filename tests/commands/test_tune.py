@@ -55,6 +55,7 @@ def prepared(place: Path) -> Path:
     return place
 
 
+@pytest.mark.slow
 def test_a_model_is_tuned_goes_on_and_has_heads_fitted_to_it(run: Run, prepared: Path) -> None:
     assert run("cache", *ARGUMENTS[1:]) == 0
     pieces = {path: path.stat().st_mtime_ns for path in (prepared / "written").rglob("*.npz")}
@@ -76,6 +77,7 @@ def test_a_model_is_tuned_goes_on_and_has_heads_fitted_to_it(run: Run, prepared:
     assert run("generate", "What?", "--heads", "heads", "--policy", "MaxProb", "--threshold", "0.1") == 0
 
 
+@pytest.mark.slow
 def test_every_weight_is_tuned_if_asked(run: Run, prepared: Path) -> None:
     assert run(*ARGUMENTS, "--model.adapter", "null") == 0
     assert json.loads((prepared / "tuned" / "tuning.json").read_text())["adapter"] is None

@@ -111,6 +111,7 @@ def test_a_part_is_built(name: str) -> None:
         assert part.points()
 
 
+@pytest.mark.slow
 def test_every_policy_has_a_file_and_is_swept(monkeypatch: pytest.MonkeyPatch) -> None:
     """The project's own; the run that sweeps them takes a file of each, and has no two points of one name."""
     ours = {point.name for point in POLICIES.points() if point.value.startswith("dynamax.")}
@@ -128,6 +129,7 @@ def test_every_policy_has_a_file_and_is_swept(monkeypatch: pytest.MonkeyPatch) -
         policy.validate([15, 19, 23, 27])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in FILES if COMMANDS.get(Path(name).stem) in {"fit", "test"}])
 def test_a_run_is_built(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     built: list[runs.DynamaxCLI] = []
@@ -139,6 +141,7 @@ def test_a_run_is_built(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert built[0].datamodule is not None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in named(JOINT) if Path(name).stem not in COMMANDS])
 def test_what_lies_over_a_joint_run_is_built(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     built: list[runs.DynamaxCLI] = []
@@ -169,6 +172,7 @@ def test_a_cloud_and_its_edge_are_built() -> None:
     assert edge["policy"].threshold == 0.9
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in named(SIBLINGS) if Path(name).stem != "text"])
 def test_a_sibling_is_built(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     built: list[runs.DynamaxCLI] = []
@@ -241,6 +245,7 @@ def test_a_model_of_seven_billion_is_tuned_on_several_devices(strategy: str, mon
     assert batches == {32}, "eight devices share every batch"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("line", re.findall(r"`(dynamax (?:fit|test) -c [^`]+)`", TABLES))
 def test_every_row_of_dynamax_tables_has_a_command_that_is_built(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
     made = built(monkeypatch, *shlex.split(line)[1:])

@@ -85,6 +85,7 @@ COSTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", COSTS)
 def test_costs_counted_wrongly(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
     name, change, message = COSTS[fault]

@@ -165,6 +165,7 @@ class Crash:
             raise self.error
 
 
+@pytest.mark.slow
 def test_a_run_that_dies_at_any_point_is_continued_to_the_same_bytes(tmp_path, engine, uninterrupted):
     points = crash_points(lambda: fill(tmp_path / "count", engine))
     assert points > 20

@@ -161,6 +161,7 @@ def test_a_half_precision_backbone_is_read_out_in_float32(data):
     assert len(probs_N.unique()) > 0.95 * len(probs_N)  # bfloat16 logits would tie
 
 
+@pytest.mark.slow
 @pytest.mark.skipif("fbgemm" not in torch.backends.quantized.supported_engines, reason="FBGEMM is on x86 alone")
 def test_a_precision_fills_a_store_of_its_own_with_labels_in_float32(data):
     packed, whole = ready(data(precision="float16", device="cpu")), ready(data(device="cpu"))

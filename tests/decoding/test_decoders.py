@@ -128,6 +128,7 @@ def test_lossless_refuses_forced_tokens_and_no_drafts(house) -> None:  # noqa: A
         list(SelfSpeculative(*house, Never()).decode(prompt(6), max_new_tokens=2, forced_BT=prompt(2)))
 
 
+@pytest.mark.slow
 def test_sampled_lossless_decoding_has_full_decodings_distribution(house) -> None:  # noqa: ANN001
     """Two tokens after one prompt, 400 runs: shares of the first pair against the full model's exact ones."""
     backbone, _ = house

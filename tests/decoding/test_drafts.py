@@ -184,6 +184,7 @@ class Repeats(DraftSource):
         return Suggestion(text[-1], 1)
 
 
+@pytest.mark.slow
 def test_sampled_drafts_have_full_decodings_distribution() -> None:
     """Two tokens after one prompt, 400 runs: shares of each against the full model's exact ones."""
     _, backbone = pair("llama")

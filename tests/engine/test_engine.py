@@ -65,6 +65,7 @@ def tiny(tiny_folder: Path) -> Engine:
 # -- generate ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chat", [True, False])
 def test_full_depth_is_transformers_generate_token_for_token(sibling: tuple[Engine, Reference], chat: bool) -> None:
     engine, reference = sibling
@@ -88,6 +89,7 @@ def test_a_prompt_a_conversation_and_a_list_of_either(sibling: tuple[Engine, Ref
     assert engine.generate([], max_new_tokens=8) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", [None, MaxProb(0.3)])
 def test_prompts_side_by_side_are_answered_as_alone(
     sibling: tuple[Engine, Reference], policy: TerminationPolicy | None
@@ -322,6 +324,7 @@ def test_a_seed_makes_an_answer_again_and_another_seed_another(tiny: Engine) -> 
     assert first.tokens == second.tokens == said[0]  # each as if it were alone
 
 
+@pytest.mark.slow
 def test_first_tokens_of_many_seeds_have_the_distribution(tiny: Engine) -> None:
     way: dict[str, Any] = {"temperature": 0.5, "top_k": 5}
     runs, counts_V = 300, torch.zeros(tiny.backbone.spec.vocab)

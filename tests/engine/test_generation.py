@@ -155,6 +155,7 @@ def test_an_answer_that_an_end_token_ended_is_not_cut_to_whole_sentences(two_end
 # -- the model's own way of sampling, on every path ---------------------------------------------------
 
 
+@pytest.mark.slow
 def test_sampling_that_the_model_asks_for_is_followed_and_reported(tmp_path: Path) -> None:
     folder = with_rules(tmp_path / "m", eos_token_id=0, do_sample=True, temperature=2.5, top_k=7, max_new_tokens=6)
     engine = dynamax.load(folder, device="cpu")
@@ -175,6 +176,7 @@ def test_sampling_that_the_model_asks_for_is_followed_and_reported(tmp_path: Pat
     assert plain.text != task.answers[0]
 
 
+@pytest.mark.slow
 def test_a_model_that_asks_for_a_penalty_is_refused_before_any_decoding(tmp_path: Path) -> None:
     folder = with_rules(tmp_path / "m", eos_token_id=0, repetition_penalty=1.2)
     engine = dynamax.load(folder, device="cpu")

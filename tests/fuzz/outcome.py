@@ -110,6 +110,6 @@ def missing(found: Outcome, arguments: Sequence[str], place: Path) -> list[str]:
         return ["report ended well and wrote nothing"]
     for word in found.out.split("Wrote ")[1:]:
         name = word.split("\n")[0].split(" and ")[0].rpartition(" to ")[2].split(", ")[0]
-        if name and not (place / name.strip()).exists():
+        if name and not (place / name.removeprefix(" ")).exists():
             return [f"it says that it wrote {name}, which is not there"]
     return []

@@ -55,6 +55,7 @@ def named(folder):
     return json.loads((folder / "heads" / "heads.json").read_text())["exits"]["2"]["gates"][0]["class"]
 
 
+@pytest.mark.slow
 def test_another_process_imports_the_class(folder):
     assert named(folder) == "my_gates.EMAGate"
     environment = {"PYTHONPATH": str(folder / "modules"), "OMP_NUM_THREADS": "1"}

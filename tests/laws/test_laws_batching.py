@@ -106,6 +106,7 @@ def test_full_depth_is_generate(family: str) -> None:
             assert len(said) == limit(place) or said[-1] in END
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", DISTINCT)
 @pytest.mark.parametrize("rule", [Exact, Propagate])
 def test_rows_that_leave_alone_say_what_they_say_alone(family: str, rule: type[SkippedState]) -> None:
@@ -118,6 +119,7 @@ def test_rows_that_leave_alone_say_what_they_say_alone(family: str, rule: type[S
         assert len(depths) > 2, "rows left at several depths"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "family", ["llama", "gemma3_text", "gpt2", "mixtral", "mamba", "mamba2", "jamba", "nemotron_h", "falcon_h1", "lfm2"]
 )

@@ -55,6 +55,7 @@ def test_padded_rows_are_generate(family: str) -> None:
         assert tokens(EarlyExit(backbone, exits(backbone), Never()), rows, pad_B=pad_B).equal(wanted)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_lossless_is_generate(family: str) -> None:
     with upcast64():
@@ -147,6 +148,7 @@ def test_rows_that_have_ended_hold_no_draft_back() -> None:
         assert any(step.accepted for step in steps[4:])
 
 
+@pytest.mark.slow
 def test_drafts_are_both_kept_and_rejected() -> None:
     """The tests above would prove nothing if every draft were right, or every one wrong."""
     with upcast64():
@@ -160,6 +162,7 @@ def test_drafts_are_both_kept_and_rejected() -> None:
         assert calls > (len(steps) - 1 - kept) * DEPTH, "rejected drafts cost calls of their own"
 
 
+@pytest.mark.slow
 def test_verification_draws_from_the_full_model() -> None:
     """Speculative sampling's promise, over 20,000 rounds of one row: drafts from q, tokens from p."""
     rounds = 20_000
@@ -199,6 +202,7 @@ def test_a_split_gives_the_same_tokens(family: str) -> None:
             assert torch.cat(got, 1).equal(wanted)
 
 
+@pytest.mark.slow
 def test_a_split_between_two_processes_gives_the_same_tokens() -> None:
     with upcast64():
         model, backbone = pair("llama")

@@ -26,6 +26,7 @@ def encoded(tokenizer: PreTrainedTokenizerBase, count: int) -> list[torch.Tensor
     return [torch.tensor([tokenizer(text)["input_ids"]]) for text in texts]
 
 
+@pytest.mark.slow
 def test_never_leaving_is_generate(
     smollm2: tuple[HFBackbone, PreTrainedTokenizerBase], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -48,6 +49,7 @@ def test_never_leaving_is_generate(
         assert got.equal(wanted)
 
 
+@pytest.mark.slow
 def test_lossless_is_generate(smollm2: tuple[HFBackbone, PreTrainedTokenizerBase]) -> None:
     backbone, tokenizer = smollm2
     bank = ExitBank({24: Exit(), 28: Exit()}, backbone.site)
@@ -63,6 +65,7 @@ def test_lossless_is_generate(smollm2: tuple[HFBackbone, PreTrainedTokenizerBase
     assert accepted > 0
 
 
+@pytest.mark.slow
 def test_forced_depths_call_that_many_blocks(smollm2: tuple[HFBackbone, PreTrainedTokenizerBase]) -> None:
     backbone, tokenizer = smollm2
     depths = tuple(range(1, backbone.spec.depth))

@@ -47,6 +47,7 @@ def run(source: Folder, policies: list[Sweep], task: Any = None, **options: Any)
     return module
 
 
+@pytest.mark.slow
 def test_the_full_model_is_the_first_row_and_the_measure(folder: Folder) -> None:
     rows = run(folder, [Sweep(Never())]).results.frontier
     assert [row.policy for row in rows] == ["Full", "Never"]
@@ -65,6 +66,7 @@ def test_a_forced_depth_costs_what_its_blocks_cost(folder: Folder) -> None:
     assert row.flops_fraction < 0.6
 
 
+@pytest.mark.slow
 def test_agreement_is_that_of_forced_decoding(folder: Folder) -> None:
     """Decoded here once more, example by example, without the module."""
     task = Questions(limit=3, max_new_tokens=12)
@@ -96,6 +98,7 @@ def test_exits_are_read_and_timed(folder: Folder) -> None:
         assert sum(head.params for head in heads) == sum(p.numel() for p in ours.parameters()) > 0
 
 
+@pytest.mark.slow
 def test_lossless_decoding_says_what_the_full_model_says(folder: Folder) -> None:
     module = run(folder, [Sweep(MaxProb(0.5), [0.0, 1.0])], decoder=partial(SelfSpeculative, draft_limit=3))
     whole, always, never = module.results.frontier
@@ -117,6 +120,7 @@ def drafts_kept(module: DecodingModule) -> float:
     return sum(accepted) / len(accepted)
 
 
+@pytest.mark.slow
 def test_an_oracle_is_a_bound_read_off_the_pass(folder: Folder) -> None:
     full, oracle, first = run(folder, [Sweep(Oracle()), Sweep(AtDepth(2))], timed=1).results.frontier
     assert oracle.agreement == 1.0
@@ -127,6 +131,7 @@ def test_an_oracle_is_a_bound_read_off_the_pass(folder: Folder) -> None:
         run(folder, [Sweep(Oracle())], decoder=SelfSpeculative)
 
 
+@pytest.mark.slow
 def test_results_tell_how_decoding_was_done(folder: Folder) -> None:
     task = Questions(limit=1, max_new_tokens=4)
     usual = run(folder, [Sweep(Never())], task).results
@@ -158,6 +163,7 @@ def test_a_model_without_a_limit_has_no_context(folder: Folder, tmp_path: Path) 
     assert list(contexts.values()) == [512, None]
 
 
+@pytest.mark.slow
 def test_sampling_compares_what_is_most_likely(folder: Folder) -> None:
     """Along sampled text too, the reference decodes once more, and compares the argmax of both."""
     task, policies = Questions(limit=3, max_new_tokens=12), [Sweep(Never()), Sweep(MaxProb(0.05))]
@@ -182,18 +188,21 @@ def test_sampling_compares_what_is_most_likely(folder: Folder) -> None:
     assert greedy[2].tokens != len(agreed) or greedy[2].agreement != early.agreement
 
 
+@pytest.mark.slow
 def test_sampled_lossless_text_is_not_compared_token_by_token(folder: Folder) -> None:
     rows = run(folder, [Sweep(MaxProb(0.02))], decoder=SelfSpeculative, sampler=Sampled(1.0)).results.frontier
     assert rows[0].agreement == 1
     assert rows[1].agreement is None
 
 
+@pytest.mark.slow
 def test_the_full_models_tokens_are_counted_once(folder: Folder) -> None:
     whole, *others = run(folder, [Sweep(MaxProb(0.5), [0.01, 0.9]), Sweep(Never())]).results.frontier
     assert {row.tokens for row in others} == {whole.tokens}
     assert whole.timed_tokens == sum(row.timed_tokens for row in others)
 
 
+@pytest.mark.slow
 def test_gates_can_be_named(folder: Folder) -> None:
     rows = run(folder, [Sweep(GateConfidence(0.5, gate="MambaGate"), [0.3, 0.7])]).results.frontier
     assert [(row.policy, row.threshold) for row in rows[1:]] == [

@@ -59,6 +59,7 @@ def distilled(teacher: Folder, folder: Path, tmp_path_factory):
     return built, before, fitter, place / "model"
 
 
+@pytest.mark.slow
 def test_it_comes_closer_to_its_teacher_on_held_out_text(distilled) -> None:
     _, before, fitter, _ = distilled
     after = {name: float(value) for name, value in fitter.callback_metrics.items()}
@@ -67,6 +68,7 @@ def test_it_comes_closer_to_its_teacher_on_held_out_text(distilled) -> None:
     assert {"val/divergence/2", "val/perplexity/2", "val/agreement/3", "train/divergence"} <= set(after)
 
 
+@pytest.mark.slow
 def test_validation_is_the_divergence_by_hand(distilled, teacher: Folder) -> None:
     built, _, fitter, _ = distilled
     theirs, lost, count = teacher.load(), 0.0, 0
@@ -105,6 +107,7 @@ def test_every_weight_moves_if_asked(teacher: Folder, folder: Path, tmp_path: Pa
     assert not [name for name, tensor in weights(built).items() if torch.equal(tensor, start.weights[name])]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists")
 def test_a_resumed_run_ends_as_an_uninterrupted_one(teacher: Folder, folder: Path, tmp_path: Path) -> None:
     def saving() -> ModelCheckpoint:
@@ -152,6 +155,7 @@ def test_report_and_card_tell_teacher_and_distance(distilled, teacher: Folder) -
     assert "`dynamax train`" not in told
 
 
+@pytest.mark.slow
 def test_a_student_without_attention_is_written_and_decoded(teacher: Folder, folder: Path, tmp_path: Path) -> None:
     """transformers' own Granite cannot count positions in a cache without attention; ours does not ask it."""
     built = module(teacher, keep=[], export=str(tmp_path / "model"), prompts=["Question:"])

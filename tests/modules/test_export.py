@@ -20,6 +20,7 @@ from tests.modules.languages import WARNINGS, Stop, data, module, trainer
 pytestmark = WARNINGS
 
 
+@pytest.mark.slow
 def test_transformers_and_our_own_source_load_it(trained, text: Path) -> None:
     built, _, folder = trained
     loaded = AutoModelForCausalLM.from_pretrained(folder)
@@ -35,6 +36,7 @@ def test_transformers_and_our_own_source_load_it(trained, text: Path) -> None:
     assert (folder / "model.safetensors").stat().st_size < 2.2 * sum(p.numel() for p in built.parameters()) + 10_000
 
 
+@pytest.mark.slow
 def test_report_and_card_tell_recipe_and_figures(trained) -> None:
     built, fitter, folder = trained
     report = json.loads((folder / "training.json").read_text())

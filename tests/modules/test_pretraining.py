@@ -45,6 +45,7 @@ def test_every_weight_moves(text: Path, tmp_path: Path) -> None:
     assert not [name for name, tensor in weights(built).items() if torch.equal(tensor, start.weights[name])]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists")
 @pytest.mark.parametrize("stop", [5, 10])
 def test_a_resumed_run_ends_as_an_uninterrupted_one(text: Path, tmp_path: Path, stop: int) -> None:
@@ -104,6 +105,7 @@ RECURRENT: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", RECURRENT)
 def test_mamba_and_hybrid_train_and_are_written(text: Path, tmp_path: Path, kind: str) -> None:
     sizes = {"model_type": kind, "num_hidden_layers": 4, "hidden_size": 32, "tie_word_embeddings": True}

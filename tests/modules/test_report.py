@@ -64,6 +64,7 @@ def runs(text: Perplexity) -> dict[str, tuple[Task, dict[str, Any]]]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", runs(Perplexity("nowhere")))
 def test_the_report_of_a_run_keeps_to_its_schema(source: Folder, tmp_path: Path, text: Perplexity, kind: str) -> None:
     task, options = runs(text)[kind]
@@ -81,6 +82,7 @@ def test_the_report_of_a_run_keeps_to_its_schema(source: Folder, tmp_path: Path,
     assert (report["decoding"]["sampler"] is not None) == (report["decoding"]["chat"] is not None) == generated
 
 
+@pytest.mark.slow
 def test_a_report_that_breaks_the_schema_is_found(source: Folder) -> None:
     report = json.loads(json.dumps(ran(module(source), questions()).results.as_json()))
     broken = [
@@ -143,6 +145,7 @@ def test_a_folder_that_cannot_be_made_is_told_before_the_sweep(tmp_path: Path) -
             ran(module(Folder("not looked at")), questions(), ExitFrontier(str(tmp_path / folder)))
 
 
+@pytest.mark.slow
 def test_the_engine_is_the_one_that_was_measured(source: Folder) -> None:
     built = ran(module(source), questions())
     assert isinstance(built.engine, Engine)
@@ -152,6 +155,7 @@ def test_the_engine_is_the_one_that_was_measured(source: Folder) -> None:
 # -- bounds, scores, answers ---------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_leaving_always_at_one_depth_is_what_decoding_so_gives(source: Folder) -> None:
     found = ran(module(source, Sweep(AtDepth(2), [2, 4]), Sweep(Oracle()), timed=3), questions()).results
     oracle, *fixed = found.bounds
@@ -183,6 +187,7 @@ def test_there_are_no_bounds_where_one_pass_does_not_tell(source: Folder) -> Non
     assert (found.bounds, found.reliability) == ([], [])
 
 
+@pytest.mark.slow
 def test_reliability_is_that_of_the_score_at_each_exit(source: Folder) -> None:
     sweeps = [
         Sweep(MaxProb(0.5), [0.01, 0.9]),
@@ -211,6 +216,7 @@ def test_reliability_is_that_of_the_score_at_each_exit(source: Folder) -> None:
     assert [each.tokens for each in row.bins] == [sum(int(10 * s) == index for s in score) for index in range(10)]
 
 
+@pytest.mark.slow
 def test_answers_are_those_of_predict(source: Folder) -> None:
     task = Questions(limit=4, max_new_tokens=12)
     built = ran(module(source, Sweep(MaxProb(0.02), [0.02, 0.5])), task)
@@ -230,6 +236,7 @@ def test_answers_are_those_of_predict(source: Folder) -> None:
     assert {depth for row in shown for depth in row.given[0].depths} == {6}
 
 
+@pytest.mark.slow
 def test_the_command_is_that_of_the_command_line(source: Folder) -> None:
     assert ran(module(source), questions()).results.command is None
     built = module(source)

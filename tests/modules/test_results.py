@@ -65,6 +65,7 @@ def untimed(found: results.DecodingResults) -> dict[str, Any]:
     return whole
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampler", [None, Sampled(1.0, seed=4)], ids=["greedy", "sampled"])
 @pytest.mark.parametrize("decoder", [EarlyExit, partial(SelfSpeculative, draft_limit=3)], ids=["early", "drafted"])
 def test_a_second_run_finds_what_the_first_one_found(source: Folder, decoder: Any, sampler: Any) -> None:  # noqa: ANN401
@@ -85,6 +86,7 @@ def test_a_second_run_finds_what_the_first_one_found(source: Folder, decoder: An
     assert rows[0]["timed_tokens"] == sum(row["timed_tokens"] for row in rows[1:])
 
 
+@pytest.mark.slow
 def test_another_task_leaves_nothing_of_the_first(source: Folder, text: Perplexity) -> None:
     built = module(source)
     ran(built, questions())
@@ -92,6 +94,7 @@ def test_another_task_leaves_nothing_of_the_first(source: Folder, text: Perplexi
     assert again == untimed(ran(module(source), text).results)
 
 
+@pytest.mark.slow
 def test_a_run_without_examples_has_no_results(source: Folder) -> None:
     built = ran(module(source), questions())
     assert built.results.task.examples == 3
@@ -99,6 +102,7 @@ def test_a_run_without_examples_has_no_results(source: Folder) -> None:
     assert "results" not in vars(built), "those of the run before are of another run"
 
 
+@pytest.mark.slow
 def test_the_examples_that_ran_are_counted(source: Folder) -> None:
     assert ran(module(source), questions(), limit_test_batches=2).results.task.examples == 2
 
@@ -106,6 +110,7 @@ def test_the_examples_that_ran_are_counted(source: Folder) -> None:
 # -- options are used or refused -----------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("decoder", [None, SelfSpeculative, partial(EarlyExit, skipped_state=Propagate())])
 def test_so_many_examples_are_timed(source: Folder, decoder: Any) -> None:  # noqa: ANN401
     found = {
@@ -123,6 +128,7 @@ def test_so_many_examples_are_timed(source: Folder, decoder: Any) -> None:  # no
 TIMED = ("timed_tokens", "ms_per_token", "speed_up", "flops_fraction", "bytes_fraction")
 
 
+@pytest.mark.slow
 def test_drafts_are_the_same_whatever_is_timed(source: Folder) -> None:
     """A sampler begins anew for each decoding, not where the one before has left it."""
     options = {"decoder": partial(SelfSpeculative, draft_limit=3), "sampler": Sampled(1.0, seed=4)}
@@ -135,12 +141,14 @@ def test_drafts_are_the_same_whatever_is_timed(source: Folder) -> None:
     assert rows[0].depth_counts == rows[1].depth_counts
 
 
+@pytest.mark.slow
 def test_the_chat_template_is_used(source: Folder) -> None:
     plain, asked = (ran(module(source, chat=chat), questions()).results for chat in (None, True))
     assert (plain.decoding.chat, asked.decoding.chat) == (False, True)
     assert [row.agreement for row in plain.exits] != [row.agreement for row in asked.exits]
 
 
+@pytest.mark.slow
 def test_the_sampler_is_used(source: Folder) -> None:
     greedy = ran(module(source), questions()).results
     sampled = ran(module(source, sampler=Sampled(1.0, seed=4)), questions()).results
@@ -223,6 +231,7 @@ def test_a_device_without_a_clock_is_refused(monkeypatch: pytest.MonkeyPatch) ->
     built.setup("predict")
 
 
+@pytest.mark.slow
 def test_what_the_model_computes_in_is_reported(source: Folder) -> None:
     found = ran(module(source, dtype="bfloat16"), questions()).results
     assert found.environment["dtype"] == "bfloat16"

@@ -68,6 +68,7 @@ def tokens(built: TuningModule) -> torch.Tensor:
     return built.data.train_dataloader().batch(3).tokens_BT
 
 
+@pytest.mark.slow
 def test_exits_come_closer_to_the_top_and_the_report_says_by_how_much(tuned) -> None:
     built, _, place = tuned
     report = json.loads((place / "tuning.json").read_text())
@@ -85,6 +86,7 @@ def test_exits_come_closer_to_the_top_and_the_report_says_by_how_much(tuned) -> 
     )
 
 
+@pytest.mark.slow
 def test_scores_are_those_by_hand(tuned, base: Folder) -> None:
     """One document at a time, without padding, through transformers' own forward."""
     built, _, place = tuned
@@ -161,6 +163,7 @@ def test_everything_else_takes_the_folder(tuned, base: Folder) -> None:
         assert again.recipe == source.recipe
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists")
 @pytest.mark.parametrize("adapter", [LowRank(4, 8.0), None])
 @pytest.mark.parametrize("stop", [5, 7])
@@ -192,6 +195,7 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(
     assert resumed.record.curve() == whole.record.curve()
 
 
+@pytest.mark.slow
 def test_every_weight_is_tuned_if_asked_and_a_whole_model_written(base: Folder, folder: Path, tmp_path: Path) -> None:
     built, start = module(base, adapter=None, export=str(tmp_path / "model")), Start()
     trainer(tmp_path, start, steps=4, val_check_interval=4).fit(built, datamodule=text(folder, base))
@@ -206,6 +210,7 @@ def test_every_weight_is_tuned_if_asked_and_a_whole_model_written(base: Folder, 
     assert report["fingerprint"] == written.spec.fingerprint
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["mamba2", "gpt2", "granitemoehybrid-dense"])
 def test_other_families_are_tuned_merged_and_loaded(family: str, tmp_path: Path) -> None:
     source = Folder(str(model_folder(tmp_path / "base", family, depth=DEPTH)))
@@ -291,6 +296,7 @@ def test_files_that_do_not_belong_together_are_refused(tuned, base: Folder, tmp_
     assert all(each.dtype == torch.float16 for each in load_file(place / "adapter_model.safetensors").values())
 
 
+@pytest.mark.slow
 def test_lenses_train_along_and_are_written_for_the_tuned_model(base: Folder, folder: Path, tmp_path: Path) -> None:
     loaded = base.load()
     bank = ExitBank({depth: Exit(TunedLens) for depth in (1, 2, 3)}, loaded.site)
@@ -319,6 +325,7 @@ def test_lenses_train_along_and_are_written_for_the_tuned_model(base: Folder, fo
     assert report["after"]["1"]["agreement"] == pytest.approx(agreed / count)
 
 
+@pytest.mark.slow
 def test_lenses_are_part_of_what_a_checkpoint_is_of(base: Folder, folder: Path, tmp_path: Path) -> None:
     loaded = base.load()
     bank = ExitBank({depth: Exit(TunedLens) for depth in EXITS}, loaded.site)

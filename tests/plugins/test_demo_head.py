@@ -41,12 +41,14 @@ print(gate.__module__)
 """
 
 
+@pytest.mark.slow
 def test_it_is_found_by_its_entry_point_and_keeps_the_contract(site_folder: Path) -> None:
     done = run(site_folder, "-c", CHECK)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "dynamax_demo_head"
 
 
+@pytest.mark.slow
 def test_it_goes_by_its_short_name_on_the_command_line(site_folder: Path) -> None:
     options = [
         "--model",
@@ -62,6 +64,7 @@ def test_it_goes_by_its_short_name_on_the_command_line(site_folder: Path) -> Non
     assert "offset: 0.5" in done.stdout
 
 
+@pytest.mark.slow
 def test_list_tells_what_it_is_and_where_it_comes_from(site_folder: Path) -> None:
     done = run(site_folder, "-m", "dynamax", "list", "heads")
     assert done.returncode == 0, done.stderr
@@ -69,6 +72,7 @@ def test_list_tells_what_it_is_and_where_it_comes_from(site_folder: Path) -> Non
     assert " A straight line through the logarithm of the state's length.  [dynamax-demo-head 0.1.0]" in line
 
 
+@pytest.mark.slow
 def test_without_it_the_name_is_unknown_and_near_names_are_told(site_folder: Path) -> None:
     done = run(site_folder, "-c", "from dynamax.registry import HEADS; HEADS.get('NormGate')", path=False)
     assert done.returncode == 1

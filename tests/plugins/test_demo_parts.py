@@ -80,12 +80,14 @@ def run(place: Path) -> Run:
     return one
 
 
+@pytest.mark.slow
 def test_each_part_keeps_its_contract(run: Run) -> None:
     done = run("-c", CHECK)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "dynamax_demo_parts.decoder"
 
 
+@pytest.mark.slow
 def test_all_of_them_in_one_run(run: Run, place: Path) -> None:
     done = run("-m", "dynamax", "test", "-c", "run.yaml")
     assert done.returncode == 0, done.stderr
@@ -101,6 +103,7 @@ def test_all_of_them_in_one_run(run: Run, place: Path) -> None:
     assert ours["depth_counts"] == {"2": 6, "6": 15}
 
 
+@pytest.mark.slow
 def test_they_are_listed_with_what_they_are_and_where_from(run: Run) -> None:
     done = run("-m", "dynamax", "list")
     assert done.returncode == 0, done.stderr
@@ -114,6 +117,7 @@ def test_they_are_listed_with_what_they_are_and_where_from(run: Run) -> None:
     assert "RuntimeError: its licence file is missing" in lines["Broken"]
 
 
+@pytest.mark.slow
 def test_a_broken_part_stops_only_who_asks_for_it(run: Run) -> None:
     model = ["--backbone", "Folder", "--backbone.path", "model", "--exits={2: {}}", "--max_new_tokens=3"]
     done = run("-m", "dynamax", "generate", "Who?", *model, "--policy", "Broken")
@@ -126,6 +130,7 @@ def test_a_broken_part_stops_only_who_asks_for_it(run: Run) -> None:
     assert "exit 2  50%" in done.stdout
 
 
+@pytest.mark.slow
 def test_without_the_package_the_family_is_unknown(run: Run) -> None:
     done = run("-c", "import dynamax; dynamax.load('model')", installed=False)
     assert done.returncode == 1

@@ -38,6 +38,7 @@ def file(tmp_path: Path) -> Path:
     return place
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
 @pytest.mark.parametrize("width", [360, 1280])
 def test_no_error_nothing_from_the_network_no_overflow(browser: Browser, file: Path, width: int, dark: bool) -> None:
@@ -49,6 +50,7 @@ def test_no_error_nothing_from_the_network_no_overflow(browser: Browser, file: P
     assert paper == ("rgb(20, 23, 27)" if dark else "rgb(255, 255, 255)")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
 def test_colours_can_be_read(browser: Browser, file: Path, dark: bool) -> None:
     """Contrast by WCAG 2: 4.5 for text on its background, 3 for curves on the page."""
@@ -85,6 +87,7 @@ CONTRAST = """(() => {
 })()"""
 
 
+@pytest.mark.slow
 def test_answers_are_chosen_by_keyboard(browser: Browser, file: Path) -> None:
     browser.open(file)
     shown = "[...document.querySelectorAll('#answers-0 .answer:not([hidden]) h5')].map(each => each.textContent)"
@@ -96,6 +99,7 @@ def test_answers_are_chosen_by_keyboard(browser: Browser, file: Path) -> None:
     assert browser.evaluate("document.querySelectorAll('i').length") == 1, "the token without text; text is no element"
 
 
+@pytest.mark.slow
 def test_without_a_script_all_answers_are_there(browser: Browser, file: Path) -> None:
     browser.call("Emulation.setScriptExecutionDisabled", value=True)
     browser.open(file)
@@ -103,6 +107,7 @@ def test_without_a_script_all_answers_are_there(browser: Browser, file: Path) ->
     assert browser.evaluate("document.querySelector('.chooser').hidden") is True
 
 
+@pytest.mark.slow
 def test_the_browser_finds_what_it_looks_for(browser: Browser, tmp_path: Path) -> None:
     """A page with an error, something from the network and something too wide."""
     content = (
@@ -115,6 +120,7 @@ def test_the_browser_finds_what_it_looks_for(browser: Browser, tmp_path: Path) -
     assert browser.evaluate("document.documentElement.scrollWidth") > 360
 
 
+@pytest.mark.slow
 def test_the_page_cannot_load_anything(browser: Browser, file: Path) -> None:
     """Its own policy stops what it might be made to load."""
     browser.open(file)

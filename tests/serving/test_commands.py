@@ -53,6 +53,7 @@ def parts(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return request.param, out
 
 
+@pytest.mark.slow
 def test_two_processes_and_tls_say_what_one_says(
     parts: tuple[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -105,6 +106,7 @@ def test_smollm2_over_tls_says_what_the_whole_model_says(
             assert capsys.readouterr().out.startswith(wanted)
 
 
+@pytest.mark.slow
 def test_an_edge_alone_needs_no_cloud(parts: tuple[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
     edge = ["--edge.folder", str(parts[1] / "edge"), "--edge.mode", "standalone", "--max_new_tokens", "8"]
     assert run("generate", PROMPT, *edge, "--policy", "MaxProb", "--policy.threshold", "0.9") == 0
@@ -115,6 +117,7 @@ FOLDER = ["--edge.folder", "EDGE"]
 POLICY = ["--policy", "MaxProb", "--policy.threshold", "0.9"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("command", "told"),
     [
@@ -171,6 +174,7 @@ def test_what_makes_no_sense_is_refused_in_a_line(
     assert "Traceback" not in error
 
 
+@pytest.mark.slow
 def test_an_exit_that_no_edge_reaches_is_told_and_the_next_command_works(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

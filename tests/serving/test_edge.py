@@ -20,6 +20,7 @@ PARTED = pytest.mark.parametrize(
 """Models, and after how many blocks each is split."""
 
 
+@pytest.mark.slow
 @PARTED
 def test_never_leaving_gives_the_whole_models_tokens(kind: str, start: int) -> None:
     backbone, exits, _ = edge_part(kind, start)
@@ -35,6 +36,7 @@ def test_never_leaving_gives_the_whole_models_tokens(kind: str, start: int) -> N
             assert connection.traffic.asked == len(wanted)
 
 
+@pytest.mark.slow
 @PARTED
 @pytest.mark.parametrize("policy", [MaxProb(0.5), MaxProb(0.9), CandidateProb(0.5)], ids=lambda each: each.label)
 def test_collaborating_gives_the_tokens_of_early_exit(kind: str, start: int, policy: MaxProb) -> None:
@@ -48,6 +50,7 @@ def test_collaborating_gives_the_tokens_of_early_exit(kind: str, start: int, pol
             assert edge.origins == [CLOUD if depth == 8 else EXIT for depth in depths]
 
 
+@pytest.mark.slow
 @PARTED
 @pytest.mark.parametrize("threshold", [0.0, 0.5, 0.9])
 def test_drafting_gives_the_whole_models_tokens(kind: str, start: int, threshold: float) -> None:
@@ -61,6 +64,7 @@ def test_drafting_gives_the_whole_models_tokens(kind: str, start: int, threshold
             assert connection.traffic.asked == edge.origins.count(CLOUD) < len(wanted)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_alone_nothing_is_sent_and_the_last_exit_says_what_no_other_does(kind: str) -> None:
     backbone, exits, _ = edge_part(kind)

@@ -96,6 +96,7 @@ def test_a_text_goes_on_without_a_template(address: str, stream: bool) -> None:
     assert text == wanted.text
 
 
+@pytest.mark.slow
 def test_chance_goes_by_the_seed(address: str) -> None:
     asked = {"model": "sibling", "messages": TURNS, "max_tokens": 16, "temperature": 1.5, "top_p": 0.9}
     said = [
@@ -217,6 +218,7 @@ class Slow(Answerer):
             yield piece
 
 
+@pytest.mark.slow
 def test_a_caller_that_waits_no_longer_ends_a_whole_answer_too() -> None:
     answerer = Slow(whole("llama"), "sibling")
     asked = {"model": "sibling", "messages": TURNS, "stop": None, "temperature": 0}
@@ -253,6 +255,7 @@ def edge(policy: MaxProb | Never, **options: float) -> Iterator[Answerer]:
         yield Answerer(engine, "edge", policy, partial(Collaborative, link=connection), greedy=True)
 
 
+@pytest.mark.slow
 def test_an_edge_says_where_each_token_came_from() -> None:
     wanted = whole("llama").generate(QUESTION, policy=MaxProb(0.8), max_new_tokens=24)
     with edge(MaxProb(0.8)) as answerer, served(answerer) as address:
@@ -283,6 +286,7 @@ def test_a_cloud_that_is_gone_is_said() -> None:
                     list(client(address).chat.completions.create(model="edge", messages=TURNS, stream=stream))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="needs chromium (Debian: apt-get install chromium)")
 def test_the_page_chats_and_colours_tokens(tmp_path: Path) -> None:
     with edge(MaxProb(0.8)) as answerer, served(answerer) as address, Browser(tmp_path / "profile") as browser:

@@ -87,6 +87,7 @@ def test_a_cloud_that_is_not_there_is_an_error_in_time() -> None:
         assert time.monotonic() - begin < 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_cloud_killed_in_the_middle_and_back_again_changes_no_token(kind: str) -> None:
     server = Server(Cloud(*cloud_part(kind)))
@@ -104,6 +105,7 @@ def test_a_cloud_killed_in_the_middle_and_back_again_changes_no_token(kind: str)
     server.stop(0.2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_answer_that_the_cloud_has_dropped_is_sent_again(kind: str) -> None:
     with cloud(kind, limits=Limits(sessions=1, idle=0)) as server, link(kind, server.port) as connection:
@@ -119,6 +121,7 @@ def test_an_answer_that_the_cloud_has_dropped_is_sent_again(kind: str) -> None:
 # -- the network ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_link_that_is_cut_again_and_again_changes_no_token(kind: str) -> None:
     with cloud(kind) as server, through(server) as proxy, link(kind, proxy.port, timeout=20) as connection:
@@ -130,12 +133,14 @@ def test_a_link_that_is_cut_again_and_again_changes_no_token(kind: str) -> None:
         assert said == right(kind)
 
 
+@pytest.mark.slow
 def test_a_slow_link_changes_no_token() -> None:
     with cloud("mamba2") as server, through(server) as proxy, link("mamba2", proxy.port, timeout=20) as connection:
         proxy.delay = 0.02
         assert tokens(drafting("mamba2", connection), prompt("mamba2"), 16)[0] == right("mamba2", 16)
 
 
+@pytest.mark.slow
 def test_a_link_that_goes_silent_is_not_waited_for_longer_than_allowed() -> None:
     backbone, exits, _ = edge_part("llama")
     with cloud("llama") as server, through(server) as proxy, link("llama", proxy.port, timeout=1.0) as connection:
@@ -177,6 +182,7 @@ def test_a_session_belongs_to_the_token_that_made_it() -> None:
                 assert call(server.port, "close", packed(header), "two") is grpc.StatusCode.OK  # and nothing happens
 
 
+@pytest.mark.slow
 def test_another_model_is_refused() -> None:
     wanted = pytest.raises(UserError, match="Use the two folders of one split")
     with cloud("mamba2") as server, link("llama", server.port) as connection, wanted:
@@ -215,6 +221,7 @@ def test_a_tensor_that_is_not_as_it_says_is_refused(change: dict[str, object]) -
         assert call(server.port, "next", packed(asked, body)) is grpc.StatusCode.OK
 
 
+@pytest.mark.slow
 def test_a_message_larger_than_a_context_is_refused_before_it_is_read() -> None:
     with cloud("llama", limits=Limits(positions=32)) as server:
         assert call(server.port, "send", bytes(10_000_000)) is grpc.StatusCode.RESOURCE_EXHAUSTED
@@ -238,6 +245,7 @@ def test_a_token_that_cannot_be_asked_for_is_refused(change: dict[str, object]) 
         assert call(server.port, "next", packed(header | change)) is grpc.StatusCode.INVALID_ARGUMENT
 
 
+@pytest.mark.slow
 def test_ten_thousand_random_messages_leave_the_cloud_as_it_was() -> None:
     order, codes = random.Random(0), set()
     with cloud("llama") as server, grpc.insecure_channel(f"127.0.0.1:{server.port}") as channel:
@@ -259,6 +267,7 @@ def test_ten_thousand_random_messages_leave_the_cloud_as_it_was() -> None:
             assert tokens(drafting("llama", connection), prompt("llama"), 8)[0] == right("llama", 8)
 
 
+@pytest.mark.slow
 def test_fifty_clients_at_once_get_their_own_answers() -> None:
     questions = [f"What is {number} plus {number % 7}?" for number in range(50)]
     wanted = [tokens(Full(whole("mamba2").backbone), prompt("mamba2", each), 6)[0] for each in questions]
@@ -302,6 +311,7 @@ def test_calls_above_the_rate_are_refused() -> None:
         assert call(server.port, "close", packed({"session": "x"}), "one") is grpc.StatusCode.OK
 
 
+@pytest.mark.slow
 def test_an_edge_that_was_killed_leaves_no_trace_that_another_could_see() -> None:
     """A process that asks, and is killed in the middle of its answer; then it begins anew."""
     program = (
@@ -333,6 +343,7 @@ def test_a_context_that_is_full_is_said() -> None:
         tokens(drafting("llama", connection), prompt("llama"))
 
 
+@pytest.mark.slow
 def test_a_call_that_is_made_again_while_its_answer_is_on_the_way_gets_the_same(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -366,6 +377,7 @@ def test_an_answer_that_ends_here_ends_there() -> None:
         assert len(server.cloud.contexts) == 0
 
 
+@pytest.mark.slow
 def test_a_silent_address_costs_no_more_than_the_deadline() -> None:
     """Nobody answers there, not even with a refusal."""
     backbone, exits, _ = edge_part("llama")
@@ -408,6 +420,7 @@ def test_with_tls_the_tokens_are_the_same(tmp_path: Path) -> None:
         assert tokens(drafting("llama", connection), prompt("llama"), LONG)[0] == right("llama")
 
 
+@pytest.mark.slow
 def test_an_expired_certificate_is_not_trusted(tmp_path: Path) -> None:
     past = datetime.datetime(2020, 1, 1, tzinfo=datetime.UTC)
     options = {"not_before": past, "not_after": past + datetime.timedelta(days=1)}
@@ -419,6 +432,7 @@ def test_an_expired_certificate_is_not_trusted(tmp_path: Path) -> None:
         tokens(drafting("llama", connection), prompt("llama"))
 
 
+@pytest.mark.slow
 def test_a_certificate_that_nobody_vouches_for_and_no_tls_are_not_trusted(tmp_path: Path) -> None:
     other = tmp_path / "other"
     other.mkdir()

@@ -68,6 +68,7 @@ def test_a_part_holds_its_own_weights_alone(tmp_path: Path) -> None:
         load_part(cloud).embed(TOKENS_1T)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["float16", "int8", "int4"])
 def test_a_part_can_be_packed(precision: str, tmp_path: Path) -> None:
     exits = bank(SIBLING, 4)

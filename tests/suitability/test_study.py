@@ -123,6 +123,7 @@ def test_the_full_price_is_the_cost_models_and_a_debt_costs_keys() -> None:
     assert found.blocks == pytest.approx(4 * 4 * (once - block.keys) / full)
 
 
+@pytest.mark.slow
 def test_times_are_shares_of_a_token() -> None:
     for price in timed(dynamax.load("assets/llama").backbone, [2, 6]).values():
         assert 0 < price.map < price.read < 1
