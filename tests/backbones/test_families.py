@@ -129,3 +129,8 @@ def test_the_page_of_families_is_current():
 def test_slopes_are_those_of_transformers(heads):
     wanted = _get_alibi_slopes(heads, torch.device("cpu"))
     torch.testing.assert_close(alibi_slopes(AutoConfig.for_model("bloom", n_head=heads)), wanted)
+
+
+def test_slopes_lie_where_the_model_lies():
+    backbone = HFBackbone(tiny("bloom").to("meta"), fingerprint="here")
+    assert backbone.slopes.device == backbone.model.device

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache, PreTrainedModel
+from transformers.models.qwen3_next import modeling_qwen3_next
 
 from dynamax.backbones.hf import HFBackbone
 from dynamax.backbones.mixers import check_devices
@@ -177,3 +178,18 @@ def test_with_mamba_ssm_importable_cpu_tensors_meet_no_kernel(tmp_path: Path) ->
         text=True,
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_transformers_gets_as_many_keys_as_values_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some versions of its gated delta rule repeat the heads of keys themselves, others do not."""
+    known, seen = modeling_qwen3_next.torch_chunk_gated_delta_rule, []
+
+    def rule(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: object) -> object:
+        seen.append((q.shape[2], k.shape[2], v.shape[2]))
+        return known(q, k, v, **options)
+
+    backbone = HFBackbone(tiny("qwen3_next"))
+    monkeypatch.setattr(modeling_qwen3_next, "torch_chunk_gated_delta_rule", rule)
+    backbone.run(backbone.embed(TOKENS), Span(0, 6))
+    assert seen
+    assert all(len(set(heads)) == 1 for heads in seen)

@@ -93,7 +93,7 @@ def printed(found: Outcome, arguments: Sequence[str], place: Path) -> list[str]:
     if not isinstance(content, dict):
         return [f"the printed configuration is {content!r}"]
     said = arguments[-1] if "--" in arguments[:-1] else arguments[1]
-    if arguments[0] == "generate" and content["prompts"] != [said]:
+    if arguments[0] == "generate" and not said.startswith("--print") and content["prompts"] != [said]:
         return [f"the prompt {said!r} became {content['prompts']!r}"]
     return []
 
