@@ -65,7 +65,7 @@ COMMANDS = {
     "report": Command("dynamax.commands.report", "make one page of what runs of test, fit and calibrate found"),
     "bench": Command("dynamax.commands.bench", "measure how fast a model decodes here, beside other packages", BENCH),
     "list": Command("dynamax.commands.list", "names that a configuration can use, such as exit heads and policies", ""),
-    "info": Command("dynamax.commands.info", "versions, device, kernels"),
+    "info": Command("dynamax.commands.info", "versions, device, kernels; what is known of a model"),
 }
 TERMINATED = 128 + signal.SIGTERM
 """Exit code of a command that SIGTERM stopped, as shells give it."""

@@ -106,9 +106,7 @@ def load_backbone(
         raise UserError(
             f"Blocks {span} of {folder} were asked for; its model has the blocks {all_blocks}. Ask for blocks of it."
         )
-    model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
-    if model_class is None:
-        raise UserError(f"transformers has no causal language model of type {config.model_type}. Give another model.")
+    model_class: Any = causal_class(config)
     with ONE_AT_A_TIME, reading(folder, "*.safetensors", "*.safetensors.index.json"):
         tensors = Checkpoint(folder)
         loaded: Any = part_class(model_class, row, span).from_pretrained(
@@ -142,6 +140,32 @@ def load_backbone(
     if part is None and span == all_blocks and embedding and output:
         check_backbone(backbone, backbone.reference, modes=QUICK)
     return backbone
+
+
+@on_cpu
+def outline(folder: Path) -> HFBackbone:
+    """The model of a folder without its weights: it has sizes and costs, and nothing to run.
+
+    Raises:
+        UserError: If there is none, or it is of an unknown or refused type.
+    """
+    config = read_config(folder)
+    model_class: Any = causal_class(config)
+    with ONE_AT_A_TIME, reading(folder, CONFIG), torch.device("meta"):
+        model = model_class._from_config(config, attn_implementation=family(config.model_type).attention)
+    return HFBackbone(model, fingerprint="")
+
+
+def causal_class(config: PretrainedConfig) -> type[PreTrainedModel]:
+    """The class of transformers' causal language models for a configuration.
+
+    Raises:
+        UserError: If there is none.
+    """
+    found = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    if found is None:
+        raise UserError(f"transformers has no causal language model of type {config.model_type}. Give another model.")
+    return found  # type: ignore[return-value]
 
 
 def read_config(folder: Path) -> PretrainedConfig:

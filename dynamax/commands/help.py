@@ -138,7 +138,7 @@ HIDDEN = ("generate.prompts", "model", "recipe", "command", "folder")
 
 def page(command: str, purpose: str) -> str:
     """The page of a command."""
-    usage = {"list": "[KIND]", "info": "[--precision [MODEL] [--positions N] [--text FILE]]"}
+    usage = {"list": "[KIND]", "info": "[MODEL | --precision [MODEL] [--positions N] [--text FILE]]"}
     usage |= {"report": "RUN... [--out FILE]"}
     begins = {name: "" if first is None else f"{first.name} " for name, (_, first) in FUNCTIONS.items()}
     usage |= {name: f"{begin}[-c FILE]... [--OPTION VALUE]..." for name, begin in begins.items()}

@@ -1,4 +1,4 @@
-"""``dynamax info``: what a bug report must say."""
+"""``dynamax info``: what a bug report must say; with a model, what is known of that."""
 
 from __future__ import annotations
 
@@ -19,13 +19,18 @@ USAGE = "--precision [MODEL] [--positions N] [--text FILE], where MODEL is what 
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Print versions, device and kernels; with --precision, what each precision gives and costs."""
+    """Print versions, device and kernels; facts of a model; with --precision, what each precision gives and costs."""
     given = list(arguments[1:])
     if given[:1] == ["--precision"]:
         precision(given[1:])
         return
+    if len(given) > 1 or any(word.startswith("-") for word in given):
+        raise UserError(f"dynamax info was given {' '.join(given)}; wanted: nothing, MODEL alone, or {USAGE}.")
     if given:
-        raise UserError(f"dynamax info was given {' '.join(given)}; wanted: nothing, or {USAGE}.")
+        from dynamax.commands.info_model import told  # with transformers' models, which versions need not
+
+        print(told(given[0]))
+        return
     device = chosen("auto")
     facts = {"dynamax": __version__, **environment(device, dtype="float32", batch=1)}
     for name in ("dtype", "precision", "weights", "batch"):
@@ -35,7 +40,8 @@ def main(arguments: Sequence[str]) -> None:
         facts[package] = used if find_spec(package) else "not installed; plain PyTorch is used"
     for name, value in facts.items():
         print(f"{name:<14}{value}")
-    print("\nNames of exit heads, policies and all other parts, with the packages they come from: dynamax list")
+    print("\nFamily, sizes, rules and exits of a model, and what a token costs by depth: dynamax info MODEL")
+    print("Names of exit heads, policies and all other parts, with the packages they come from: dynamax list")
     print("Speed and quality of each precision of weights on this machine: dynamax info --precision [MODEL]")
 
 
