@@ -15,7 +15,7 @@ from dynamax.backbones.hf import UNBOUNDED
 from dynamax.backbones.loading import outline
 from dynamax.backbones.sources import FolderSource, Source
 from dynamax.decoding.cost import CostModel
-from dynamax.decoding.sampling import Greedy
+from dynamax.decoding.sampling import Sampled, Sampler
 from dynamax.engine import find_source
 from dynamax.errors import UserError
 from dynamax.generation import generation_options
@@ -76,10 +76,22 @@ def rules(source: Source) -> Iterator[tuple[str, str]]:
     except UserError as error:  # such as a penalty; the model runs with that switched off
         yield "answers", str(error)
     else:
-        sampler = options.sampler
-        yield "answers", "the most likely tokens" if isinstance(sampler, Greedy) else f"drawn: {sampler!r}"
+        yield "answers", drawn(options.sampler)
         yield "ends at", ", ".join(named(tokenizer, token) for token in options.eos_token_id) or "no token"
     yield "chat", "has a template" if tokenizer.chat_template else "no template; prompts are taken as text"
+
+
+def drawn(sampler: Sampler) -> str:
+    """How tokens are drawn.
+
+    >>> drawn(Sampled(0.7, top_p=0.9))
+    'drawn at temperature 0.7, top_p 0.9'
+    """
+    if not isinstance(sampler, Sampled):
+        return "the most likely tokens"
+    limits = {"top_k": sampler.top_k, "top_p": sampler.top_p}
+    told = [f"{name} {value}" for name, value in limits.items() if value not in (None, 1.0)]
+    return ", ".join([f"drawn at temperature {sampler.temperature:g}", *told])
 
 
 def named(tokenizer: PreTrainedTokenizerBase, token: int) -> str:

@@ -51,7 +51,7 @@ def test_what_is_told_of_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert told["weights"].startswith(f"{sum(p.numel() for p in whole.parameters()):,}, ")
     keys = sum(whole.block_cost(index).keys for index in range(6))
     assert told["state"] == f"{4 * keys} bytes for each token"
-    assert "top_p=0.5" in told["answers"]
+    assert told["answers"] == "drawn at temperature 1, top_k 50, top_p 0.5"
     assert told["ends"].startswith("at <end> (0), ")
     assert told["chat"] == "has a template"
 
