@@ -13,7 +13,7 @@ PATH_FAULTS = frozenset(
     )
 )
 """What is wrong with a path, in the system's numbers."""
-NO_PATH = ("Symlink loop from", "embedded null byte", "embedded null character")
+NO_PATH = ("Symlink loop from", "embedded null byte", "embedded null character", "Could not determine home")
 """What Python says of a path that the system is not even asked about."""
 LONGEST = 160
 """Characters of a value that is shown in a message."""
@@ -59,7 +59,7 @@ def around_us(error: BaseException) -> tuple[int, str] | None:
         names = " and ".join(str(each) for each in (error.filename, error.filename2) if each is not None)
         return 2, f"{names} cannot be used: {error.strerror}. Correct the path, or move away what lies there."
     if type(error) in (RuntimeError, ValueError) and reason.startswith(NO_PATH):  # of pathlib and open
-        return 2, f"A path cannot be used: {shown(reason)}. Correct it."
+        return 2, f"A path cannot be used: {shown(reason).rstrip('.')}. Correct it."
     if isinstance(error, ModuleNotFoundError) and (error.name or "").partition(".")[0] not in OURS:
         return 2, f"A package is not installed: {shown(reason)} Install it, or do without what needs it."
     return None

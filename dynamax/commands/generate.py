@@ -165,7 +165,7 @@ def generate(
 
         show_edge(edge, prompts, policy, precision=precision, chat=chat, as_json=json, **options)
         return
-    engine = load_asked(backbone, None if heads is None else str(heads), exits, **numbers)
+    engine = load_asked(backbone, None if heads is None else str(heads), exits, policy, **numbers)
     if promise is not None:
         promise.check_model(engine.backbone.spec.fingerprint)
     for number, prompt in enumerate(prompts):
@@ -183,20 +183,25 @@ def load_asked(
     backbone: Source | None,
     heads: str | None,
     exits: dict[int, Exit] | None,
+    policy: TerminationPolicy | None,
     **numbers: Any,  # noqa: ANN401 - of load
 ) -> Engine:
-    """The model with its exits.
+    """The model with its exits; without, if no policy asks for them.
 
     Raises:
-        UserError: If there are neither heads nor exits.
+        UserError: If there are neither heads nor exits, and a policy.
     """
     if exits is not None:
         return load(backbone or SmolLM2(), heads=heads, exits=exits, **numbers)
     folder = heads or DEMO
-    if not (Path(folder) / RECORD).is_file():
+    found = (Path(folder) / RECORD).is_file()
+    if policy is None and heads is None and not (found and backbone is None):
+        return load(backbone or SmolLM2(), **numbers)
+    if not found or (backbone is not None and heads is None):
+        lacks = "The backbone has no heads here" if backbone and not heads else f"There are no saved heads in {folder}"
         raise UserError(
-            f"There are no saved heads in {folder}. Wanted: a folder that fit wrote, --heads FOLDER. A model that was "
-            f"trained with exits needs no heads: {WITHOUT_HEADS}"
+            f"{lacks}. Wanted: a folder that fit wrote, --heads FOLDER. A model that was trained with exits needs no "
+            f"heads: {WITHOUT_HEADS}. To run all blocks for each token: --policy null"
         )
     return load(backbone or folder, heads=folder, **numbers)
 
@@ -219,8 +224,8 @@ def as_json(prompt: str, answer: Answer) -> str:
 
 def show(engine: Engine, stream: Stream) -> None:
     """Print an answer as it comes; then what each colour means, and what was saved."""
-    assert engine.exits is not None, "this command decodes from exits"
-    palette = DepthColors(engine.exits.depths, engine.backbone.spec.depth, on=coloured(sys.stdout))
+    exits = () if engine.exits is None else engine.exits.depths
+    palette = DepthColors(exits, engine.backbone.spec.depth, on=coloured(sys.stdout))
     for token in stream:
         print(palette.paint(token.text, token.depth), end="", flush=True)
     answer = stream.answer()

@@ -33,7 +33,7 @@ def main(arguments: Sequence[str]) -> None:
         return
     device = chosen("auto")
     facts = {"dynamax": __version__, **environment(device, dtype="float32", batch=1)}
-    for name in ("dtype", "precision", "weights", "batch"):
+    for name in ("dtype", "precision", "weights", "batch", "compile_seconds", "graphs"):
         facts.pop(name)
     for package in PACKAGES:
         used = f"installed; {backend(package, device).replace('torch', 'plain PyTorch')} runs on {device}"

@@ -20,6 +20,9 @@ WANTED = "Wanted here: "
 WIDEST = 300
 """Characters of one of its lines."""
 CUTOFF = 0.7
+OVER = "-c configs/demo/fit.yaml -c FILE"
+WHOLE = ("model", "data")
+"""Keys whose class most files leave to the file before them."""
 MODELS = ("backbone", "writer", "teacher")
 """Keys under which a model may stand by its path."""
 FILE = re.compile(r"\.(yaml|yml|json)$|/")
@@ -93,8 +96,9 @@ def _no_option(where: str, given: str, known: Known, lines: Sequence[str]) -> st
     nested = re.search(r"NestedArg\(key='([\w.]+)'", "\n".join(lines))
     above = nested.group(1).rpartition(".")[0] if nested else ""
     place = where if where.endswith(above) else f"{where}.{above}"
+    over = f" A file that names no class lies over a whole run: {OVER}." if place in WHOLE else ""
     return (
-        f"{place} has no option {given}.{near(given, set(known.options()) - {given}, CUTOFF)} "
+        f"{place} has no option {given}.{near(given, set(known.options()) - {given}, CUTOFF)}{over} "
         f"All options of a run with their values: add --print_config."
     )
 
@@ -144,6 +148,11 @@ def _wrong_value(where: str, given: str, known: Known, lines: Sequence[str]) -> 
     wanted, _, value = given.partition(". Got value: ")
     if value == "None":
         value = "null"
+    if where in WHOLE and "init_args" in value and "class_path" not in value:
+        return (
+            f"{where} has options (init_args) and names no class (class_path). Name it, or lay the file over a whole "
+            f"run: {OVER}"
+        )
     hint = near(value, re.findall(r"'([^']+)'", wanted), CUTOFF)
     return f"{where} was given {value}; wanted: {wanted}.{hint or ' Change it.'}"
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 import sys
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from itertools import chain
 from math import isnan
@@ -31,6 +31,7 @@ from dynamax.registry import ALL, Registry
 
 RESOLVE = typehints.resolve_class_path_by_name
 SEQUENCES = (list, tuple, Sequence)
+MAPPINGS = (dict, Mapping)
 _broken: list[UserError] = []
 """Parts that were named and cannot be imported: jsonargparse may then try something else, and report that alone."""
 
@@ -196,6 +197,16 @@ def _same_class(one: str, other: str) -> bool:
 # -- options ----------------------------------------------------------------------------------------
 
 
+def _exits_at(value: Any) -> Any:  # noqa: ANN401 - whatever exits were given
+    """Depths alone, ``[2, 4]``, as exits with all defaults; anything else as it is."""
+    depths = value
+    if isinstance(value, str) and value.startswith("["):
+        with suppress(yaml.YAMLError):
+            depths = yaml.safe_load(value)
+    plain = isinstance(depths, list) and bool(depths) and all(type(depth) is int for depth in depths)
+    return {depth: {} for depth in depths} if plain and len(set(depths)) == len(depths) else value
+
+
 def _plain(value: Any) -> Any:  # noqa: ANN401 - whatever an option was given
     """A value as it was written: what jsonargparse made of a mapping, as a mapping again, without what is not set."""
     if not isinstance(value, Namespace):
@@ -209,8 +220,9 @@ class _Rule:
 
     - Text is taken as it is: it is not YAML. Where there may be none, ``null`` is none. A list of texts is written as
       ``[a, b]``, with quotes where YAML needs them; anything else is a list of one text.
-    - A whole mapping of ``exits`` replaces the earlier one: jsonargparse would keep the lens or the gates of an earlier
-      exit at the same depth. A part, as ``--model.exits.2.lens`` gives it, changes the earlier value.
+    - ``exits`` may be depths alone. A whole mapping of them replaces the earlier one: jsonargparse would keep the lens
+      or the gates of an earlier exit at the same depth. A part, as ``--model.exits.2.lens`` gives it, changes the
+      earlier value.
     - Entries of ``config`` are added to the earlier ones, which jsonargparse would lose. A mapping that names a model
       type belongs to another model, and replaces the earlier one.
     """
@@ -245,6 +257,7 @@ class _Rule:
         if isinstance(value, str) and self.is_source:
             value = as_source(value)
         if self.option == "exits":
+            value = _exits_at(value) if any(get_origin(each) in MAPPINGS for each in self.kinds) else value
             return self.check(value, cfg=None if isinstance(value, dict | str) else cfg, append=append, **more)
         found, earlier = self.check(value, cfg=cfg, append=append, **more), cfg.get(self.option) if cfg else None
         if self.option == "config" and isinstance(found, dict) and isinstance(earlier, dict):

@@ -172,7 +172,8 @@ class DynamaxCLI(LightningCLI):
             return ["Nothing had to be kept. Run the same command again."]
         if command == "predict":
             return ["The answers that were printed are whole; run the same command again for all."]
-        if isinstance(self.datamodule, HiddenStates | LanguageData | WrittenText):
+        told = isinstance(self.datamodule, HiddenStates) and not any(Path(self.datamodule.folder).rglob("shard-*"))
+        if isinstance(self.datamodule, HiddenStates | LanguageData | WrittenText) and not told:
             lines.append(f"What is whole in {self.datamodule.folder} is kept: the same command goes on behind it.")
         if command == "cache":
             return lines
@@ -189,6 +190,9 @@ class DynamaxCLI(LightningCLI):
                     saved.append(f"{what} in {place}")
             if saved:
                 lines.append(f"Saved were {' and '.join(saved)}.")
+                earlier = folder / RECORD
+                if earlier.is_file() and earlier.stat().st_mtime < began:
+                    lines.append(f"Those in {folder} itself are of an earlier run.")
             elif (folder / RECORD).is_file():
                 lines.append(f"This run has saved no heads yet; those of an earlier run in {folder} are as they were.")
             else:

@@ -88,8 +88,8 @@ class ExitBank(nn.Module):
             if name not in known:
                 raise UserError(
                     f"The policy asks for the gate {name}, which no exit has; gates of the exits: "
-                    f"{', '.join(known) or 'none'}. Name one of them in the policy (gate: NAME, --policy.gate "
-                    f"NAME), or train exits with such a gate."
+                    f"{', '.join(known) or 'none'}. Name one of them in the policy (gate: NAME; for generate, "
+                    f"--policy.gate NAME), or train exits with such a gate."
                 )
         exits = {}
         for depth in kept_depths:

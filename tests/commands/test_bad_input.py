@@ -199,6 +199,8 @@ HINTS = {
     "no model of calibrate": (["calibrate"], "the options --policy and --epsilon"),
     "an empty model": (["split", "", *HEADS], "The name of the model is empty"),
     "a model of spaces": (["suitability", "  "], "The name of the model is empty"),
+    "a backbone without heads": (["generate", "Hi", "--backbone", "parts/backbone.yaml"], "--policy null"),
+    "a home of nobody": (["split", "x", "--out", "~nobody-of-this-name/x", *HEADS], "A path cannot be used"),
     "a kind by another name": (["list", "gates"], "Did you mean heads?"),
     "an option of an exit": ([*FIT, "--model.exits={2: {gate: LinearGate}}"], "Did you mean gates or rate?"),
     "a number of a group": (

@@ -24,7 +24,7 @@ PAINT = re.compile("\x1b\\[[0-9;]*m")
 
 
 def answer(shown: str) -> str:
-    end = re.search(r"\n\n(?:\x1b\[[0-9;]*m)?(?: exit 2|The first token comes)", shown)
+    end = re.search(r"\n\n(?:\x1b\[[0-9;]*m)?(?: exit 2| full depth|The first token comes)", shown)
     assert end is not None
     return shown[: end.start()]
 
@@ -48,6 +48,25 @@ def test_never_leaving_says_what_the_model_says(
     assert "exit 2  0%" in shown
     assert "full depth 6  100%" in shown
     assert "blocks a token: 6.0 of 6, 0% saved" in shown
+
+
+@pytest.mark.parametrize("drafts", [[], ["--decoder", "Speculative", "--decoder.sources=[PromptLookup]"]])
+def test_a_backbone_without_heads_runs_all_blocks(
+    drafts: list[str], run: Run, tiny_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ask = [option for option in ASK if not option.startswith("--exits")]
+    assert run(*ask, LIMIT, "--policy", "null", *drafts) == 0
+    shown = answer(capsys.readouterr().out)
+    assert shown == spoken(tiny_folder)[: len(shown)]
+
+
+def test_exits_may_be_depths_alone(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    texts = []
+    for exits in ("{2: {}, 4: {}}", "[2, 4]"):
+        ask = [option for option in ASK if not option.startswith("--exits")]
+        assert run(*ask, LIMIT, f"--exits={exits}", "--policy", "AtDepth", "--policy.depth", "4") == 0
+        texts.append(answer(capsys.readouterr().out))
+    assert texts[0] == texts[1]
 
 
 def test_tokens_are_painted_by_depth(
@@ -242,14 +261,16 @@ def test_a_gate_that_no_exit_has_is_told_before_anything_is_said(run: Run, capsy
     assert shown.out == ""
 
 
-@pytest.mark.parametrize(("more", "folder"), [([], "runs/demo/heads"), (["--heads", "nowhere"], "nowhere")])
+@pytest.mark.parametrize(
+    ("more", "told"), [([], "The backbone has no heads"), (["--heads", "nowhere"], "no saved heads in nowhere.")]
+)
 def test_heads_that_are_not_there_are_told_with_what_goes_without(
-    run: Run, capsys: pytest.CaptureFixture[str], more: list[str], folder: str
+    run: Run, capsys: pytest.CaptureFixture[str], more: list[str], told: str
 ) -> None:
     ask = [option for option in ASK if not option.startswith("--exits")]
     assert run(*ask, *more) == 2
     message = capsys.readouterr().err
-    assert f"no saved heads in {folder}." in message
+    assert told in message
     assert WITHOUT_HEADS in message
     assert run(*ask, *shlex.split(WITHOUT_HEADS)) == 0
 

@@ -315,7 +315,7 @@ WRONG = {
     "model: 3": "model was given 3; wanted: LightningModule",
     "model: {class_path: 3}": "model was given {'class_path': 3}; wanted",
     "model: {class_path: HeadsModule, init_args: 3}": "model was given",
-    "model: {init_args: {exits: [1]}}": "model.exits was given [1]; wanted: a mapping",
+    "model: {init_args: {exits: [a]}}": "model.exits was given ['a']; wanted: a mapping",
     "model: {init_args: {exits: {a: {}}}}": "model.exits was given {'a': {}}; wanted: a mapping (a whole number",
     "model: {init_args: {exits: {2: {gates: {a: b}}}}}": "model.exits.gates was given {'a': 'b'}; wanted: a list",
     "model: {init_args: {phases: {lenses: {objective: 3}}}}": "model.phases.objective was given 3; wanted: Objective",

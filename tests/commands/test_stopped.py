@@ -143,3 +143,9 @@ def test_heads_of_an_earlier_run_are_told_from_those_of_this(tmp_path: Path) -> 
     assert told == f"This run has saved no heads yet; those of an earlier run in {tmp_path / 'heads'} are as they were."
     (told, _) = DynamaxCLI._kept(stopped_run, time.time() - 60)
     assert told.startswith("Saved were the best heads so far")
+    os.utime(tmp_path / "heads" / "heads.json", (0, 0))
+    (tmp_path / "heads" / "last").mkdir()
+    (tmp_path / "heads" / "last" / "heads.json").write_text("{}")
+    (told, before, _) = DynamaxCLI._kept(stopped_run, time.time() - 60)
+    assert told == f"Saved were the newest in {tmp_path / 'heads' / 'last'}."
+    assert before == f"Those in {tmp_path / 'heads'} itself are of an earlier run."

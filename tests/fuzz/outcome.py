@@ -108,7 +108,7 @@ def missing(found: Outcome, arguments: Sequence[str], place: Path) -> list[str]:
         return [] if rows else ["predict ended well without a row"]
     if command == "report" and "Wrote" not in found.out:
         return ["report ended well and wrote nothing"]
-    for word in found.out.split("Wrote ")[1:]:
+    for word in [] if any("\n" in each for each in arguments) else found.out.split("Wrote ")[1:]:
         name = word.split("\n")[0].split(" and ")[0].rpartition(" to ")[2].split(", ")[0]
         if name and not (place / name.removeprefix(" ")).exists():
             return [f"it says that it wrote {name}, which is not there"]
