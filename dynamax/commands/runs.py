@@ -226,7 +226,7 @@ class DynamaxCLI(LightningCLI):
         given = asked.callbacks or []
         given = list(given) if isinstance(given, list) else [given]
         if asked.enable_progress_bar is not False and not any(isinstance(each, ProgressBar) for each in given):
-            options["callbacks"] = [*given, RunBars()]
+            options["callbacks"] = [RunBars(), *given]  # first, so that a bar has ended when others print
         with trainer_explained():
             return super().instantiate_trainer(**options)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, cast
 
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 
@@ -30,6 +31,10 @@ class RunBars(TQDMProgressBar):
     def init_test_tqdm(self) -> Tqdm:
         """The bar over a task's examples."""
         return self._bar("Testing", unit="example")
+
+    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """End the bar before other callbacks print what was found."""
+        self.test_progress_bar.close()
 
     def init_predict_tqdm(self) -> Tqdm:
         """The bar over a task's examples."""

@@ -81,7 +81,7 @@ def test_the_command_reads_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[
     "given",
     [
         ["--precison"],
-        ["now"],
+        ["two", "models"],
         ["--precision", "a", "b"],
         ["--precision", "--positions"],
         ["--precision", "a", "--positions", "0"],

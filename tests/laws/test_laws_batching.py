@@ -107,8 +107,13 @@ def test_full_depth_is_generate(family: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", DISTINCT)
-@pytest.mark.parametrize("rule", [Exact, Propagate])
+@pytest.mark.parametrize(
+    ("rule", "family"),
+    [
+        *((Exact, family) for family in DISTINCT),
+        *((Propagate, family) for family in ("llama", "gpt2", "gemma3_text", "mamba2", "falcon_h1", "lfm2")),
+    ],
+)
 def test_rows_that_leave_alone_say_what_they_say_alone(family: str, rule: type[SkippedState]) -> None:
     with upcast64():
         backbone = pair(family)[1]

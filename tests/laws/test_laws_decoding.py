@@ -61,7 +61,7 @@ def test_lossless_is_generate(family: str) -> None:
     with upcast64():
         model, backbone = pair(family)
         bank, start = exits(backbone), prompt(9)
-        for policy, drafts in ((Dice(0.5), 1), (Dice(0.9), 4), (Listener(), 4)):
+        for policy, drafts in ((Dice(0.9), 4), (Listener(), 1)):
             decoder = SelfSpeculative(backbone, bank, policy, draft_limit=drafts)
             assert tokens(decoder, start).equal(generate(model, start, LIMIT))
 
@@ -111,7 +111,7 @@ def drafting(backbone: HFBackbone, source: DraftSource, *, with_exits: bool, lim
 def test_drafts_of_sources_change_no_token(family: str) -> None:
     with upcast64():
         model, backbone = pair(family)
-        for limit, with_exits in ((1, True), (4, False), (4, True)):
+        for limit, with_exits in ((4, False), (4, True)):
             wanted = generate(model, prompt(9), LIMIT)
             decoder = drafting(backbone, Foreknown(wanted), with_exits=with_exits, limit=limit)
             steps = list(decoder.decode(prompt(9), max_new_tokens=LIMIT))
