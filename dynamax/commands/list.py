@@ -21,8 +21,7 @@ def main(arguments: Sequence[str]) -> None:
     unknown = [word for word in wanted if word not in kinds]
     if unknown or len(wanted) > 1:
         given = " ".join(unknown or wanted)
-        meant = OTHER_WORDS.get(unknown[0]) if unknown else None
-        hint = f" Did you mean {meant}?" if meant else near(unknown[0], kinds) if unknown else ""
+        hint = near(OTHER_WORDS.get(unknown[0], unknown[0]), kinds) if unknown else ""
         raise UserError(f"dynamax list was given {given}; wanted: at most one of {', '.join(kinds)}.{hint}")
     for registry in [kinds[word] for word in wanted] or ALL:
         rows = []

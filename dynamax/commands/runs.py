@@ -172,8 +172,8 @@ class DynamaxCLI(LightningCLI):
             return ["Nothing had to be kept. Run the same command again."]
         if command == "predict":
             return ["The answers that were printed are whole; run the same command again for all."]
-        told = isinstance(self.datamodule, HiddenStates) and not any(Path(self.datamodule.folder).rglob("shard-*"))
-        if isinstance(self.datamodule, HiddenStates | LanguageData | WrittenText) and not told:
+        empty = isinstance(self.datamodule, HiddenStates) and not any(Path(self.datamodule.folder).rglob("shard-*"))
+        if isinstance(self.datamodule, HiddenStates | LanguageData | WrittenText) and not empty:
             lines.append(f"What is whole in {self.datamodule.folder} is kept: the same command goes on behind it.")
         if command == "cache":
             return lines
