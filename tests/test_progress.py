@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from dynamax import progress
+from dynamax.modules.bars import RunBars
 from dynamax.progress import Bar
 
 
@@ -61,3 +62,14 @@ def test_a_terminal_without_a_width_gets_a_bar(
     with Bar(desc="store", total=2) as bar:
         bar.update(2)
     assert "2/2" in capsys.readouterr().err
+
+
+def test_a_test_s_bar_has_ended_when_others_print(capsys: pytest.CaptureFixture[str]) -> None:
+    bars = RunBars()
+    bars.test_progress_bar = Bar(desc="Testing", total=1)  # type: ignore[assignment]
+    bars.test_progress_bar.update()
+    bars.on_test_epoch_end(None, None)  # type: ignore[arg-type]
+    shown = capsys.readouterr().err
+    assert "100%" in shown
+    bars.test_progress_bar.close()  # as Lightning does afterwards
+    assert capsys.readouterr().err == ""

@@ -5,14 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from torch import nn
-from transformers import AutoModelForCausalLM
 
 from dynamax.backbones.experts import matrices_of
-from dynamax.backbones.families import family
-from dynamax.backbones.hf import context_of
-from dynamax.backbones.loading import read_config
+from dynamax.backbones.loading import outline as backbone_outline
 
 
 @dataclass(frozen=True)
@@ -43,19 +39,18 @@ def outline(folder: Path) -> Outline:
     Raises:
         UserError: If there is no model that can be read.
     """
-    config = read_config(folder)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+    bare = backbone_outline(folder)
+    model, spec = bare.model, bare.spec
     linears = [(each.out_features, each.in_features) for each in model.modules() if isinstance(each, nn.Linear)]
     for module in model.modules():
         for weight_EOI in matrices_of(module).values():
             experts, rows, columns = weight_EOI.shape
-            linears += [(rows, columns)] * round(experts * family(config.model_type).expert_share(config))
+            linears += [(rows, columns)] * round(experts * bare.row.expert_share(model.config))
     return Outline(
-        config.model_type,
-        config.num_hidden_layers,
-        config.hidden_size,
-        context_of(config),
+        spec.family,
+        spec.depth,
+        spec.width,
+        spec.context,
         sum(weight.numel() for weight in model.parameters()),
         tuple(linears),
     )
